@@ -32,8 +32,8 @@ from fedtune.memory import StorageMeter
 from fedtune.recipe.schema import Recipe, Unit
 from fedtune.tasks import get_task
 from fedtune.techniques import begin_round, begin_step
-from fedtune.techniques._pruned import PruningRule, pack_pruned
-from fedtune.techniques._pruned_layers import RecentInputs
+from fedtune.techniques.pruning._pruned_input_layers import RecentInputs
+from fedtune.techniques.pruning._pruned_tensor import PruningRule, pack_pruned
 from fedtune.training import compute_step_loss, set_train_mode, use_cpu_threads
 
 Tensors = Mapping[str, Tensor]

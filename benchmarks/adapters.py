@@ -26,8 +26,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from benchmarks.report import save
-from fedtune.merging._factors import LowRankFactors, compute_averaging_error, stack_factors
-from fedtune.merging._small_svd import truncate_product
+from fedtune.merging._factor_svd import truncate_product
+from fedtune.merging._low_rank_factors import LowRankFactors, compute_averaging_error, stack_factors
 from fedtune.offline_merge.adapters.adapter_merge import AdapterMerge, RankLimit
 from fedtune.offline_merge.adapters.merge_adapters import merge_adapters
 from fedtune.training import use_cpu_threads

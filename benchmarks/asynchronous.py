@@ -118,7 +118,7 @@ def measured(made: Arm, seconds: float) -> dict[str, Any]:
     accuracies, ends = [metric(record, "validation") for record in rounds], [0.0, *made.ends]
     marks = [seconds * mark / MARKS for mark in range(1, MARKS + 1)]
     found = [sum(end <= mark for end in ends) - 1 for mark in marks]
-    taus = [one.staleness or 0 for record in rounds for one in record.contributions if one.status == "merged"]
+    taus = [one.staleness or 0 for record in rounds for one in record.client_records if one.status == "merged"]
     return {
         "rounds": len(rounds) - 1,
         "answers": len(taus),
@@ -144,7 +144,7 @@ def run(store: Store, made: Arm) -> list[RoundRecord]:
 
 
 def metric(record: RoundRecord, part: str) -> float:
-    return next(m.value for m in record.metrics if (m.part, m.domain, m.name) == (part, "all", "accuracy"))
+    return next(m.value for m in record.metrics if (m.split, m.domain, m.name) == (part, "all", "accuracy"))
 
 
 def claim(rows: list[dict[str, Any]]) -> dict[str, Any]:

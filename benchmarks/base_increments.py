@@ -28,6 +28,7 @@ from fedtune.merging import MergeContext
 from fedtune.recipe.yaml_file import read_recipe
 from fedtune.server.bases import Bases
 from fedtune.server.class_payloads import RoundPayloads, list_trainable_tensors
+from fedtune.server.client_device import ClientDevice
 from fedtune.server.downloads import Download, Downloads
 from fedtune.server.replies import make_missing_record
 from fedtune.simulation import resolve_recipe
@@ -112,9 +113,14 @@ def stored(state: State, folder: Path, number: int) -> StoredState:
 def received(shop: RunContext, got: Download, number: int, folder: Path) -> float:
     """Seconds of a device until it has its base, which is checked by its digest."""
     assert isinstance(got.payload, bytes)
-    assert got.held, "the increments are fewer bytes in each round"
+    assert got.held_digest, "the increments are fewer bytes in each round"
     started = time.process_time()
-    with_base(TrainRequest("", number, 0, base=got.base, held=got.held), decode_tensors(got.payload), shop, folder)
+    with_base(
+        TrainRequest("", number, 0, "run", base_digest=got.base_digest, held_digest=got.held_digest),
+        decode_tensors(got.payload),
+        shop,
+        folder,
+    )
     return time.process_time() - started
 
 
@@ -131,7 +137,9 @@ def contributions(shop: RunContext, state: State, number: int, folder: Path) -> 
 
 def records(clients: int) -> list[ClientRecord]:
     """That so many were merged."""
-    return [replace(make_missing_record(client, "phone", 0, ""), status="merged") for client in range(clients)]
+    return [
+        replace(make_missing_record(client, ClientDevice("phone"), 0, ""), status="merged") for client in range(clients)
+    ]
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def compare(seed: int, kind: str, rate: float, way: str) -> dict[str, Any]:
 def simulate(seed: int) -> float:
     command = [sys.executable, "-m", "fedtune.cli.main", "simulate", str(RECIPE), "--json", "--set", f"seed={seed}"]
     run = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-    figures = [m for m in run["metrics"] if (m["part"], m["domain"], m["name"]) == ("test", "mean", "accuracy")]
+    figures = [m for m in run["metrics"] if (m["split"], m["domain"], m["name"]) == ("test", "mean", "accuracy")]
     return float(figures[-1]["value"])
 
 

@@ -31,8 +31,8 @@ from fedtune.recipe.yaml_file import read_recipe
 from fedtune.simulation import resolve_recipe
 from fedtune.tasks import get_task
 from fedtune.techniques import begin_step
-from fedtune.techniques._probe import calibrate_thresholds
-from fedtune.techniques.deft import get_probes
+from fedtune.techniques.deft._density_probe import calibrate_thresholds
+from fedtune.techniques.deft.deft import get_probes
 from fedtune.training import (
     EvaluatedModel,
     RunContext,

@@ -58,7 +58,7 @@ def main(minutes: float) -> None:
             trainers = [device.below()[1:] for device in made.devices]
             warm = statistics.median(memory(found) for found in trainers)
     completed = [record for record in found["rounds"] if record["number"] and record["status"] == "completed"]
-    reports = [sent for record in completed for sent in record["contributions"]]
+    reports = [sent for record in completed for sent in record["client_records"]]
     total, server = psutil.virtual_memory().total, max(taken.values())
     save(
         "device_crowd",

@@ -26,7 +26,7 @@ from benchmarks.scratch_database import Database
 from benchmarks.undisturbed import DEVICES, outcome, simulated, small_recipe
 from fedtune.recipe.schema import Recipe
 from fedtune.recipe.yaml_file import parse_recipe
-from fedtune.tracking import Store, file_url
+from fedtune.tracking import Store, make_file_url
 
 DATABASE = "PostgreSQL"
 DEADLINE = 120
@@ -97,7 +97,7 @@ def disturbed(
 ) -> list[Kill]:
     """Kill the victim in every phase; what came of it. A new run is begun when one has failed a round, or has ended."""
     kills: list[Kill] = []
-    url = kept.url if kept else file_url(made.server.home / "store.sqlite")
+    url = kept.url if kept else make_file_url(made.server.home / "store.sqlite")
     with Store.open(url) as store:
         while phases := (PHASES * KILLS[victim])[len(kills) :]:
             watch = Watch(made, store, made.submit(recipe))

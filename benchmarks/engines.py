@@ -73,7 +73,7 @@ def finish(recipe: str, engine: str) -> dict[str, Any]:
         printed = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout
         seconds = time.perf_counter() - started
     run = json.loads(printed)
-    test = [m["value"] for m in run["metrics"] if (m["part"], m["domain"], m["name"]) == ("test", "all", "accuracy")]
+    test = [m["value"] for m in run["metrics"] if (m["split"], m["domain"], m["name"]) == ("test", "all", "accuracy")]
     return {"seconds": seconds, "sha256": run["checkpoint"]["sha256"], "test_accuracy": test[-1]}
 
 

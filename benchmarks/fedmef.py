@@ -175,7 +175,9 @@ def merge(shop: RunContext, state: State, number: int, sent: Sequence[ClientUpda
 
 def revise(shop: RunContext, merged: State, number: int, sent: Sequence[ClientUpdate]) -> State:
     extras = techniques.declare_extra_payload(shop.techniques, shop.model, number)
-    weights = merging.build_pipeline(shop.recipe.merge).combine.weights([one.num_examples for one in sent])
+    weights = merging.build_pipeline(shop.recipe.merge).combine.compute_client_weights(
+        [one.num_examples for one in sent]
+    )
     answers = [
         techniques.ExtraPayload(weight, one.read_tensors(extras)) for weight, one in zip(weights, sent, strict=True)
     ]

@@ -21,7 +21,7 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 from benchmarks.architecture_settings import WORDS
 from benchmarks.architecture_zoo import tokenizer
 from benchmarks.report import save
-from fedtune.tracking import file_url
+from fedtune.tracking import make_file_url
 
 WIDTH = 256
 RECIPE = """
@@ -53,7 +53,7 @@ def peaks(folder: Path, millions: int, workers: int) -> tuple[dict[str, int], in
     size = prepare(folder, millions)
     command = [sys.executable, "-m", "fedtune.cli.main", "simulate", str(folder / "recipe.yaml")]
     started = subprocess.Popen(
-        [*command, "--workers", str(workers), "--store", file_url(folder / "runs.sqlite")],
+        [*command, "--workers", str(workers), "--store", make_file_url(folder / "runs.sqlite")],
         env={
             "PATH": "/usr/bin:/bin",
             "FEDTUNE_HOME": str(folder / "home"),

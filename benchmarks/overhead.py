@@ -23,7 +23,7 @@ from fedtune.seeds import derive_seed
 from fedtune.simulation import resolve_recipe, run_in_process
 from fedtune.tasks import get_task
 from fedtune.techniques import begin_round, list_trainable_tensors
-from fedtune.tracking import Store, file_url
+from fedtune.tracking import Store, make_file_url
 from fedtune.training import (
     EvaluatedModel,
     RunContext,
@@ -74,7 +74,7 @@ def engine_run(shop: RunContext, run: str) -> None:
     """The whole run, store and checkpoints included, in a folder of its own; the model is built already, for both."""
     set_run_context(shop)
     with tempfile.TemporaryDirectory() as folder:
-        url = file_url(Path(folder) / "store.sqlite")
+        url = make_file_url(Path(folder) / "store.sqlite")
         with Store.open(url) as store:
             recipe = shop.recipe
             store.create_run(

@@ -61,7 +61,7 @@ def figures(*settings: str) -> dict[str, float | None]:
 
 
 def last(metrics: list[dict[str, Any]], part: str, name: str) -> float:
-    wanted = [one for one in metrics if (one["part"], one["domain"], one["name"]) == (part, "all", name)]
+    wanted = [one for one in metrics if (one["split"], one["domain"], one["name"]) == (part, "all", name)]
     return float(wanted[-1]["value"])
 
 

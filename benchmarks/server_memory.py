@@ -11,7 +11,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -24,7 +23,8 @@ from fedtune.flower.message_identity import set_node_identity
 from fedtune.memory import peak_rss, reset_peak_rss
 from fedtune.recipe.schema import Unit
 from fedtune.server.class_payloads import ClassPayload
-from fedtune.server.replies import receive_update
+from fedtune.server.client_device import ClientDevice
+from fedtune.server.replies import ExpectedReply, receive_update
 from fedtune.wire.client_update import ClientReport, pack
 
 COUNTS = (1, 4, 16, 64)
@@ -54,9 +54,8 @@ def receive_and_merge(count: int, folder: Path) -> int:
     before = peak_rss()
     contributions = []
     for client in range(count):
-        _, sent = receive_update(
-            reply(client, folder / "sent"), client, "phone", ClassPayload({}, SHAPES, {}), None, folder
-        )
+        expected = ExpectedReply(client, ClientDevice("phone"), ClassPayload({}, SHAPES, {}))
+        _, sent = receive_update(reply(client, folder / "sent"), expected, folder)
         assert sent is not None
         contributions.append(sent)
     merged = merging.merge_client_updates(merging.build_pipeline([Unit(name="mean")]), state, SHAPES, contributions)
@@ -68,7 +67,8 @@ def reply(client: int, sent: Path) -> Message:
     """A client's reply as it reaches the server: bytes, of which nothing is known yet."""
     payload = sent.read_bytes()
     delta = ArrayRecord({"safetensors": Array("uint8", (len(payload),), "safetensors", payload)})
-    report = MetricRecord(asdict(ClientReport(examples=10 + client, loss=1.0, seconds=1.0, saved_bytes=0, peak_rss=0)))
+    fields = ClientReport(10 + client, loss=1.0, seconds=1.0, activation_memory=0, peak_memory=0).to_fields()
+    report = MetricRecord(fields)  # type: ignore[arg-type]
     return Message(RecordDict({"delta": delta, "report": report}), 1, "train")
 
 

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from benchmarks.report import save
-from fedtune.tracking import RoundRecord, Store, file_url
+from fedtune.tracking import RoundRecord, Store, make_file_url
 
 FEDTUNE = str(Path(sys.executable).parent / "fedtune")
 COMMANDS = (["--help"], ["runs", "list"])
@@ -23,7 +23,7 @@ REPEATS = 10
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        fill(file_url(Path(folder) / "store.sqlite"))
+        fill(make_file_url(Path(folder) / "store.sqlite"))
         environment = {**os.environ, "FEDTUNE_HOME": folder}
         medians = {" ".join(command): measured(command, environment) for command in COMMANDS}
     save("startup", {"median_seconds": medians})
@@ -39,7 +39,7 @@ def fill(url: str) -> None:
 
 def empty_round(number: int) -> RoundRecord:
     return RoundRecord(
-        number=number, status="completed", reason="", seconds=1.0, contributions=(), metrics=(), checkpoint=None
+        number=number, status="completed", reason="", seconds=1.0, client_records=(), metrics=(), checkpoint=None
     )
 
 

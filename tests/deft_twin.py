@@ -13,7 +13,7 @@ from fedtune import techniques
 from fedtune.recipe.schema import Unit
 from fedtune.tasks import Task, get_task
 from fedtune.techniques import Technique
-from fedtune.techniques._mlps import find_mlps
+from fedtune.techniques.deft._mlps import find_mlps
 from fedtune.training.local_training import compute_step_loss
 from tests.tiny import llama, texts
 

@@ -145,7 +145,7 @@ def outcome(run: str = "latest") -> Ended:
 
 def order_of(message: Message) -> tuple[int, int]:
     """Round and client a message is for."""
-    order = message.content.config_records["order"]
+    order = message.content.config_records[train_messages.TRAIN_REQUEST]
     number, client = order["round"], order["client"]
     assert isinstance(number, int)
     assert isinstance(client, int)

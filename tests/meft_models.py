@@ -27,7 +27,7 @@ from transformers import (
 
 from fedtune.tasks import Task
 from fedtune.techniques import apply_techniques
-from fedtune.techniques._two_streams import ReversibleStack
+from fedtune.techniques.meft._two_streams import ReversibleStack
 from tests.technique_steps import IMAGES, LANGUAGE, TEXT, chosen, shake
 from tests.tiny import VOCABULARY, bert, llama
 

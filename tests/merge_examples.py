@@ -144,7 +144,7 @@ def settled_and_merged(
 ) -> dict[str, Tensor]:
     """The merged delta of every tensor."""
     settled = bind_combine(step, shapes, given, MergeContext(round_number=draw))
-    return {name: whole(settled.combine, name, shape, settled.operands) for name, shape in shapes.items()}
+    return {name: whole(settled.combine, name, shape, settled.merge_inputs) for name, shape in shapes.items()}
 
 
 def whole(step: CombineStep, name: str, shape: tuple[int, ...], given: Sequence[MergeInput]) -> Tensor:

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.models.efficientnet_lite import SameConv2d
-from fedtune.techniques._normalised_conv import (
+from fedtune.techniques.pruning._pruned_input_layers import InputStorage, RecentInputs
+from fedtune.techniques.pruning._pruned_tensor import PruningRule
+from fedtune.techniques.pruning._standardised_conv2d import (
     ConvNormPair,
     find_conv_norm_pairs,
     standardise_convolutions,
 )
-from fedtune.techniques._pruned import PruningRule
-from fedtune.techniques._pruned_layers import InputStorage, RecentInputs
 
 __all__ = ["PADDED", "STRIDED", "Net", "a_mask", "drawn", "gradients", "keeping", "made_normal"]
 

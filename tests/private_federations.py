@@ -51,5 +51,5 @@ def key_of(run: str, client: int | None = None) -> Path:
 
 
 def epsilons(ended: Ended) -> list[float]:
-    found = [[m.value for m in r.metrics if (m.part, m.name) == ("privacy", "epsilon")] for r in ended.rounds]
+    found = [[m.value for m in r.metrics if (m.split, m.name) == ("privacy", "epsilon")] for r in ended.rounds]
     return [value for values in found for value in values]

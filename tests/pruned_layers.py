@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.models.efficientnet_lite import SameConv2d
-from fedtune.techniques._pruned import PruningRule
-from fedtune.techniques._pruned_layers import InputStorage, RecentInputs, attach_input_pruning
+from fedtune.techniques.pruning._pruned_input_layers import InputStorage, RecentInputs, attach_input_pruning
+from fedtune.techniques.pruning._pruned_tensor import PruningRule
 
 __all__ = ["CASES", "CONVOLUTIONS", "LINEARS", "Gradients", "Kind", "drawn", "made", "noting", "same", "step", "told"]
 

@@ -27,7 +27,7 @@ MOST_FILES = 40
 """Reading more of them takes longer than is left to run them."""
 ALWAYS = Path("tests/test_structure.py")
 UNITS = ("fedtune.techniques.", "fedtune.merging.")
-"""Folders whose files are found by listing them, so that a test need not import the unit that it names."""
+"""Packages whose files are found by listing their folders, so that a test need not import the unit that it names."""
 
 
 class TimeBudget:
@@ -91,9 +91,8 @@ def _list_users(module: str) -> Iterator[str]:
     graph = _build_graph()
     if module in graph.modules:
         yield from graph.find_modules_that_directly_import(module)
-    name = module.rpartition(".")[2]
-    if module.startswith(UNITS) and not name.startswith("_"):
-        unit = re.compile(rf"\b{re.escape(name.replace('_', '-'))}\b")
+    if module.startswith(UNITS) and "._" not in module:
+        unit = re.compile(rf"\b{re.escape(module.rpartition('.')[2].replace('_', '-'))}\b")
         yield from (_name_module(path) for path in _list_test_files() if unit.search(_read(path)))
 
 

@@ -11,9 +11,15 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaForSequenceClassification
 
 from fedtune.merging import MergeInput
-from fedtune.merging._declared import build_spec_from_tables, has_architecture_table
-from fedtune.merging._graph import trace_permutation_spec
-from fedtune.merging._symmetry import Permutation, PermutationKind, Permutations, PermutationSpec, UnitLayout
+from fedtune.merging.align.rebasin._architecture_tables import build_spec_from_tables, has_architecture_table
+from fedtune.merging.align.rebasin._graph_tracing import trace_permutation_spec
+from fedtune.merging.align.rebasin._permutations import (
+    Permutation,
+    PermutationKind,
+    Permutations,
+    PermutationSpec,
+    UnitLayout,
+)
 from fedtune.models.classifier import ImageClassifier
 from tests.own_nets import net
 from tests.tiny import bert, llama

@@ -61,13 +61,13 @@ class Server:
 
     def audit(self) -> list[AuditRecord]:
         with Store.open() as store:
-            return store.access.audit.lines()
+            return store.access.audit.list_lines()
 
     def refused(self, words: str) -> bool:
         """Whether the audit tells, within a moment, of a refusal with these words."""
         end = time.monotonic() + 5
         while time.monotonic() < end:
-            if any(line.kind == "refused" and words in line.what for line in self.audit()):
+            if any(line.outcome == "refused" and words in line.message for line in self.audit()):
                 return True
             time.sleep(0.1)
         return False

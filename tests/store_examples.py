@@ -6,31 +6,31 @@ from typing import Any
 
 from fedtune.tracking import CheckpointRecord, ClientRecord, MetricRecord, RoundRecord, Store
 
-__all__ = ["DOMAINS", "a_contribution", "a_metric", "a_round", "fill", "start"]
+__all__ = ["DOMAINS", "a_client_record", "a_metric", "a_round", "fill", "start"]
 
 DOMAINS = ("film", "tweets", "all")
 
 
-def a_contribution(client: int, **changes: Any) -> ClientRecord:
+def a_client_record(client: int, **changes: Any) -> ClientRecord:
     one = ClientRecord(
         client=client,
-        device="phone" if client < 2 else "tablet",
+        device_class="phone" if client < 2 else "tablet",
         status="merged",
         reason="",
-        examples=100 + client,
+        num_examples=100 + client,
         bytes_down=3_000_000_000 + client,
         bytes_up=2_000_000_000 + client,
         seconds=1.5 + client,
-        saved_bytes=5_000_000_000 + client,
-        peak_rss=7_000_000_000 + client,
-        norm=0.25 + client,
-        loss=0.5 + client,
+        activation_memory=5_000_000_000 + client,
+        peak_memory=7_000_000_000 + client,
+        update_norm=0.25 + client,
+        train_loss=0.5 + client,
     )
     return replace(one, **changes)
 
 
-def a_metric(value: float, part: str = "validation", domain: str = "all", name: str = "accuracy") -> MetricRecord:
-    return MetricRecord(part=part, domain=domain, name=name, value=value)
+def a_metric(value: float, split: str = "validation", domain: str = "all", name: str = "accuracy") -> MetricRecord:
+    return MetricRecord(split=split, domain=domain, name=name, value=value)
 
 
 def a_round(number: int, **changes: Any) -> RoundRecord:
@@ -44,7 +44,7 @@ def a_round(number: int, **changes: Any) -> RoundRecord:
         status="completed",
         reason="",
         seconds=2.5 + number,
-        contributions=tuple(a_contribution(client) for client in range(3)) if number else (),
+        client_records=tuple(a_client_record(client) for client in range(3)) if number else (),
         metrics=tuple(sorted(metrics, key=lambda metric: metric.domain)),
         checkpoint=CheckpointRecord(path=f"a/round-{number}", sha256=f"{number:064x}", bytes=10**10 + number),
     )

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from fedtune.memory import StorageMeter
-from fedtune.techniques._pruned import PruningRule, pack_pruned, unpack_pruned
-from fedtune.techniques._pruned_layers import InputStorage, RecentInputs, attach_input_pruning
+from fedtune.techniques.pruning._pruned_input_layers import InputStorage, RecentInputs, attach_input_pruning
+from fedtune.techniques.pruning._pruned_tensor import PruningRule, pack_pruned, unpack_pruned
 from tests.pruned_layers import CASES, CONVOLUTIONS, drawn, made, noting, step, told
 
 

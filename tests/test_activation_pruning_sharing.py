@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fedtune.memory import StorageMeter
-from fedtune.techniques._pruned import PruningRule
-from fedtune.techniques._pruned_layers import RecentInputs, detach_input_pruning
+from fedtune.techniques.pruning._pruned_input_layers import RecentInputs, detach_input_pruning
+from fedtune.techniques.pruning._pruned_tensor import PruningRule
 from tests.pruned_layers import drawn, same, step, told
 
 

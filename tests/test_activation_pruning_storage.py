@@ -7,11 +7,17 @@ import torch
 from torch import Tensor
 
 from fedtune.memory import StorageMeter
-from fedtune.techniques import _largest
-from fedtune.techniques._bits import pack_bits as pack_bits
-from fedtune.techniques._bits import unpack_bits as unpack_bits
-from fedtune.techniques._largest import mask_largest_per_row
-from fedtune.techniques._pruned import PackedTensor, PruningRule, count_kept_entries, pack_pruned, unpack_pruned
+from fedtune.techniques._layers.bit_packing import pack_bits as pack_bits
+from fedtune.techniques._layers.bit_packing import unpack_bits as unpack_bits
+from fedtune.techniques.pruning import _largest_entries
+from fedtune.techniques.pruning._largest_entries import mask_largest_per_row
+from fedtune.techniques.pruning._pruned_tensor import (
+    PackedTensor,
+    PruningRule,
+    count_kept_entries,
+    pack_pruned,
+    unpack_pruned,
+)
 
 
 def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -64,7 +70,7 @@ def test_the_largest_are_kept_and_of_equals_the_first(keep: int, dtype: torch.dt
 def test_long_rows_are_searched_in_pieces_to_the_same_end(
     keep: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_largest, "_PIECE", 5)
+    monkeypatch.setattr(_largest_entries, "_PIECE", 5)
     rows = (drawn(5, 12, dtype=dtype) * 3).round() / 2
     rows[0] = 0
     rows[1, 2:] = -1.5
@@ -79,7 +85,7 @@ def test_the_search_takes_no_memory_that_grows_with_the_tensor_but_its_mask() ->
     for rows in (x, x.view(-1, 1000)):
         with StorageMeter() as meter:
             mask = mask_largest_per_row(rows, rows.shape[1] // 2)
-        assert meter.peak_bytes <= 2 * mask.numel() + 30 * _largest._PIECE
+        assert meter.peak_bytes <= 2 * mask.numel() + 30 * _largest_entries._PIECE
         assert mask.sum() == x.numel() // 2
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fedtune.memory import StorageMeter
-from fedtune.merging._factors import (
+from fedtune.merging._factor_svd import compute_core, count_kept_singular_values, truncate_product
+from fedtune.merging._low_rank_factors import (
     LowRankFactors,
     average_factors,
     compute_averaging_error,
@@ -18,7 +19,6 @@ from fedtune.merging._factors import (
     pad_factors,
     stack_factors,
 )
-from fedtune.merging._small_svd import compute_core, count_kept_singular_values, truncate_product
 
 D, K = 24, 17
 RANKS, SCALES, WEIGHTS = (4, 2, 7), (2.0, 0.5, 16 / math.sqrt(7)), (0.5, 0.2, 0.3)

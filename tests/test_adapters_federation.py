@@ -158,8 +158,8 @@ def states(ended: Ended) -> list[dict[str, Tensor]]:
 @pytest.mark.parametrize("step", ALL)
 def test_a_federation_merges_by_pairs_and_keeps_the_error_of_each_round(home: Path, tmp_path: Path, step: str) -> None:
     ended = execute(recipe(tmp_path, step))
-    assert {found.status for record in ended.rounds[1:] for found in record.contributions} == {"merged"}
-    kept = [{m.name: m.value for m in record.metrics if m.part == "merge"} for record in ended.rounds]
+    assert {found.status for record in ended.rounds[1:] for found in record.client_records} == {"merged"}
+    kept = [{m.name: m.value for m in record.metrics if m.split == "merge"} for record in ended.rounds]
     assert kept[0] == {}
     assert all(0 < figures["factor_error"] < 1 for figures in kept[1:])
     start, *_, last = states(ended)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fedtune.errors import ModelError
 from fedtune.merging import ActivationStatistics, CombineStep, MergeContext, MergeInput
-from fedtune.merging.aim import Aim
-from fedtune.merging.shrink import Shrink
+from fedtune.merging.relax.aim import Aim
+from fedtune.merging.relax.shrink import Shrink
 from fedtune.offline_merge.adapters.adapter_merge import AdapterMerge, RankLimit
 from fedtune.offline_merge.adapters.merge_adapters import MergedModule, compute_overall_error, merge_adapters
 from tests.adapter_folders import (

@@ -217,8 +217,8 @@ def test_a_client_whose_sums_do_not_hold_is_refused(
     clear_run_context()
     bad = spoilt(lambda message, reply: answer(message, pack(spoil(decode_tensors(payload_of(reply)))), REPORT), {1})
     ended = execute(words(tmp_path, FULL, CLIENTS, "federation.rounds=1"), bad)
-    told = {record.client: record for record in ended.rounds[1].contributions}
-    assert {client: record.status for client, record in told.items()} == {0: "merged", 1: "refused", 2: "merged"}
+    told = {record.client: record for record in ended.rounds[1].client_records}
+    assert {client: record.status for client, record in told.items()} == {0: "merged", 1: "rejected", 2: "merged"}
     assert reason in told[1].reason
 
 

@@ -18,9 +18,9 @@ from fedtune.merging import (
     find_dominated_weights,
     merge_client_updates,
 )
-from fedtune.merging.aim import Aim, scale_adapter_columns
-from fedtune.merging.mean import Mean
-from fedtune.merging.shrink import Shrink
+from fedtune.merging.combine.mean import Mean
+from fedtune.merging.relax.aim import Aim, scale_adapter_columns
+from fedtune.merging.relax.shrink import Shrink
 from fedtune.recipe.schema import Unit
 from fedtune.wire import client_update
 from tests.test_merging import a_state, spool

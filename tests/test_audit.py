@@ -19,10 +19,10 @@ class Watched:
         self.audit = AuditLog(store.access, lambda: self.now)
 
     def lines(self) -> list[AuditRecord]:
-        return self.log.lines(100_000)
+        return self.log.list_lines(100_000)
 
     def of(self, who: str) -> list[AuditRecord]:
-        return [line for line in self.lines() if line.who == who]
+        return [line for line in self.lines() if line.actor == who]
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_one_address_fills_sixty_lines_a_minute_and_the_rest_is_counted(watched:
     assert len(watched.of("10.0.0.1")) == 60
     watched.now += 0.5
     watched.audit.record_refusal("10.0.0.2", "knocked later")
-    assert watched.of("10.0.0.1")[0].what == "15 more requests within a minute"
+    assert watched.of("10.0.0.1")[0].message == "15 more requests within a minute"
     watched.audit.record_refusal("10.0.0.1", "knocked again")
     assert len(watched.of("10.0.0.1")) == 62
 
@@ -52,7 +52,7 @@ def test_what_was_left_out_is_told_also_when_nobody_knocks_any_more(watched: Wat
         watched.audit.record_refusal("10.0.0.1", f"knocked {number}")
     watched.now += 61
     watched.audit.flush()
-    assert watched.lines()[0].what == "1 more requests within a minute"
+    assert watched.lines()[0].message == "1 more requests within a minute"
 
 
 def test_a_network_of_ipv6_counts_as_one_address(watched: Watched) -> None:
@@ -68,7 +68,7 @@ def test_a_key_that_is_shown_does_not_hide_where_a_refusal_comes_from(watched: W
     for number in range(75):
         watched.audit.record_refusal("10.0.0.1", "knocked", f"device-{number}")
     assert len(watched.lines()) == 60
-    assert watched.lines()[0].who == "device-59 at 10.0.0.1"
+    assert watched.lines()[0].actor == "device-59 at 10.0.0.1"
 
 
 def test_all_addresses_together_fill_six_hundred_lines_a_minute(watched: Watched) -> None:
@@ -79,7 +79,7 @@ def test_all_addresses_together_fill_six_hundred_lines_a_minute(watched: Watched
     watched.audit.flush()
     added = watched.lines()[:-600]
     assert len(added) == 11
-    assert added[0].what == "90 more requests from 90 others within a minute"
+    assert added[0].message == "90 more requests from 90 others within a minute"
 
 
 def test_what_comes_again_within_an_hour_is_one_line(watched: Watched) -> None:
@@ -89,7 +89,7 @@ def test_what_comes_again_within_an_hour_is_one_line(watched: Watched) -> None:
     watched.audit.flush()
     [line] = watched.lines()
     assert line.times == 1000
-    assert line.last >= line.at
+    assert line.last_recorded_at >= line.recorded_at
     watched.now += 3600
     watched.audit.record_refusal("10.0.0.1", "knocked")
     assert len(watched.lines()) == 2
@@ -98,7 +98,7 @@ def test_what_comes_again_within_an_hour_is_one_line(watched: Watched) -> None:
 def test_refusals_never_push_out_what_was_done_nor_others_of_their_kind(
     watched: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"_DONE": 100, "_REFUSED": 200, "_OF_ONE_SOURCE": 50, "_PRUNE_EVERY": 1}.items():
+    for name, value in {"_DONE": 100, "_REFUSED": 200, "_REFUSED_PER_SOURCE": 50, "_PRUNE_EVERY": 1}.items():
         monkeypatch.setattr(audit, name, value)
     watched.audit.record_action("ada", "run r submitted")
     watched.log.write_line("refused", "10.9.9.9", "a key that is not known", "10.9.9.9")
@@ -109,7 +109,7 @@ def test_refusals_never_push_out_what_was_done_nor_others_of_their_kind(
         source = f"10.0.1.{number % 6}"
         watched.log.write_line("refused", source, f"knocked {number}", source)
     assert len(watched.lines()) <= 202
-    assert [line.what for line in watched.of("ada")] == ["run r submitted"]
+    assert [line.message for line in watched.of("ada")] == ["run r submitted"]
     assert len(watched.of("10.9.9.9")) == 1
     for number in range(150):
         watched.audit.record_action("ada", f"run {number} submitted")
@@ -119,16 +119,16 @@ def test_refusals_never_push_out_what_was_done_nor_others_of_their_kind(
 def test_lines_are_cleaned_and_cut_before_they_are_kept(watched: Watched) -> None:
     watched.audit.record_refusal("10.0.0.1", "\x1b]0;title\x07\x9b31m\u202e[/x]\n" + "x" * 20_000_000)
     [line] = watched.lines()
-    assert line.what.startswith("\\x1b]0;title\\x07\\x9b31m\\u202e[/x]\\n")
-    assert len(line.what) == 500
+    assert line.message.startswith("\\x1b]0;title\\x07\\x9b31m\\u202e[/x]\\n")
+    assert len(line.message) == 500
 
 
 def test_lines_are_found_by_the_moment_they_were_last_true(watched: Watched) -> None:
     number = watched.log.write_line("refused", "10.0.0.1", "knocked")
     watched.log.write_line("done", "ada", "run r submitted")
     later = datetime.now(UTC)
-    watched.log.repeat(number, 3)
-    assert [(line.what, line.times) for line in watched.log.lines(since=later)] == [("knocked", 4)]
-    assert watched.log.lines(since=later + timedelta(minutes=1)) == []
-    assert [line.what for line in watched.log.lines(1)] == ["run r submitted"]
-    assert [line.what for line in watched.log.lines(before=number + 1)] == ["knocked"]
+    watched.log.count_repeats(number, 3)
+    assert [(line.message, line.times) for line in watched.log.list_lines(since=later)] == [("knocked", 4)]
+    assert watched.log.list_lines(since=later + timedelta(minutes=1)) == []
+    assert [line.message for line in watched.log.list_lines(1)] == ["run r submitted"]
+    assert [line.message for line in watched.log.list_lines(before=number + 1)] == ["knocked"]

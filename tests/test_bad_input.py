@@ -275,7 +275,7 @@ def test_a_run_another_process_executes_is_not_resumed(home: Path, refused: Refu
 
 def test_a_round_that_is_not_there_is_named(home: Path, refused: Refusal) -> None:
     interrupted()
-    assert "run run-1 has not recorded a checkpoint of round 7; its checkpoints are those of rounds 0 and 1" in refused(
+    assert "run run-1 has not recorded a checkpoint of round 7; it has the checkpoints of rounds 0 and 1" in refused(
         "evaluate", "latest", "--round", "7"
     )
 

@@ -23,7 +23,7 @@ from fedtune.server.server_app import run_to_completion
 from fedtune.simulation.in_process_grid import InProcessGrid
 from fedtune.simulation.workers import SequentialWorkers
 from fedtune.tracking import RoundRecord, Store
-from fedtune.tracking.rollback import rollback
+from fedtune.tracking.rollback import rollback_run
 from fedtune.training import clear_run_context, get_run_context, set_model_state
 from fedtune.wire.client_update import TrainRequest, decode_tensors, pack
 from fedtune.wire.protocol_codes import LACKS_BASE
@@ -87,7 +87,7 @@ def grid_of(made: Recipe, sent: Sent, happens: Happens = nothing) -> TickingGrid
 
 
 def sizes(rounds: Sequence[RoundRecord]) -> list[dict[int, int]]:
-    return [{one.client: one.bytes_down for one in record.contributions} for record in rounds[1:]]
+    return [{one.client: one.bytes_down for one in record.client_records} for record in rounds[1:]]
 
 
 def whole(message: Message) -> bool:
@@ -122,7 +122,7 @@ def test_devices_are_sent_increments_and_end_with_the_bits_of_a_simulation(
     simulated = execute(made, run="simulated")
     real = deployed(made, sent)
     assert real.hashes == simulated.hashes
-    assert {one.status for record in real.rounds for one in record.contributions} == {"merged"}
+    assert {one.status for record in real.rounds for one in record.client_records} == {"merged"}
     assert wholes(sent) == set()
     assert sizes(real.rounds) == sizes(simulated.rounds)
     assert sizes(real.rounds)[2] == {
@@ -201,9 +201,9 @@ def test_a_device_that_always_lacks_its_base_is_asked_twice_and_no_more(
     assert {order: len(messages) for order, messages in sent.items()} == {
         (number, client): 2 if client == 1 else 1 for number in (1, 2) for client in range(3)
     }
-    told = [one for record in ended.rounds for one in record.contributions if one.client == 1]
+    told = [one for record in ended.rounds for one in record.client_records if one.client == 1]
     assert [one.status for one in told] == ["error", "error"]
-    assert all(one.reason.startswith("it lacks base weights that its order counts on") for one in told)
+    assert all(one.reason.startswith("it lacks base weights that its train request is based on") for one in told)
 
 
 @pytest.mark.parametrize("keep", ["all", "{last: 1, best: false, every: null}"])
@@ -309,7 +309,7 @@ def test_a_run_that_was_rolled_back_goes_on_and_devices_that_are_ahead_get_the_b
     made, sent = recipe(tmp_path, "flora", "federation.rounds=4", "checkpoints.keep=all"), Sent()
     first = deployed(made, sent).hashes
     with Store.open() as store:
-        assert rollback(store, "deployed", 2) == 2
+        assert rollback_run(store, "deployed", 2) == 2
     sent.clear()
     assert deployed(made, sent).hashes == first
     assert wholes(sent) == {(3, client) for client in range(3)}
@@ -334,7 +334,7 @@ def test_the_model_as_it_was_built_is_no_base_once_it_has_trained(home: Path, tm
     state = decode_tensors(train_messages.read_shared_state(message.content))
     folder = tmp_path / "anew"
     found = with_base(order, state, shop, folder)
-    assert checkpoint.hash_tensors(_base(found)) == order.base
+    assert checkpoint.hash_tensors(_base(found)) == order.base_digest
     set_model_state(shop.model, found)
     with pytest.raises(DeviceError, match="not on this device") as caught:
         with_base(order, state, shop, tmp_path / "another")

@@ -48,7 +48,7 @@ def deployed(
 
 def merged(rounds: Sequence[RoundRecord]) -> list[dict[int, int | None]]:
     """By round, the staleness of each merged client."""
-    return [{c.client: c.staleness for c in r.contributions if c.status == "merged"} for r in rounds[1:]]
+    return [{c.client: c.staleness for c in r.client_records if c.status == "merged"} for r in rounds[1:]]
 
 
 def test_a_slow_device_is_merged_when_it_comes_and_its_lateness_is_recorded(home: Path) -> None:
@@ -85,15 +85,15 @@ def test_a_late_delta_to_its_own_start_is_scaled_and_added(
     assert max(tau for taus in merged(rounds) for tau in taus.values() if tau is not None) == 2
     for number in range(1, 6):
         before, after = state(rounds, number - 1), state(rounds, number)
-        used = [one for one in rounds[number].contributions if one.status == "merged"]
-        total = sum(one.examples for one in used)
+        used = [one for one in rounds[number].client_records if one.status == "merged"]
+        total = sum(one.num_examples for one in used)
         for name, tensor in before.items():
             expected = tensor.double().numpy()
             for one in used:
                 assert one.staleness is not None
                 start = (number - one.staleness, one.client)
                 assert bool((began[start][name] == state(rounds, start[0] - 1)[name]).all())
-                share = one.examples / total * (1 + one.staleness) ** -0.7
+                share = one.num_examples / total * (1 + one.staleness) ** -0.7
                 expected = expected + share * sent[start][name].double().numpy()
             assert_allclose(after[name].numpy(), np.asarray(expected), rtol=1e-6, atol=1e-8)
 
@@ -114,8 +114,8 @@ def test_a_simulation_draws_what_devices_of_these_durations_do(
     simulated, real = execute(recipe, run="simulated"), deployed(recipe, takes, run="deployed")
     assert merged(simulated.rounds) == merged(real)
     assert simulated.hashes == outcome("deployed").hashes
-    assert [[(c.client, c.status) for c in r.contributions] for r in simulated.rounds] == [
-        [(c.client, c.status) for c in r.contributions] for r in real
+    assert [[(c.client, c.status) for c in r.client_records] for r in simulated.rounds] == [
+        [(c.client, c.status) for c in r.client_records] for r in real
     ]
 
 
@@ -130,9 +130,9 @@ def test_an_answer_that_would_be_too_old_is_given_up_and_the_device_asked_anew(h
         return 3.5 if client == 3 else 1.0
 
     rounds = deployed(late("federation.asynchronous.max_staleness=1"), takes, spoilt(note, range(4)))
-    lost = [(r.number, c.client, c.status) for r in rounds for c in r.contributions if c.status != "merged"]
+    lost = [(r.number, c.client, c.status) for r in rounds for c in r.client_records if c.status != "merged"]
     assert lost == [(3, 3, "missing")]
-    assert next(c.reason for c in rounds[3].contributions if c.client == 3).startswith("no reply within the rounds")
+    assert next(c.reason for c in rounds[3].client_records if c.client == 3).startswith("no reply within the rounds")
     assert [number for number, client in asked if client == 3] == [1, 4]
     assert all(client != 3 for taus in merged(rounds) for client in taus)
 
@@ -143,7 +143,7 @@ def test_a_device_that_fails_is_replaced_by_another_until_the_buffer_is_full(hom
 
     recipe = late("federation.clients_per_round=2", "federation.asynchronous.buffer_size=2", "federation.rounds=3")
     for record in deployed(recipe, client=spoilt(fail, {1}))[1:]:
-        statuses = [(c.client, c.status) for c in record.contributions]
+        statuses = [(c.client, c.status) for c in record.client_records]
         assert sum(status == "merged" for _, status in statuses) == 2
         assert all(status == ("error" if client == 1 else "merged") for client, status in statuses)
 
@@ -159,7 +159,7 @@ def test_a_round_that_nobody_is_left_for_ends_at_once_and_counts_only_with_its_q
         deployed(late("federation.quorum=3"), client=spoilt(fail, {0, 1}), run="three")
     failed = outcome("three").rounds[1]
     assert failed.reason.startswith("2 usable contributions, quorum 3; error")
-    assert [c.status for c in failed.contributions] == ["error", "error", "unused", "unused"]
+    assert [c.status for c in failed.client_records] == ["error", "error", "unused", "unused"]
 
 
 def test_the_deadline_ends_a_round_and_whoever_is_at_work_stays_there(home: Path) -> None:
@@ -169,20 +169,20 @@ def test_the_deadline_ends_a_round_and_whoever_is_at_work_stays_there(home: Path
     recipe = late("federation.deadline=0.5", "federation.rounds=2", "federation.quorum=2")
     rounds = deployed(recipe, takes)
     assert merged(rounds) == [{0: 0, 1: 0}] * 2
-    assert [len(record.contributions) for record in rounds[1:]] == [2, 2]  # nobody is missing before ``oldest`` rounds
+    assert [len(record.client_records) for record in rounds[1:]] == [2, 2]  # nobody is missing before ``oldest`` rounds
     assert all(0.5 <= record.seconds < 20 for record in rounds[1:])
 
 
 def test_a_device_that_was_removed_is_missing(home: Path) -> None:
     rounds = deployed(late("federation.rounds=2"), gone=[2])
-    statuses = [(sent.client, sent.status) for sent in rounds[1].contributions]
+    statuses = [(sent.client, sent.status) for sent in rounds[1].client_records]
     assert statuses == [(0, "merged"), (1, "merged"), (2, "missing"), (3, "merged")]
-    assert rounds[1].contributions[2].reason.startswith("its device was removed from the server")
+    assert rounds[1].client_records[2].reason.startswith("its device was removed from the server")
 
 
 def test_two_devices_that_were_removed_are_both_missing_also_where_rounds_wait_for_all(home: Path) -> None:
     rounds = deployed(trivial("federation.rounds=1"), gone=[1, 2])
-    told = [(sent.status, sent.reason.partition(";")[0]) for sent in rounds[1].contributions]
+    told = [(sent.status, sent.reason.partition(";")[0]) for sent in rounds[1].client_records]
     removed = ("missing", "its device was removed from the server")
     assert told == [("merged", ""), removed, removed, ("merged", "")]
 

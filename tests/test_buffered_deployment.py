@@ -68,12 +68,12 @@ def test_rounds_go_on_without_a_frozen_device_whose_answer_is_merged_when_it_com
             until_round(server, run, stopped_at + 4)
         found = ended(server, run, 300)
     assert found["status"] == "completed"
-    sent = [one for record in found["rounds"] for one in record["contributions"]]
+    sent = [one for record in found["rounds"] for one in record["client_records"]]
     assert {one["status"] for one in sent} == {"merged"}
-    lateness = [one["staleness"] for one in sent if one["device"] == "device-2"]
+    lateness = [one["staleness"] for one in sent if one["device_name"] == "device-2"]
     assert max(lateness) >= 2
-    assert [len(record["contributions"]) for record in found["rounds"][1:]] == [2] * 14
-    accuracy = [m["value"] for m in found["metrics"] if (m["part"], m["name"]) == ("validation", "accuracy")]
+    assert [len(record["client_records"]) for record in found["rounds"][1:]] == [2] * 14
+    accuracy = [m["value"] for m in found["metrics"] if (m["split"], m["name"]) == ("validation", "accuracy")]
     assert accuracy[-1] > accuracy[0] + 0.1
 
 
@@ -89,7 +89,7 @@ def test_a_killed_server_goes_on_from_its_last_round(server_home: Path, tmp_path
             found = ended(again, run, 300)
     assert found["status"] == "completed"
     assert [record["number"] for record in found["rounds"]] == list(range(9))
-    assert {one["status"] for record in found["rounds"] for one in record["contributions"]} == {"merged"}
+    assert {one["status"] for record in found["rounds"] for one in record["client_records"]} == {"merged"}
 
 
 def test_an_order_that_died_with_its_device_is_handed_out_again_and_merged_late(
@@ -106,8 +106,8 @@ def test_an_order_that_died_with_its_device_is_handed_out_again_and_merged_late(
         until_round(server, run, died_at + 3)
         devices[2].again()
         found = ended(server, run, 300)
-    sent = [one for record in found["rounds"] for one in record["contributions"]]
+    sent = [one for record in found["rounds"] for one in record["client_records"]]
     assert {one["status"] for one in sent} == {"merged"}
-    lateness = [one["staleness"] for one in sent if one["device"] == "device-2"]
+    lateness = [one["staleness"] for one in sent if one["device_name"] == "device-2"]
     assert lateness, "it takes part again"
     assert max(lateness) >= 2

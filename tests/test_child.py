@@ -15,7 +15,7 @@ from fedtune.device.trainer_supervisor import TrainerSupervisor
 from fedtune.flower.superlink import SuperLink
 from fedtune.recipe.yaml_file import parse_recipe
 from fedtune.server.certificate_authority import generate_private_key, make_ca_certificate
-from fedtune.server.recipe_check import RecipeCheck
+from fedtune.server.recipe_check_process import RecipeCheckProcess
 from tests.federations import TRIVIAL, WORDS, outcome, words
 from tests.servers import serving
 
@@ -130,9 +130,9 @@ def test_a_device_that_joins_imports_nothing_of_the_working_folder(trap: Path, h
 
 @pytest.mark.slow
 def test_a_server_checks_recipes_without_the_working_folder(trap: Path) -> None:
-    check = RecipeCheck()
+    check = RecipeCheckProcess()
     try:
-        assert check.whole(parse_recipe(TRIVIAL, "trivial", [])).name == "trivial"
+        assert check.check_recipe(parse_recipe(TRIVIAL, "trivial", [])).name == "trivial"
     finally:
         check.close()
     assert not trap.exists()

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from fedtune.cli.runs import runs
 from fedtune.errors import StoreError
 from fedtune.tracking import Store, claim_run, rows
-from tests.store_examples import a_contribution, a_round, fill, start
+from tests.store_examples import a_client_record, a_round, fill, start
 
 ROOT = Path(__file__).parents[1]
 
@@ -80,11 +80,11 @@ def test_show_tells_rounds_domains_and_devices() -> None:
 def test_show_names_failed_rounds_and_contributions_that_were_not_merged() -> None:
     with Store.open() as store:
         start(store)
-        bad = a_contribution(1, status="refused", reason="norm [bold]9[/bold] above 5")
-        store.commit_round("film-1a2b", a_round(1, status="failed", reason="no quorum", contributions=(bad,)))
+        bad = a_client_record(1, status="rejected", reason="norm [bold]9[/bold] above 5")
+        store.commit_round("film-1a2b", a_round(1, status="failed", reason="no quorum", client_records=(bad,)))
     lines = printed("show", "latest").splitlines()
     assert "round 1 failed: no quorum" in lines
-    assert "round 1, client 1 (phone): refused, norm [bold]9[/bold] above 5" in lines
+    assert "round 1, client 1 (phone): rejected, norm [bold]9[/bold] above 5" in lines
 
 
 @pytest.mark.usefixtures("filled")
@@ -114,7 +114,7 @@ def test_plot_draws_into_the_run_or_where_it_is_told(home: Path, tmp_path: Path)
 @pytest.mark.parametrize("format_", ["csv", "parquet"])
 def test_export_writes_a_folder_of_tables(tmp_path: Path, format_: str) -> None:
     paths = parsed("export", "film", "tweets", "--format", format_, "-o", "out")["paths"]
-    names = ("checkpoints", "client_scores", "contributions", "metrics", "rounds", "runs")
+    names = ("checkpoints", "client_records", "client_scores", "metrics", "rounds", "runs")
     assert paths == [str(tmp_path / "out" / f"{name}.{format_}") for name in names]
 
 
@@ -204,7 +204,7 @@ def test_a_run_of_many_rounds_shows_a_page_and_more_when_asked() -> None:
 
 
 def test_a_page_holds_the_newest_mishaps_only() -> None:
-    many_rounds(40, contributions=(a_contribution(0, status="missing", reason="no reply"),))
+    many_rounds(40, client_records=(a_client_record(0, status="missing", reason="no reply"),))
     lines = printed("show", "long", "--last", "5").splitlines()
     told = [line for line in lines if line.startswith("round ") and "missing" in line]
     assert [line.split(",")[0] for line in told] == [f"round {number}" for number in range(36, 41)]

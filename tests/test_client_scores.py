@@ -15,7 +15,7 @@ from fedtune.cli.runs import runs
 from fedtune.recipe.schema import Recipe
 from fedtune.seeds import derive_seed
 from fedtune.tracking import ClientScore, RoundRecord, Store
-from fedtune.tracking.client_spread import spreads
+from fedtune.tracking.client_spread import compute_spreads
 from fedtune.training import get_run_context, get_tensor_shapes, set_model_state
 from fedtune.training.holdout_split import split_holdout
 from fedtune.wire.client_update import decode_tensors
@@ -63,7 +63,7 @@ def test_scores_are_those_of_the_model_as_it_came_and_as_the_client_trained_it(h
                 assert found[client, moment, "f1"].value == pytest.approx(
                     count_f1(logits.argmax(-1).tolist(), labels.tolist())
                 )
-                assert found[client, moment, "loss"].predictions == len(held)
+                assert found[client, moment, "loss"].num_predictions == len(held)
 
 
 def test_scoring_changes_no_bit_of_what_is_learned(home: Path) -> None:
@@ -76,7 +76,7 @@ def test_without_examples_held_out_no_client_is_scored(home: Path) -> None:
 
 
 def a_score(client: int, value: float, moment: str = "after", name: str = "accuracy") -> ClientScore:
-    return ClientScore(client=client, moment=moment, name=name, value=value, predictions=9)
+    return ClientScore(client=client, moment=moment, name=name, value=value, num_predictions=9)
 
 
 def scored(number: int, values: list[float], **of: str) -> RoundRecord:
@@ -85,7 +85,7 @@ def scored(number: int, values: list[float], **of: str) -> RoundRecord:
 
 def test_the_spread_is_over_clients_and_the_worst_tenth_is_the_low_end() -> None:
     values = np.random.default_rng(0).random(25).tolist()
-    [one] = spreads([scored(3, values)])
+    [one] = compute_spreads([scored(3, values)])
     assert (one.round, one.moment, one.name, one.clients) == (3, "after", "accuracy", 25)
     assert one.mean == pytest.approx(np.mean(values))
     assert one.deviation == pytest.approx(np.std(values))
@@ -94,7 +94,7 @@ def test_the_spread_is_over_clients_and_the_worst_tenth_is_the_low_end() -> None
 
 def test_the_worst_tenth_of_losses_is_the_high_end_and_what_is_no_number_does_not_count() -> None:
     values = [float(value) for value in range(20)]
-    [one] = spreads([scored(1, [*values, math.nan], moment="before", name="loss")])
+    [one] = compute_spreads([scored(1, [*values, math.nan], moment="before", name="loss")])
     assert (one.clients, one.worst_tenth) == (20, 18.5)
 
 
@@ -139,7 +139,7 @@ def test_show_and_export_tell_the_spread_and_each_client(recorded: list[RoundRec
     CliRunner().invoke(runs, ["export", "latest", "-o", str(tmp_path / "out")], catch_exceptions=False)
     rows = (tmp_path / "out" / "client_scores.csv").read_text().splitlines()
     assert len(rows) == 1 + 48
-    assert rows[0] == '"run_id","round","client","moment","name","value","predictions"'
+    assert rows[0] == '"run_id","round","client","moment","name","value","num_predictions"'
 
 
 def test_the_picture_has_a_row_more_where_clients_scored(recorded: list[RoundRecord], tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from fedtune.recipe.schema import PrivacySettings, Recipe
 from fedtune.recipe.yaml_file import parse_recipe
 from fedtune.seeds import derive_seed
 from fedtune.server.bases import Bases
-from fedtune.server.client_scoring import draw_scorers, score_by_clients
+from fedtune.server.client_device import ClientDevice
+from fedtune.server.client_scoring import ClientScoring, draw_scorers
 from fedtune.server.events import Unscored, describe_unscored_clients
 from fedtune.server.reports import read_score
 from fedtune.server.run_clients import RunClients
@@ -85,7 +86,7 @@ def test_figures_of_a_state_are_those_by_which_its_next_round_begins(home: Path,
     ended = execute(everyone(tmp_path, kind, "evaluation={own: 0.25, clients: all}"), run="scored")
     plain = execute(everyone(tmp_path, kind, "evaluation={own: 0.25}"), run="plain")
     assert ended.hashes == plain.hashes, "who scores changes nothing of what is learned"
-    many = {contribution.client for contribution in ended.rounds[1].contributions}
+    many = {contribution.client for contribution in ended.rounds[1].client_records}
     for number in range(1, len(ended.rounds) - 1):
         shared = figures(ended, number, "shared")
         assert len(shared) == 2 * len(many)
@@ -150,7 +151,7 @@ def test_an_order_to_train_travels_as_it_did_before(home: Path) -> None:
         return train_round(message, context)
 
     execute(trivial(*ALL), app)
-    assert [fields - {"recipe", "round", "client", "labels", "run"} for fields in seen] == [
+    assert [fields - {"recipe", "round", "client", "run_id", "label_names"} for fields in seen] == [
         *[set(), *[{"scoring"}] * 4],
         *[set(), *[{"scoring"}] * 4],
     ]
@@ -188,11 +189,14 @@ def test_devices_that_are_away_removed_silent_or_decline_cost_nothing_but_their_
             shop.client_rows[5] = shop.client_rows[5][:10]
         return train_round(message, context)
 
-    crew = RunClients(range(2, 8), [f"dev-{client}" for client in range(6)], deployed=True, eligible=range(6))
+    crew = RunClients(
+        range(2, 8), [ClientDevice("toy", f"dev-{client}") for client in range(6)], deployed=True, eligible=range(6)
+    )
     with silent() as events:
         state = get_model_state(shop.model, shop.shared_names)
         sending = Sending(shop, "run", Bases(shop, home / "runs" / "run", state, []))
-        found = score_by_clients(Unreliable(6, SequentialWorkers(app)), shop, "run", sending, crew, state, 1, 0.0)
+        asking = ClientScoring(Unreliable(6, SequentialWorkers(app)), shop, "run", sending)
+        found = asking.score_by_clients(crew, state, 1, 0.0)
     assert {one.client for one in found} == {3}
     [told] = [event for event in events if isinstance(event, Unscored)]
     assert told.asked == 5
@@ -208,25 +212,29 @@ def test_devices_that_are_away_removed_silent_or_decline_cost_nothing_but_their_
 
 
 GOOD: dict[str, Any] = {
-    "examples": 0,
+    "num_examples": 0,
     "loss": math.nan,
     "seconds": 1.0,
-    "saved_bytes": 0,
-    "peak_rss": 9,
-    "micro_batch": 0,
+    "activation_memory": 0,
+    "peak_memory": 9,
 }
 SCORE: dict[str, Any] = {
-    "own_predictions": 7,
-    "own_loss": 0.5,
-    "own_accuracy": 0.25,
-    "own_more": [0.125],
-    "own_after": [],
+    "num_holdout_predictions": 7,
+    "holdout_loss": 0.5,
+    "holdout_accuracy": 0.25,
+    "extra_holdout_metrics": [0.125],
+    "trained_holdout_metrics": [],
 }
 
 
 def test_a_score_is_checked_before_it_is_believed() -> None:
     assert read_score(MetricRecord({**GOOD, **SCORE})) == (7, 0.5, 0.25, (0.125,))
-    for wrong in ({"examples": 1}, {"own_accuracy": 1.5}, {"own_loss": math.inf}, {"own_predictions": -1}):
+    for wrong in (
+        {"num_examples": 1},
+        {"holdout_accuracy": 1.5},
+        {"holdout_loss": math.inf},
+        {"num_holdout_predictions": -1},
+    ):
         with pytest.raises(ClientUpdateError, match="update the client"):
             read_score(MetricRecord({**GOOD, **SCORE, **wrong}))
     with pytest.raises(ClientUpdateError, match="carries no report"):
@@ -236,10 +244,10 @@ def test_a_score_is_checked_before_it_is_believed() -> None:
 def test_with_privacy_no_score_leaves_a_client(home: Path) -> None:
     shop = get_run_context(trivial("evaluation={own: 0.2}").model_dump_json())
     state = get_model_state(shop.model, shop.shared_names)
-    order = TrainRequest(shop.recipe.model_dump_json(), 1, 0, scoring=True)
-    assert run_local_round(order, state, shop, shop.client_rows[0], home)[1].own_predictions > 0
+    order = TrainRequest(shop.recipe.model_dump_json(), 1, 0, "run", scoring=True)
+    assert run_local_round(order, state, shop, shop.client_rows[0], home)[1].num_holdout_predictions > 0
     private = replace(
         shop,
         recipe=shop.recipe.model_copy(update={"privacy": PrivacySettings(clipping_norm=1.0, noise_multiplier=1.0)}),
     )
-    assert run_local_round(order, state, private, shop.client_rows[0], home)[1].own_predictions == 0
+    assert run_local_round(order, state, private, shop.client_rows[0], home)[1].num_holdout_predictions == 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedtune.tracking import Store
-from fedtune.tracking.compaction import shrink, trim_log
+from fedtune.tracking.compaction import shrink_database, trim_log
 from tests.store_examples import fill
 
 MEGABYTE = 1 << 20
@@ -29,7 +29,7 @@ def test_a_database_shrinks_once_and_then_by_itself(tmp_path: Path) -> None:
     insert(path, 8)
     delete(path)
     assert path.stat().st_size > 8 * MEGABYTE
-    shrink(path)
+    shrink_database(path)
     assert path.stat().st_size < MEGABYTE
     insert(path, 8)
     delete(path)
@@ -38,19 +38,19 @@ def test_a_database_shrinks_once_and_then_by_itself(tmp_path: Path) -> None:
 
 def test_a_file_that_is_not_there_is_made_to_shrink_by_itself(tmp_path: Path) -> None:
     path = tmp_path / "new.sqlite"
-    shrink(path)
+    shrink_database(path)
     insert(path, 8)
     delete(path)
     assert path.stat().st_size < MEGABYTE
 
 
 def test_a_database_in_use_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedtune.tracking.compaction._PATIENCE", 0.05)
+    monkeypatch.setattr("fedtune.tracking.compaction._TIMEOUT", 0.05)
     path = tmp_path / "some.sqlite"
     insert(path, 2)
     with closing(sqlite3.connect(path, isolation_level=None)) as user:
         user.execute("BEGIN EXCLUSIVE")
-        shrink(path)
+        shrink_database(path)
         user.execute("INSERT INTO objects VALUES (1)")
         user.execute("COMMIT")
         assert user.execute("SELECT count(*) FROM objects").fetchone() == (3,)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fedtune.errors import ClientUpdateError
 from fedtune.wire.client_update import ClientUpdate, TensorSpec, decode_tensors, pack
-from fedtune.wire.update_checks import check
+from fedtune.wire.update_checks import NormLimit, check_client_update
 
+KEY = "federation.max_update_norm"
 EXPECTED = {"a": (2, 3), "b": ()}
 
 
@@ -56,13 +57,13 @@ def test_a_strided_tensor_travels_as_it_reads() -> None:
 )
 def test_a_payload_that_is_not_safetensors_is_refused(tmp_path: Path, payload: bytes) -> None:
     with pytest.raises(ClientUpdateError, match=r"^the payload is not safetensors \(.*\); update the client$"):
-        check(spooled(tmp_path, payload), {"a": EXPECTED["a"]}, {}, None)
+        check_client_update(spooled(tmp_path, payload), {"a": EXPECTED["a"]}, {})
 
 
 @pytest.mark.parametrize("payload", [with_precision("F4", 1), with_precision("F8_E8M0", 2)])
 def test_a_precision_torch_cannot_compute_with_is_refused(tmp_path: Path, payload: bytes) -> None:
     with pytest.raises(ClientUpdateError):
-        check(spooled(tmp_path, payload), {"a": EXPECTED["a"]}, {}, None)
+        check_client_update(spooled(tmp_path, payload), {"a": EXPECTED["a"]}, {})
 
 
 def test_a_pickle_is_not_run(tmp_path: Path) -> None:
@@ -76,18 +77,18 @@ def test_a_pickle_is_not_run(tmp_path: Path) -> None:
 
 
 def test_the_norm_is_over_all_tensors_together(tmp_path: Path) -> None:
-    assert check(spooled(tmp_path, pack(deltas())), EXPECTED, {}, None) == 13.0
+    assert check_client_update(spooled(tmp_path, pack(deltas())), EXPECTED, {}) == 13.0
 
 
 def test_a_norm_at_the_bound_is_accepted_and_one_above_is_refused(tmp_path: Path) -> None:
-    assert check(spooled(tmp_path, pack(deltas())), EXPECTED, {}, 13.0) == 13.0
+    assert check_client_update(spooled(tmp_path, pack(deltas())), EXPECTED, {}, NormLimit(13.0, KEY)) == 13.0
     with pytest.raises(ClientUpdateError, match=r"^its norm 13 is above federation.max_update_norm 12.99"):
-        check(spooled(tmp_path, pack(deltas())), EXPECTED, {}, math.nextafter(12.99, 0))
+        check_client_update(spooled(tmp_path, pack(deltas())), EXPECTED, {}, NormLimit(math.nextafter(12.99, 0), KEY))
 
 
 def test_the_norm_of_large_values_does_not_overflow(tmp_path: Path) -> None:
     large = torch.full((), 3e38)
-    assert check(spooled(tmp_path, pack({"b": large})), {"b": ()}, {}, None) == pytest.approx(3e38)
+    assert check_client_update(spooled(tmp_path, pack({"b": large})), {"b": ()}, {}) == pytest.approx(3e38)
 
 
 @pytest.mark.parametrize(
@@ -109,21 +110,21 @@ def test_the_norm_of_large_values_does_not_overflow(tmp_path: Path) -> None:
 )
 def test_what_does_not_hold_is_refused_by_name(tmp_path: Path, sent: dict[str, Tensor], sentence: str) -> None:
     with pytest.raises(ClientUpdateError, match=sentence):
-        check(spooled(tmp_path, pack(sent)), EXPECTED, {}, None)
+        check_client_update(spooled(tmp_path, pack(sent)), EXPECTED, {})
 
 
 @pytest.mark.parametrize("value", [-1.0, -1e-30])
 def test_counts_and_sums_that_are_negative_are_refused(tmp_path: Path, value: float) -> None:
     path = spooled(tmp_path, pack({"counts": torch.tensor([3.0, value])}))
-    assert check(path, {}, {"counts": TensorSpec((2,))}, None) == 0
+    assert check_client_update(path, {}, {"counts": TensorSpec((2,))}) == 0
     with pytest.raises(ClientUpdateError, match=r"^counts holds negative numbers$"):
-        check(path, {}, {"counts": TensorSpec((2,), negative=False)}, None)
+        check_client_update(path, {}, {"counts": TensorSpec((2,), negative=False)})
 
 
 def test_a_client_that_sends_a_hundred_unknown_names_gets_a_short_answer(tmp_path: Path) -> None:
     flood = deltas(**{f"n{number:03}": torch.zeros(1) for number in range(100)})
     with pytest.raises(ClientUpdateError, match=r"unknown \['n000', 'n001', 'n002'\]$"):
-        check(spooled(tmp_path, pack(flood)), EXPECTED, {}, None)
+        check_client_update(spooled(tmp_path, pack(flood)), EXPECTED, {})
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (5, 2), (5, 2, 3), (0, 4)])

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedtune.techniques._density import (
+from fedtune.techniques.deft._activation_density import (
     compute_density,
     count_nonzero_per_token,
     estimate_activation_scale,
@@ -71,7 +71,7 @@ def test_long_inputs_are_handled_in_parts_without_a_seam(monkeypatch: pytest.Mon
     a = torch.randn(33, 10).requires_grad_()
     whole = _density(a, 0.1)
     [wanted] = torch.autograd.grad(whole, a)
-    monkeypatch.setattr("fedtune.techniques._density._PART", 64)
+    monkeypatch.setattr("fedtune.techniques.deft._activation_density._PART", 64)
     parts = _density(a, 0.1)
     [found] = torch.autograd.grad(parts, a)
     torch.testing.assert_close(parts, whole)

@@ -14,7 +14,7 @@ from transformers import (
 from fedtune import techniques
 from fedtune.errors import ModelError
 from fedtune.export import export_model
-from fedtune.techniques._mlps import find_mlps
+from fedtune.techniques.deft._mlps import find_mlps
 from tests.deft_models import gated_t5, gpt2, opt
 from tests.deft_twin import folded, task_of, unlabelled
 from tests.federations import execute, words

@@ -8,7 +8,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 from fedtune import models
 from fedtune.errors import ModelError
 from fedtune.recipe.schema import ModelSettings
-from fedtune.techniques._mlps import find_mlps
+from fedtune.techniques.deft._mlps import find_mlps
 from tests.deft_models import gated_t5, gpt2, mistral, opt, qwen2, qwen3, roberta, t5, vit
 from tests.technique_steps import IMAGES, LANGUAGE, TEXT, shared
 from tests.tiny import bert, llama, llama_classifier

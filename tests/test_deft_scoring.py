@@ -10,8 +10,8 @@ from transformers import OPTForCausalLM, PreTrainedModel
 
 from fedtune import techniques
 from fedtune.techniques import Technique
-from fedtune.techniques._probe import calibrate_thresholds
-from fedtune.techniques.deft import get_probes
+from fedtune.techniques.deft._density_probe import calibrate_thresholds
+from fedtune.techniques.deft.deft import get_probes
 from fedtune.training import EvaluatedModel, evaluate_model
 from tests.deft_models import opt, relu_bert, relu_llama
 from tests.deft_twin import activations, deft

@@ -12,7 +12,7 @@ from fedtune.errors import ModelError, RecipeError
 from fedtune.recipe.schema import Recipe, Unit
 from fedtune.tasks import Task
 from fedtune.techniques import Technique
-from fedtune.techniques.deft import get_probes
+from fedtune.techniques.deft.deft import get_probes
 from fedtune.training import ClientRound
 from fedtune.training.local_training import train_local_model
 from fedtune.training.model_state import get_model_state

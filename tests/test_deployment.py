@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from fedtune.errors import ServerError
-from fedtune.recipe.schema import DataSettings, Recipe
+from fedtune.recipe.schema import Recipe
 from tests.federations import TRIVIAL, execute, tiny_bert, trivial, words
 from tests.servers import FEDTUNE, Server, ended, joined, serving
 
@@ -32,7 +32,7 @@ def hashes(found: dict[str, Any]) -> list[str]:
 
 
 def statuses(found: dict[str, Any]) -> set[str]:
-    return {sent["status"] for record in found["rounds"] for sent in record["contributions"]}
+    return {sent["status"] for record in found["rounds"] for sent in record["client_records"]}
 
 
 def command(*argv: str) -> str:
@@ -57,7 +57,7 @@ def test_a_deployed_run_ends_in_the_bits_of_a_simulated_one(server_home: Path, t
     assert (found["status"], found["reason"]) == ("completed", "")
     assert hashes(found) == simulated
     assert statuses(found) == {"merged"}
-    assert [seat["device"] for seat in found["devices"]] == ["device-0", "device-1"]
+    assert [one["device_name"] for one in found["assignments"]] == ["device-0", "device-1"]
     assert "round 2/2  2/2 devices  validation accuracy" in printed
     assert printed.splitlines()[-1] == f"run {found['id']} is completed"
     assert devices.count("connected") == 2
@@ -98,7 +98,7 @@ def test_device_classes_do_on_devices_what_they_do_in_a_simulation(server_home: 
         found = ended(server, submit(server, recipe))
     assert found["status"] == "completed", found["reason"]
     assert hashes(found) == simulated.hashes
-    examples = [sent["examples"] for record in found["rounds"] for sent in record["contributions"]]
+    examples = [sent["examples"] for record in found["rounds"] for sent in record["client_records"]]
     assert examples == [20, 8, 20, 8]
 
 
@@ -119,8 +119,8 @@ def test_devices_are_sent_what_was_added_to_their_base_also_after_their_restart(
         found = ended(server, run)
     assert (found["status"], found["reason"]) == ("completed", "")
     assert hashes(found) == simulated.hashes
-    assert [[sent["bytes_down"] for sent in record["contributions"]] for record in found["rounds"]] == [
-        [sent.bytes_down for sent in record.contributions] for record in simulated.rounds
+    assert [[sent["bytes_down"] for sent in record["client_records"]] for record in found["rounds"]] == [
+        [sent.bytes_down for sent in record.client_records] for record in simulated.rounds
     ]
 
 
@@ -206,10 +206,14 @@ def test_a_queued_run_waits_for_devices_and_a_stopped_one_is_resumed(server_home
 def test_a_run_that_cannot_be_is_failed_with_its_reason_and_the_next_one_goes_on(
     server_home: Path, tmp_path: Path
 ) -> None:
-    broken = trivial(TWO).model_copy(update={"data": DataSettings(source=f"csv:{tmp_path}/none.csv")})
-    with serving(server_home) as server, joined(server, tmp_path, "partition:0", "partition:1"):
+    broken = words(tmp_path, "devices=[{count: 2}]")
+    with serving(server_home) as server:
         failed, good = submit(server, broken), submit(server, trivial(TWO))
-        found = ended(server, failed)
-        assert (found["status"], found["rounds"]) == ("failed", [])
-        assert "none.csv" in found["reason"]
-        assert ended(server, good)["status"] == "completed"
+        (tmp_path / "words.csv").unlink()  # since it was checked
+        with joined(server, tmp_path, "partition:0", "partition:1"):
+            found = ended(server, failed)
+            assert (found["status"], found["rounds"]) == ("failed", [])
+            assert "words.csv" in found["reason"]
+            assert ended(server, good)["status"] == "completed"
+        with pytest.raises(ServerError, match=r"words\.csv"):
+            submit(server, broken)

@@ -163,8 +163,8 @@ def test_worker_processes_give_the_same_bits(partly: Recipe) -> None:
 
 def test_a_class_may_have_its_own_batch(tmp_path: Path) -> None:
     recipe = words(tmp_path, CLASSES % "batch: 2", "federation.rounds=1")
-    sent = execute(recipe).rounds[-1].contributions
-    assert [one.examples for one in sent] == [8, 8, 4]
+    sent = execute(recipe).rounds[-1].client_records
+    assert [one.num_examples for one in sent] == [8, 8, 4]
 
 
 def test_a_class_may_have_its_own_precision(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_an_idle_device_is_lighter_than_flower_s_node_and_its_trainer_stays_warm
     assert trainer.pid
     assert started
     later = [record["seconds"] for record in found["rounds"][2:]]
-    trained = [sent["seconds"] for record in found["rounds"][2:] for sent in record["contributions"]]
+    trained = [sent["seconds"] for record in found["rounds"][2:] for sent in record["client_records"]]
     assert sorted(later)[len(later) // 2] - max(trained) < 2.5
 
 
@@ -151,7 +151,7 @@ def test_a_dead_device_is_given_no_place_in_a_new_run(server: Server, tmp_path: 
         devices[0].process.wait()
         until(lambda: there() == ["device-1", "device-2"], 60)
         found = ended(server, submit(server, trivial(TWO, LONG)))
-    assert [seat["device"] for seat in found["devices"]] == ["device-1", "device-2"]
+    assert [one["device_name"] for one in found["assignments"]] == ["device-1", "device-2"]
     assert hashes(found) == undisturbed
 
 
@@ -245,7 +245,7 @@ def test_a_budget_that_is_too_small_is_told_as_declined_and_the_others_go_on(ser
         device.process = subprocess.Popen(command, env={**os.environ, "FEDTUNE_HOME": str(device.home)})
         found = ended(server, submit(server, trivial(TWO, LONG)))
     assert found["status"] == "completed"
-    told = [sent for record in found["rounds"] for sent in record["contributions"] if sent["client"] == 1]
+    told = [sent for record in found["rounds"] for sent in record["client_records"] if sent["client"] == 1]
     assert {sent["status"] for sent in told[1:]} == {"declined"}
     assert "60 MB this device allows" in told[-1]["reason"]
 
@@ -280,7 +280,7 @@ def test_enrolment_holds_against_false_servers_and_used_tokens(server: Server, t
     with pytest.raises(DeviceError, match="used already"):
         enrol_device(other, None, token, "other")
     assert not other.folder.exists()
-    assert "PRIVATE" not in json.dumps([line.what for line in server.audit()])
+    assert "PRIVATE" not in json.dumps([line.message for line in server.audit()])
 
 
 def _through(device: Device, port: int) -> None:

@@ -18,7 +18,8 @@ from fedtune.errors import DataError, FedtuneError, MemoryBudgetError, SourceErr
 from fedtune.flower.message_identity import set_message_id, set_node_identity
 from fedtune.recipe.schema import Recipe
 from fedtune.server.class_payloads import ClassPayload
-from fedtune.server.replies import receive_update
+from fedtune.server.client_device import ClientDevice
+from fedtune.server.replies import ExpectedReply, receive_update
 from fedtune.training import clear_run_context, get_model_state, get_run_context
 from fedtune.wire.client_update import pack
 from fedtune.wire.masked_weights import encode_masked_state
@@ -32,7 +33,9 @@ def order_for(recipe: Recipe, labels: str) -> Frame:
     shop = get_run_context(recipe.model_dump_json())
     payload = pack(encode_masked_state(get_model_state(shop.model, shop.shared_names)))
     clear_run_context()
-    return Frame({"recipe": recipe.model_dump_json(), "round": 1, "client": 0, "labels": labels}, payload)
+    return Frame(
+        {"recipe": recipe.model_dump_json(), "round": 1, "client": 0, "run_id": "run", "label_names": labels}, payload
+    )
 
 
 def csv(tmp_path: Path, name: str, *lines: str) -> str:
@@ -110,7 +113,11 @@ def test_a_device_without_its_file_does_not_tell_the_path(text_order: Frame, tmp
 
 def test_an_order_it_cannot_read_and_a_recipe_it_does_not_know_are_codes(text_order: Frame, tmp_path: Path) -> None:
     trainer = Trainer("sample:digits", 4_000_000_000, 0)
-    for header in ({"recipe": SECRET}, {**text_order.header, "labels": SECRET}, {**text_order.header, "recipe": "{}"}):
+    for header in (
+        {"recipe": SECRET},
+        {**text_order.header, "label_names": SECRET},
+        {**text_order.header, "recipe": "{}"},
+    ):
         answer = trainer.run_request(Frame(header, b""), lambda: None)
         assert SECRET not in told(answer, tmp_path)
 
@@ -143,7 +150,8 @@ def test_whatever_is_raised_only_codes_of_the_table_travel(error: Exception) -> 
 
 @pytest.mark.parametrize("code", SENTENCES)
 def test_every_code_comes_back_as_its_sentence(code: str) -> None:
-    names = dict.fromkeys(("needed_mb", "allowed_mb", "rows", "columns", "code", "tries", "signal"), 7)
+    every = ("needed_mb", "allowed_mb", "rows", "columns", "code", "tries", "signal", "device", "server")
+    names = dict.fromkeys(every, 7)
     counts = {name: count for name, count in names.items() if f"{{{name}}}" in SENTENCES[code]}
     problem = Problem(code, counts)
     assert parse_problem(problem.text) == problem
@@ -181,7 +189,9 @@ def reply_with(reason: str) -> tuple[str, str]:
     message = Message(RecordDict(), 2, "train")
     set_message_id(message, "1")
     reply = Message(Error(code=2, reason=reason), reply_to=message)
-    record, sent = receive_update(reply, 0, "phone", ClassPayload({}, {}, {}), None, Path("nowhere"))
+    record, sent = receive_update(
+        reply, ExpectedReply(0, ClientDevice("phone"), ClassPayload({}, {}, {})), Path("nowhere")
+    )
     assert sent is None
     return record.status, record.reason
 

@@ -25,7 +25,7 @@ def order(home: Path) -> Frame:
     recipe = trivial().model_dump_json()
     shop = get_run_context(recipe)
     payload = pack(encode_masked_state(get_model_state(shop.model, shop.shared_names)))
-    return Frame({"recipe": recipe, "round": 1, "client": 2, "labels": "[]"}, payload)
+    return Frame({"recipe": recipe, "round": 1, "client": 2, "run_id": "run", "label_names": "[]"}, payload)
 
 
 @pytest.fixture
@@ -65,7 +65,9 @@ def test_a_trainer_answers_with_the_bits_of_a_simulated_client_and_stays(
 def test_a_device_trains_on_its_own_file_with_the_server_s_labels(
     order: Frame, keepers: list[TrainerSupervisor], tmp_path: Path
 ) -> None:
-    answer = _keeper(keepers, "sample:digits").run_request(Frame({**order.header, "labels": _digits()}, order.payload))
+    answer = _keeper(keepers, "sample:digits").run_request(
+        Frame({**order.header, "label_names": _digits()}, order.payload)
+    )
     assert answer.header["kind"] == "trained", answer.header
     assert answer.header["holding"]["examples"] > 1000
     assert set(answer.header["holding"]["labels"]) == {str(digit) for digit in range(10)}
@@ -73,7 +75,7 @@ def test_a_device_trains_on_its_own_file_with_the_server_s_labels(
 
 def test_a_file_with_a_label_the_model_does_not_know_fails(order: Frame, keepers: list[TrainerSupervisor]) -> None:
     answer = _keeper(keepers, "sample:digits").run_request(
-        Frame({**order.header, "labels": '["0", "1"]'}, order.payload)
+        Frame({**order.header, "label_names": '["0", "1"]'}, order.payload)
     )
     assert answer.header["kind"] == "failed"
     assert "does not know the label" in answer.header["detail"]
@@ -129,9 +131,9 @@ def test_a_trainer_begun_again_for_want_of_memory_takes_half_the_examples_at_a_t
     whole, halved = _keeper(keepers), _keeper(keepers)
     halved._recipe, halved._halvings = order.header["recipe"], 1
     one, other = whole.run_request(order), halved.run_request(order)
-    assert one.header["report"]["micro_batch"] == 0
-    assert other.header["report"]["micro_batch"] == 5
-    assert one.header["report"]["examples"] == other.header["report"]["examples"]
+    assert "micro_batch_size" not in one.header["report"]
+    assert other.header["report"]["micro_batch_size"] == 5
+    assert one.header["report"]["num_examples"] == other.header["report"]["num_examples"]
     for name, delta in decode_tensors(one.payload).items():
         torch.testing.assert_close(decode_tensors(other.payload)[name], delta, rtol=1e-4, atol=1e-6)
 

@@ -25,9 +25,9 @@ from fedtune.simulation.in_process_grid import InProcessGrid
 from fedtune.simulation.workers import SequentialWorkers
 from fedtune.tasks import get_task
 from fedtune.techniques import ExtraPayload, StepInfo, Technique
-from fedtune.techniques._layer_density import count_active_weights
-from fedtune.techniques._mask_moves import update_mask
-from fedtune.techniques._places import scatter_positions
+from fedtune.techniques.pruning._layer_density import count_active_weights
+from fedtune.techniques.pruning._mask_updates import update_mask
+from fedtune.techniques.pruning._packed_positions import scatter_positions
 from fedtune.tracking import Store, claim_run
 from fedtune.training import ClientRound, compute_step_loss, get_model_state, train_local_model
 from fedtune.wire.masked_weights import encode_masked_state, find_masks, select_active_values
@@ -367,7 +367,7 @@ def test_a_federation_whose_clients_move_their_own_masks_runs_and_holds_its_dens
     first, last = (weights_at(ended, number)["classifier.mask"] for number in (0, 2))
     assert int(first.sum()) == int(last.sum())
     assert not torch.equal(first, last)
-    assert {sent.status for record in ended.rounds for sent in record.contributions} == {"merged"}
+    assert {sent.status for record in ended.rounds for sent in record.client_records} == {"merged"}
 
 
 def test_extrusion_makes_no_sense_where_clients_move_masks() -> None:
@@ -389,7 +389,7 @@ def test_a_federation_moves_its_mask_and_sends_what_the_formula_says(home: Path)
     active = int(mask.sum())
     change = math.floor(0.25 * (1 + math.cos(math.pi / 10)) * active)
     assert int((mask & ~after["classifier.mask"] & 1).sum()) == change
-    for contribution in ended.rounds[1].contributions:
+    for contribution in ended.rounds[1].client_records:
         values = 4 * (active + 10) + 3 * change + math.ceil(mask.numel() / 255)
         assert values < contribution.bytes_up <= values + 400
         down = 4 * (active + 10) + encode_masked_state(before)["classifier.mask"].numel()
@@ -430,8 +430,8 @@ def test_a_place_beyond_its_block_is_refused_and_the_round_goes_on(home: Path) -
         return sent
 
     ended = execute(trivial(SETTINGS), spoilt(with_deltas(beyond), {1}))
-    [bad] = [found for found in ended.rounds[1].contributions if found.client == 1]
-    assert bad.status == "refused"
+    [bad] = [found for found in ended.rounds[1].client_records if found.client == 1]
+    assert bad.status == "rejected"
     assert "outside 0 to 254" in bad.reason
     assert np.isfinite([metric.value for metric in ended.rounds[-1].metrics]).all()
 

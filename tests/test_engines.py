@@ -17,7 +17,7 @@ from fedtune.device.client_app import train_round
 from fedtune.recipe.schema import Recipe
 from fedtune.simulation.flower_engine import run_on_flower_engine
 from fedtune.simulation.workers import ProcessPoolWorkers
-from fedtune.tracking import Store, default_url
+from fedtune.tracking import Store, get_default_url
 from fedtune.training import RunContext, get_run_context
 from tests.federations import TRIVIAL, begin, execute, order_of, outcome, silent, trivial, words
 
@@ -36,7 +36,7 @@ def test_a_pool_ends_in_the_same_weights_and_metrics_as_clients_in_turn(home: Pa
     assert in_turn.hashes == pool.hashes
     assert len(set(pool.hashes)) == 3
     assert [record.metrics for record in in_turn.rounds] == [record.metrics for record in pool.rounds]
-    assert {found.status for record in pool.rounds for found in record.contributions} == {"merged"}
+    assert {found.status for record in pool.rounds for found in record.client_records} == {"merged"}
 
 
 @pytest.mark.slow
@@ -47,7 +47,7 @@ def test_flowers_own_engine_ends_in_the_same_weights(home: Path) -> None:
     with Store.open() as store:
         begin(store, recipe, "flower", engine="flower")
     with silent():
-        run_on_flower_engine(recipe, "flower", default_url())
+        run_on_flower_engine(recipe, "flower", get_default_url())
     flower = outcome("flower")
     assert flower.run.status == "completed"
     assert flower.hashes == in_turn.hashes
@@ -98,12 +98,12 @@ def test_a_killed_worker_costs_what_it_was_doing_and_the_pool_recovers(home: Pat
     recipe = trivial()
     ended = execute(recipe, ProcessPoolWorkers(shop(recipe), 2, fatal))
     first, second = ended.rounds[1:]
-    lost = [found for found in first.contributions if found.status == "error"]
+    lost = [found for found in first.client_records if found.status == "error"]
     assert 1 in {found.client for found in lost}
     assert {found.reason for found in lost} == {
         "code 2: RuntimeError('a worker process was killed, perhaps for want of memory')"
     }
-    assert [found.status for found in second.contributions] == ["merged"] * 4
+    assert [found.status for found in second.client_records] == ["merged"] * 4
     assert ended.run.status == "completed"
     assert not _workers()
 

@@ -238,7 +238,7 @@ def test_evaluate_and_export_through_the_command_line(
     assert {(one["domain"], one["name"]) for one in found["metrics"]} == {("all", "accuracy"), ("all", "loss")}
     assert fedtune(monkeypatch, "evaluate", "latest", "--split", "test", "--json") == 0
     scored = {one["name"]: one["value"] for one in json.loads(capsys.readouterr().out)["metrics"]}
-    recorded = {m.name: m.value for m in ended.rounds[-1].metrics if (m.part, m.domain) == ("test", "all")}
+    recorded = {m.name: m.value for m in ended.rounds[-1].metrics if (m.split, m.domain) == ("test", "all")}
     assert scored == recorded
     out = tmp_path / "out"
     assert fedtune(monkeypatch, "export", "latest", "-o", str(out), "--json") == 0
@@ -258,7 +258,7 @@ def test_a_checkpoint_file_is_the_one_that_is_scored(
     assert fedtune(monkeypatch, "evaluate", str(path), "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["round"] == 1
-    recorded = {m.name: m.value for m in ended.rounds[1].metrics if (m.part, m.domain) == ("validation", "all")}
+    recorded = {m.name: m.value for m in ended.rounds[1].metrics if (m.split, m.domain) == ("validation", "all")}
     assert {one["name"]: one["value"] for one in found["metrics"]} == recorded
 
 

@@ -23,7 +23,11 @@ def report(home: Path, rows: int, *overrides: str) -> ClientReport:
     shop = get_run_context(recipe)
     payload = pack(encode_masked_state(get_model_state(shop.model, shop.shared_names)))
     return run_local_round(
-        TrainRequest(recipe, 1, 0), read_payload(payload, shop, 0), shop, shop.client_rows[0][:rows], home / "own"
+        TrainRequest(recipe, 1, 0, "run"),
+        read_payload(payload, shop, 0),
+        shop,
+        shop.client_rows[0][:rows],
+        home / "own",
     )[1]
 
 
@@ -35,7 +39,7 @@ def test_the_loss_over_few_examples_is_not_told(home: Path, rows: int, told: boo
 @pytest.mark.parametrize(("rows", "told"), [(2 * FEWEST, True), (2 * FEWEST - 2, False)])
 def test_a_score_over_few_held_out_examples_is_not_told(home: Path, rows: int, told: bool) -> None:
     found = report(home, rows, "evaluation.local_holdout=0.5")
-    assert (found.own_predictions, found.own_loss != 0) == ((FEWEST, True) if told else (0, False))
+    assert (found.num_holdout_predictions, found.holdout_loss != 0) == ((FEWEST, True) if told else (0, False))
 
 
 def test_a_class_with_few_examples_is_not_counted() -> None:

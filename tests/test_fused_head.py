@@ -17,7 +17,7 @@ from transformers import (
 
 from fedtune.errors import ModelError
 from fedtune.techniques import begin_round
-from fedtune.techniques.fused_cross_entropy import DeferredHead
+from fedtune.techniques.fused_loss.fused_cross_entropy import DeferredHead
 from fedtune.training import EvaluatedModel, evaluate_model
 from tests.families import FAMILIES, LANGUAGE_FAMILIES
 from tests.technique_steps import LANGUAGE, TEXT, chosen, gradients, logits, shake, shared

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedtune.memory import StorageMeter
-from fedtune.techniques._fused_loss import fused_cross_entropy
+from fedtune.techniques.fused_loss._chunked_loss import fused_cross_entropy
 
 WIDE, HIGH, TOKENS = 8, 11, 13
 """Hidden width, words, and tokens: no chunk but 1 and 13 divides them."""

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fedtune.merging import MergeContext
-from fedtune.merging.repair import Repair
+from fedtune.merging.renormalise.repair import Repair
 from fedtune.offline_merge import MergeConfig, prepare_merge, write_merged_model
 from fedtune.offline_merge.output_folder import OutputFolder
 from tests.fusion_models import tensors

@@ -26,7 +26,7 @@ KEY = ec.generate_private_key(ec.SECP384R1())
 def at_the_door(home: Path) -> Iterator[Authenticator]:
     pem = KEY.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     with Store.open() as store:
-        store.access.add_device(name="dev", node="1", public_key=pem.decode())
+        store.access.add_device(name="dev", node_id="1", public_key=pem.decode())
         yield Authenticator(store.access)
 
 

@@ -80,11 +80,11 @@ def test_held_out_examples_are_never_trained_on_and_scored_as_by_hand() -> None:
 def test_a_run_records_what_clients_report_beside_the_central_figures(home: Path) -> None:
     ended = execute(trivial(SHARE))
     for record in ended.rounds[1:]:
-        parts = {metric.part for metric in record.metrics}
-        assert {"own", "validation"} <= parts
-    assert not any(metric.part == "own" for metric in ended.rounds[0].metrics)
+        parts = {metric.split for metric in record.metrics}
+        assert {"local", "validation"} <= parts
+    assert not any(metric.split == "local" for metric in ended.rounds[0].metrics)
 
 
 def test_no_figure_is_recorded_when_no_client_can_hold_anything_out(home: Path) -> None:
     ended = execute(trivial("evaluation.local_holdout=0.01", "data.max_train_examples=40"))
-    assert not any(metric.part == "own" for record in ended.rounds for metric in record.metrics)
+    assert not any(metric.split == "local" for record in ended.rounds for metric in record.metrics)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fedtune.memory import StorageMeter
 from fedtune.merging import Increment, add_increments, join_increments, split_increments
-from fedtune.merging._factors import LowRankFactors, compute_averaging_residual, stack_factors
 from fedtune.merging._increments import add_increment, make_increment
+from fedtune.merging._low_rank_factors import LowRankFactors, compute_averaging_residual, stack_factors
 from fedtune.wire.client_update import decode_tensors, pack, packed_size
 
 D, K = 24, 17

@@ -14,7 +14,7 @@ from fedtune.simulation import resolve_recipe
 from fedtune.tracking import Store
 from fedtune.wire.client_update import ClientUpdate, pack
 from tests.federations import WORDS, trivial
-from tests.store_examples import a_contribution, a_round, start
+from tests.store_examples import a_client_record, a_round, start
 
 
 @pytest.mark.parametrize(
@@ -92,10 +92,10 @@ def test_lateness_is_shown_where_there_can_be_any(home: Path, capsys: pytest.Cap
     with Store.open() as store:
         start(store)
         store.commit_round("film-1a2b", a_round(0))
-        late = tuple(a_contribution(client, staleness=3 * client) for client in range(2))
-        store.commit_round("film-1a2b", a_round(1, contributions=late))
+        late = tuple(a_client_record(client, staleness=3 * client) for client in range(2))
+        store.commit_round("film-1a2b", a_round(1, client_records=late))
         rounds = store.rounds("film-1a2b")
-        assert [one.staleness for one in rounds[1].contributions] == [0, 3]
+        assert [one.staleness for one in rounds[1].client_records] == [0, 3]
         show_run(store.run("film-1a2b"), rounds)
         assert "1.5, at most 3" in " ".join(capsys.readouterr().out.split())
         show_run(store.run("film-1a2b"), [a_round(1)])

@@ -63,13 +63,13 @@ def test_a_plain_loop_trains_what_other_techniques_train(unit: str) -> None:
 
 @pytest.mark.parametrize("unit", ["meft", "lora", {"lora": {"trained_factors": "both"}}])
 @pytest.mark.parametrize("task", [CLASSIFY, SPEAK])
-def test_a_rewritten_model_refuses_to_be_saved_and_once_folded_loads_as_itself(
+def test_a_rewritten_model_refuses_to_be_saved_and_once_merged_loads_as_itself(
     unit: Any, task: Task, tmp_path: Path
 ) -> None:
     model: Any = bert() if task == CLASSIFY else llama()
     chosen = applied(model, unit, task=task)
     trained(model)
-    with pytest.raises(ModelError, match=r"holds (meft|lora) unfolded.*techniques.fold\(chosen, model\)"):
+    with pytest.raises(ModelError, match=r"describe (meft|lora); .*techniques.merge_into_weights\(chosen, model\)"):
         model.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
     model.eval()
@@ -81,16 +81,16 @@ def test_a_rewritten_model_refuses_to_be_saved_and_once_folded_loads_as_itself(
     torch.testing.assert_close(loaded(**texts(model)).logits, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_model_of_several_techniques_is_saved_when_the_last_one_is_folded(tmp_path: Path) -> None:
+def test_a_model_of_several_techniques_is_saved_when_the_last_one_is_merged(tmp_path: Path) -> None:
     model = bert()
     first, second = applied(model, "lora", "deft")
     second.merge_into_weights(model)
-    with pytest.raises(ModelError, match="holds lora unfolded"):
+    with pytest.raises(ModelError, match="describe lora;"):
         model.save_pretrained(tmp_path)
     first.merge_into_weights(model)
     model.save_pretrained(tmp_path)
     assert "save_pretrained" not in vars(model)
-    assert "unfolded" not in vars(model)
+    assert "unmerged" not in vars(model)
 
 
 @pytest.mark.parametrize("unit", ["full", "head-only", "bias"])
@@ -107,9 +107,9 @@ def test_copies_refuse_too_and_go_to_other_processes(tmp_path: Path) -> None:
     model = bert()
     chosen = applied(model, "lora")
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        with pytest.raises(ModelError, match="unfolded"):
+        with pytest.raises(ModelError, match="describe lora;"):
             other.save_pretrained(tmp_path)
         techniques.merge_into_weights(chosen, other)
         other.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="unfolded"):
+    with pytest.raises(ModelError, match="describe lora;"):
         model.save_pretrained(tmp_path)

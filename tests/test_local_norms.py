@@ -23,7 +23,7 @@ from fedtune.server.federated_evaluation import average_holdout_metrics
 from fedtune.simulation.flower_engine import run_on_flower_engine
 from fedtune.simulation.workers import ProcessPoolWorkers
 from fedtune.techniques import list_local_tensors
-from fedtune.tracking import Store, default_url
+from fedtune.tracking import Store, get_default_url
 from fedtune.training import get_model_state, get_run_context
 from fedtune.wire.client_update import ClientUpdate, HoldoutMetrics, TrainRequest, decode_tensors, pack
 from fedtune.wire.masked_weights import encode_masked_state
@@ -49,7 +49,7 @@ def everything(run: str) -> dict[str, str]:
 
 
 def figures(ended: Ended) -> list[tuple[int, str, str, float]]:
-    return [(record.number, m.part, m.name, m.value) for record in ended.rounds for m in record.metrics]
+    return [(record.number, m.split, m.name, m.value) for record in ended.rounds for m in record.metrics]
 
 
 def test_no_norm_travels_and_clients_share_the_body_but_not_the_norms(home: Path, tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_no_norm_travels_and_clients_share_the_body_but_not_the_norms(home: Path
 def test_only_clients_score_a_model_whose_norms_they_keep(home: Path, tmp_path: Path) -> None:
     ended = execute(local_norms(tmp_path))
     assert [(number, part, name) for number, part, name, _ in figures(ended) if part != "updates"] == [
-        (number, "own", name) for number in (1, 2, 3) for name in ("accuracy", "loss")
+        (number, "local", name) for number in (1, 2, 3) for name in ("accuracy", "loss")
     ]
 
 
@@ -135,7 +135,7 @@ def test_a_device_goes_on_with_the_norms_of_its_run_and_of_no_other(home: Path, 
     shop = get_run_context(recipe)
     payload = pack(encode_masked_state(get_model_state(shop.model, shop.shared_names)))
     rounds = [("one", 1), ("one", 2), ("two", 2), ("one", 2)]
-    orders = [TrainRequest(recipe, number, 1, run=run) for run, number in rounds]
+    orders = [TrainRequest(recipe, number, 1, run) for run, number in rounds]
     keeper = TrainerSupervisor("partition:1", 4_000_000_000, 60.0)
     try:
         answers = [keeper.run_request(Frame(asdict(order), payload)) for order in orders]
@@ -143,9 +143,9 @@ def test_a_device_goes_on_with_the_norms_of_its_run_and_of_no_other(home: Path, 
         keeper.stop_trainer()
     assert [answer.header["kind"] for answer in answers] == ["trained"] * 4, [answer.header for answer in answers]
     simulated = [
-        run_local_round(order, read_payload(payload, shop, order.client), shop, shop.client_rows[1], home / order.run)[
-            0
-        ]
+        run_local_round(
+            order, read_payload(payload, shop, order.client), shop, shop.client_rows[1], home / order.run_id
+        )[0]
         for order in orders
     ]
     assert [answer.payload for answer in answers] == simulated
@@ -160,7 +160,7 @@ def test_flowers_own_engine_keeps_the_same_norms(home: Path, tmp_path: Path) -> 
     with Store.open() as store:
         begin(store, recipe, "flower", engine="flower")
     with silent():
-        run_on_flower_engine(recipe, "flower", default_url())
+        run_on_flower_engine(recipe, "flower", get_default_url())
     assert outcome("flower").hashes == alone.hashes
     assert everything("flower") == everything("alone")
 
@@ -177,9 +177,9 @@ def test_what_a_device_keeps_is_of_the_two_latest_rounds_and_read_from_an_earlie
 def test_scores_of_clients_are_weighed_by_predictions(tmp_path: Path) -> None:
     told = [HoldoutMetrics(3, 1.0, 0.0), HoldoutMetrics(), HoldoutMetrics(1, 3.0, 1.0)]
     got = average_holdout_metrics([ClientUpdate(client, 5, tmp_path, score) for client, score in enumerate(told)])
-    assert {(m.part, m.domain, m.name): m.value for m in got} == {
-        ("own", "all", "accuracy"): 0.25,
-        ("own", "all", "loss"): 1.5,
+    assert {(m.split, m.domain, m.name): m.value for m in got} == {
+        ("local", "all", "accuracy"): 0.25,
+        ("local", "all", "loss"): 1.5,
     }
     assert average_holdout_metrics([ClientUpdate(0, 5, tmp_path)]) == ()
 
@@ -207,4 +207,4 @@ def test_commands_say_what_such_a_run_is_not(home: Path, tmp_path: Path) -> None
     refused = CliRunner().invoke(cli, ["evaluate", "latest"])
     assert "kept a part of its model on the devices" in str(refused.exception)
     shown = CliRunner().invoke(cli, ["runs", "show", "latest"])
-    assert "own accuracy" in shown.output
+    assert "local accuracy" in shown.output

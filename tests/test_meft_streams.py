@@ -10,9 +10,9 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from fedtune.errors import RecipeError
-from fedtune.techniques._halves import BottleneckAdapter
-from fedtune.techniques._two_streams import ReversibleStack, run_with_autograd
-from fedtune.techniques.meft import Meft
+from fedtune.techniques.meft._halves import BottleneckAdapter
+from fedtune.techniques.meft._two_streams import ReversibleStack, run_with_autograd
+from fedtune.techniques.meft.meft import Meft
 from tests.meft_models import VARIANTS, a_batch, equal, stack_of, twins
 from tests.technique_steps import LANGUAGE, TEXT, chosen, gradients, logits, shared
 from tests.tiny import bert

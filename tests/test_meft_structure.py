@@ -23,8 +23,8 @@ from transformers import (
 from fedtune import models
 from fedtune.errors import ModelError
 from fedtune.recipe.schema import ModelSettings
-from fedtune.techniques._blocks import find_block_list, record_block_inputs
-from fedtune.techniques._halves import BlockParts
+from fedtune.techniques.meft._blocks import find_block_list, record_block_inputs
+from fedtune.techniques.meft._halves import BlockParts
 from tests.meft_models import FAMILIES, a_batch, made, stack_of
 from tests.technique_steps import IMAGES, LANGUAGE, TEXT, logits, shared
 from tests.tiny import bert, llama

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from fedtune.errors import ModelError, RecipeError, SourceError
 from fedtune.merging import CombineStep, MergeContext, MergeInput, StatisticsFile, bind_combine
-from fedtune.merging.fisher import Fisher
-from fedtune.merging.regmean import RegMean
-from fedtune.merging.trimmed_mean import TrimmedMean
+from fedtune.merging.combine.fisher import Fisher
+from fedtune.merging.combine.regmean import RegMean
+from fedtune.merging.combine.trimmed_mean import TrimmedMean
 from tests.merge_examples import Held, a_model, merged, models, whole
 
 WEIGHTS = [0.5, 0.3, 0.2]
@@ -24,7 +24,7 @@ def weighed(step: CombineStep, deltas: list[Tensor], statistics: list[Tensor], w
         for delta, measured, weight in zip(deltas, statistics, weights, strict=True)
     ]
     settled = bind_combine(step, {"w": shape}, given, MergeContext())
-    return whole(settled.combine, "w", shape, settled.operands)
+    return whole(settled.combine, "w", shape, settled.merge_inputs)
 
 
 def test_the_trimmed_mean_leaves_out_both_ends_entry_by_entry() -> None:

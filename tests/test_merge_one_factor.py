@@ -7,7 +7,7 @@ from torch import Tensor
 from fedtune.errors import RecipeError
 from fedtune.merging import CombineStep
 from fedtune.recipe.yaml_file import parse_recipe
-from fedtune.simulation.resolve import resolve_recipe
+from fedtune.training.resolve import resolve_recipe
 from tests.merge_examples import METHODS, a_step, merged, plain, thinning
 from tests.recipe_examples import TEXT
 

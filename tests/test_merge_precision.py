@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedtune.merging._select import find_threshold
-from fedtune.merging._sums import sum_weighted
-from fedtune.merging._task_vectors import sum_with_elected_sign
+from fedtune.merging.combine._weighted_sums import sum_weighted
+from fedtune.merging.combine.task_vectors._magnitude_selection import find_threshold
+from fedtune.merging.combine.task_vectors._task_vector_step import sum_with_elected_sign
 from tests.merge_examples import a_step, merged
 
 UNIT = 2.0**-24
@@ -121,7 +121,9 @@ def largest_by_topk(values: Tensor, keep: int) -> Tensor:
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
 @pytest.mark.parametrize("keep", [1, 17, 10_000, 19_999, 20_000])
 def test_the_threshold_is_that_of_topk(kind: str, keep: int, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedtune.merging._select._SHORT", 20_000 if way == "partitioned" else 19_999)
+    monkeypatch.setattr(
+        "fedtune.merging.combine.task_vectors._magnitude_selection._SHORT", 20_000 if way == "partitioned" else 19_999
+    )
     [values] = deltas(kind, 1)
     stream: Callable[[], Sequence[Tensor]] = lambda: values.split(3000)  # noqa: E731
     found, equal = find_threshold(stream, keep, len(values)), int((values.abs() == largest_by_topk(values, keep)).sum())

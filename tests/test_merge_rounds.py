@@ -83,7 +83,7 @@ def test_too_few_or_too_many_clients_are_refused(tmp_path: Path, name: str, coun
 def test_weights_of_a_round_sum_to_one(name: str) -> None:
     combine = build_pipeline([Unit(name=name)]).combine
     equal = name in ("model-stock", "sce", "trimmed-mean")
-    assert combine.weights([1, 3]) == ([0.5, 0.5] if equal else [0.25, 0.75])
+    assert combine.compute_client_weights([1, 3]) == ([0.5, 0.5] if equal else [0.25, 0.75])
 
 
 def test_each_round_draws_masks_of_its_own_and_a_round_again_draws_the_same(tmp_path: Path) -> None:

@@ -5,12 +5,12 @@ import torch
 from torch import Tensor
 
 from fedtune.merging import MergeContext, bind_combine
-from fedtune.merging.geometric_median import GeometricMedian
-from fedtune.merging.karcher import Karcher
-from fedtune.merging.model_stock import ModelStock
-from fedtune.merging.multislerp import MultiSlerp
-from fedtune.merging.nuslerp import NuSlerp
-from fedtune.merging.slerp import Slerp
+from fedtune.merging.combine.linear_combinations.geometric_median import GeometricMedian
+from fedtune.merging.combine.linear_combinations.karcher import Karcher
+from fedtune.merging.combine.linear_combinations.model_stock import ModelStock
+from fedtune.merging.combine.linear_combinations.multislerp import MultiSlerp
+from fedtune.merging.combine.linear_combinations.nuslerp import NuSlerp
+from fedtune.merging.combine.linear_combinations.slerp import Slerp
 from tests.merge_examples import SHAPES, a_model, merged, models, operands
 
 WEIGHTS = [0.4, 0.35, 0.25]
@@ -173,4 +173,4 @@ def test_distances_of_whole_models_give_one_set_of_coefficients() -> None:
 def test_a_median_of_whole_models_cannot_be_taken_one_tensor_at_a_time_by_mistake() -> None:
     settled = bind_combine(GeometricMedian(), SHAPES, operands(GeometricMedian(), models(3), WEIGHTS), MergeContext())
     assert settled.combine.name == "linear"
-    assert sum(one.weight for one in settled.operands) == pytest.approx(1.0)
+    assert sum(one.weight for one in settled.merge_inputs) == pytest.approx(1.0)

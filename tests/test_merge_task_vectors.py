@@ -9,8 +9,13 @@ from torch import Tensor
 
 from fedtune.errors import RecipeError
 from fedtune.merging import MergeInput
-from fedtune.merging._select import count_entries_to_keep, find_threshold, keep_largest, keep_magnitude_band
-from fedtune.merging._task_vectors import sum_with_elected_sign
+from fedtune.merging.combine.task_vectors._magnitude_selection import (
+    count_entries_to_keep,
+    find_threshold,
+    keep_largest,
+    keep_magnitude_band,
+)
+from fedtune.merging.combine.task_vectors._task_vector_step import sum_with_elected_sign
 from fedtune.wire import client_update
 from fedtune.wire.client_update import iter_row_chunks
 from tests.merge_examples import SHAPES, Held, a_model, a_step, merged, models
@@ -22,7 +27,7 @@ WEIGHTS = [0.5, 0.3, 0.2]
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Short streams are partitioned, long ones counted."""
     if request.param == "counted":
-        monkeypatch.setattr("fedtune.merging._select._SHORT", 0)
+        monkeypatch.setattr("fedtune.merging.combine.task_vectors._magnitude_selection._SHORT", 0)
 
 
 def stream(values: Tensor, piece: int) -> Iterator[Tensor]:
@@ -152,7 +157,7 @@ def test_rescale_is_the_twin(
     name: str, gamma: float, density: float, fits: bool, way: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client_update, "_PIECE", 64)
-    monkeypatch.setattr("fedtune.merging._delta_cache._BUDGET", 1 << 24 if fits else 0)
+    monkeypatch.setattr("fedtune.merging.combine.task_vectors._delta_cache._BUDGET", 1 << 24 if fits else 0)
     settings = {"density": density, "rescale": True, "normalise": False, **({"gamma": gamma} if gamma else {})}
     deltas = {key: value for key, value in a_model(3, SHAPES).items() if key != "none"}
     found = merged(a_step(name, settings), [deltas])
@@ -288,8 +293,10 @@ def test_a_tensor_that_fits_the_budget_is_read_once_and_a_larger_one_piece_by_pi
     """Reads are of pieces in order, none larger, by every pass of a selection; the merge is the same."""
     shape, asked = (1000, 900), list[tuple[int, int]]()
     values = a_model(0, {"w": shape})["w"]
-    monkeypatch.setattr("fedtune.merging._delta_cache._BUDGET", 2 * 4 * values.numel() - (not fits))
-    monkeypatch.setattr("fedtune.merging._select._SHORT", 0)
+    monkeypatch.setattr(
+        "fedtune.merging.combine.task_vectors._delta_cache._BUDGET", 2 * 4 * values.numel() - (not fits)
+    )
+    monkeypatch.setattr("fedtune.merging.combine.task_vectors._magnitude_selection._SHORT", 0)
 
     def rows(name: str, start: int, stop: int) -> Tensor:
         asked.append((start, stop))
@@ -299,5 +306,5 @@ def test_a_tensor_that_fits_the_budget_is_read_once_and_a_larger_one_piece_by_pi
     other = MergeInput(Held({"w": values.flip(0)}), 1.0)
     found = torch.cat(list(step.combine("w", shape, [MergeInput(rows, 1.0), other])))
     assert asked == (1 if fits else passes) * list(iter_row_chunks(shape))
-    monkeypatch.setattr("fedtune.merging._delta_cache._BUDGET", 1 << 40 if not fits else 0)
+    monkeypatch.setattr("fedtune.merging.combine.task_vectors._delta_cache._BUDGET", 1 << 40 if not fits else 0)
     assert torch.equal(found, torch.cat(list(step.combine("w", shape, [MergeInput(rows, 1.0), other]))))

@@ -105,7 +105,7 @@ def test_without_scikit_learn_a_recipe_that_asks_for_a_figure_is_refused() -> No
 
 
 def test_a_minimal_install_without_it_says_so_before_it_trains(home: Path, request: pytest.FixtureRequest) -> None:
-    order = TrainRequest(trivial("evaluation={own: 0.2, metrics: [f1]}").model_dump_json(), 1, 0)
+    order = TrainRequest(trivial("evaluation={own: 0.2, metrics: [f1]}").model_dump_json(), 1, 0, "run")
     request.getfixturevalue("without_scikit_learn")
     said = Trainer("partition:0", 10**11, 0).run_request(Frame(asdict(order)), lambda: pytest.fail("it trains"))
     problem = parse_problem(said.header["problem"])
@@ -129,7 +129,7 @@ def test_a_run_scores_what_its_recipe_asks_for(home: Path, tmp_path: Path) -> No
     recipe = words(tmp_path, "evaluation={metrics: [f1, auc, always-half]}")
     ended = execute(recipe)
     shop = get_run_context(recipe.model_dump_json())
-    last = {(one.part, one.name): one.value for one in ended.rounds[-1].metrics if one.domain == "all"}
+    last = {(one.split, one.name): one.value for one in ended.rounds[-1].metrics if one.domain == "all"}
     assert last["test", "always-half"] == 0.5
     state = ended.rounds[-1].checkpoint
     assert state is not None

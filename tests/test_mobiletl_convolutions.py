@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedtune.models.efficientnet_lite import SameConv2d
-from fedtune.techniques._lean_conv import make_efficient_conv2d
+from fedtune.techniques._layers.conv2d import make_efficient_conv2d
 from tests.lean_layers import both, kept, same_bits
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedtune.techniques._behind_gate import make_product_input_conv2d
-from fedtune.techniques._recast import ReplacementLayer
+from fedtune.techniques._layers.layer_replacement import ReplacementLayer
+from fedtune.techniques.mobile._product_input_conv2d import make_product_input_conv2d
 from tests.lean_layers import kept
 
 Make = Callable[[Tensor], Tensor]

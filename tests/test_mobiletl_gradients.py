@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fedtune import techniques
-from fedtune.techniques._inverted_residual import find_inverted_residuals
+from fedtune.techniques.mobile._inverted_residual import find_inverted_residuals
 from fedtune.training import set_train_mode
 from tests.mobile_nets import SmallNet, age, gradients, hard_net, in_transformers, pictures, switched_on
 from tests.own_nets import net

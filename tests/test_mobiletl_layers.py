@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.models.efficientnet_lite import SameConv2d
-from fedtune.techniques._lean_conv import make_efficient_conv2d
-from fedtune.techniques._lean_dropout import MemoryEfficientDropout, make_efficient_dropout
-from fedtune.techniques._masked import EXACT_GRADIENTS, SIGN_GRADIENTS, make_one_bit_activation
-from fedtune.techniques._shift_norm import FrozenBatchNorm2d, make_frozen_batch_norm
+from fedtune.techniques._layers.conv2d import make_efficient_conv2d
+from fedtune.techniques._layers.dropout import MemoryEfficientDropout, make_efficient_dropout
+from fedtune.techniques._layers.frozen_batch_norm import FrozenBatchNorm2d, make_frozen_batch_norm
+from fedtune.techniques._layers.one_bit_activation import EXACT_GRADIENTS, SIGN_GRADIENTS, make_one_bit_activation
 from tests.lean_layers import both, kept, same_bits
 
 DTYPES = (torch.float32, torch.float64)

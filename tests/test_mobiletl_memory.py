@@ -13,8 +13,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from fedtune import models
 from fedtune.memory import StorageMeter
 from fedtune.recipe.schema import ModelSettings
-from fedtune.techniques._masked import OneBitActivation
-from fedtune.techniques._shift_norm import FrozenBatchNorm2d
+from fedtune.techniques._layers.frozen_batch_norm import FrozenBatchNorm2d
+from fedtune.techniques._layers.one_bit_activation import OneBitActivation
 from fedtune.training import compute_step_loss, set_train_mode
 from tests.mobile_nets import SHAPES, SmallNet, age, pictures
 from tests.technique_steps import IMAGES, shared

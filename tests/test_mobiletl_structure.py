@@ -9,9 +9,9 @@ from torch import nn
 from fedtune.errors import ModelError, RecipeError
 from fedtune.tasks import Task
 from fedtune.techniques import UnfrozenBatchNorm2d
-from fedtune.techniques._inverted_residual import TailLayers, find_inverted_residuals, split_before_last_blocks
-from fedtune.techniques._prefix import run_frozen_prefix
-from fedtune.techniques._recast import ForwardOverride
+from fedtune.techniques._layers.layer_replacement import ForwardOverride
+from fedtune.techniques.mobile._frozen_prefix import run_frozen_prefix
+from fedtune.techniques.mobile._inverted_residual import TailLayers, find_inverted_residuals, split_before_last_blocks
 from tests.mobile_nets import SmallNet, age, hard_net, in_transformers, pictures
 from tests.own_nets import net
 from tests.technique_steps import IMAGES, TEXT, chosen, logits, shared

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fedtune.errors import ModelError
 from fedtune.techniques import apply_techniques
-from fedtune.techniques._lite_residual import LiteResidual
+from fedtune.techniques.mobile._lite_residual import LiteResidual
 from fedtune.training import ClientRound, LocalTrainingResult, get_model_state, set_model_state, train_local_model
 from fedtune.wire.client_update import decode_tensors, pack
 from tests.mobile_nets import SmallNet, age, hard_net, in_transformers, pictures

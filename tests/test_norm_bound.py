@@ -41,17 +41,17 @@ ZERO = times(0.0)
 
 
 def statuses(ended: Ended) -> list[list[str]]:
-    return [[sent.status for sent in record.contributions] for record in ended.rounds[1:]]
+    return [[sent.status for sent in record.client_records] for record in ended.rounds[1:]]
 
 
 @pytest.mark.parametrize("spoil", [HUGE, times(1e4), times(-1000.0)], ids=["3e38", "10,000 times", "-1000 times"])
 def test_by_default_an_update_out_of_proportion_is_refused_and_named(home: Path, spoil: Spoil) -> None:
     recipe = trivial()
     ended = execute(recipe, spoilt(spoil, {1}), run="attacked")
-    assert statuses(ended) == [["merged", "refused", "merged", "merged"]] * 2
-    bad = ended.rounds[1].contributions[1]
+    assert statuses(ended) == [["merged", "rejected", "merged", "merged"]] * 2
+    bad = ended.rounds[1].client_records[1]
     assert "times as large as the median of the cohort's, and federation.norm_bound allows 50 times" in bad.reason
-    assert (bad.examples, bad.norm > 0, bad.bytes_up > 0) == (0, True, True)
+    assert (bad.num_examples, bad.update_norm > 0, bad.bytes_up > 0) == (0, True, True)
 
     def raising(message: Message, reply: Message) -> Message:
         raise ValueError
@@ -74,7 +74,7 @@ def test_a_resumed_run_compares_with_the_same_rounds(home: Path) -> None:
     """One client a round has no cohort: what earlier rounds merged stands in, also after a kill."""
     recipe = trivial("devices=[{count: 1}]", "federation.rounds=4")
     whole = execute(recipe, spoilt(times(1e4), {0}, rounds={3}), run="whole")
-    assert statuses(whole) == [["merged"], ["merged"], ["refused"], ["merged"]]
+    assert statuses(whole) == [["merged"], ["merged"], ["rejected"], ["merged"]]
     assert whole.rounds[3].status == "failed"
     assert whole.hashes[2] == whole.hashes[3] != whole.hashes[4]
     stops = [3]
@@ -113,9 +113,9 @@ def test_classes_that_train_few_tensors_compare_with_those_that_train_many(home:
     recipe = words(tmp_path, classes, "train.techniques=full", "train.optimiser=sgd", "federation.rounds=1")
     honest = execute(recipe, run="honest")
     assert statuses(honest) == [["merged"] * 4]
-    norms = [sent.norm for sent in honest.rounds[1].contributions]
+    norms = [sent.update_norm for sent in honest.rounds[1].client_records]
     attacked = execute(recipe, spoilt(times(500 * max(norms) / norms[3]), {3}), run="attacked")
-    assert statuses(attacked) == [["merged"] * 3 + ["refused"]]
+    assert statuses(attacked) == [["merged"] * 3 + ["rejected"]]
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_low_rank_and_masked_updates_are_bounded_too(home: Path, tmp_path: Path,
     recipe = words(tmp_path, "devices=[{count: 4}]", *overrides)
     assert statuses(execute(recipe, run="honest")) == [["merged"] * 4] * 2
     attacked = execute(recipe, spoilt(times(1e5), {2}), run="attacked")
-    assert statuses(attacked) == [["merged", "merged", "refused", "merged"]] * 2
+    assert statuses(attacked) == [["merged", "merged", "rejected", "merged"]] * 2
 
 
 def test_late_answers_are_bounded_on_devices_as_in_a_simulation(home: Path) -> None:
@@ -133,8 +133,8 @@ def test_late_answers_are_bounded_on_devices_as_in_a_simulation(home: Path) -> N
     spoil = spoilt(times(1e4), {1})
     simulated = execute(recipe, spoil, run="simulated")
     rounds = deployed(recipe, lambda client, number: 1.0, spoil, run="real")
-    assert statuses(simulated) == [["merged", "refused", "merged", "merged"]] * 3
-    assert [[sent.status for sent in record.contributions] for record in rounds[1:]] == statuses(simulated)
+    assert statuses(simulated) == [["merged", "rejected", "merged", "merged"]] * 3
+    assert [[sent.status for sent in record.client_records] for record in rounds[1:]] == statuses(simulated)
     assert outcome("real").hashes == simulated.hashes
 
 
@@ -161,7 +161,7 @@ def test_the_median_of_each_round_is_in_the_store(home: Path) -> None:
     for record in ended.rounds[1:]:
         told = [metric.value for metric in record.metrics if metric.name == "median_rms"]
         values = 784 * 10 + 10
-        norms = sorted(sent.norm for sent in record.contributions)
+        norms = sorted(sent.update_norm for sent in record.client_records)
         assert told == [pytest.approx((norms[1] + norms[2]) / 2 / math.sqrt(values))]
 
 
@@ -169,7 +169,7 @@ def test_a_round_s_line_names_who_was_refused(home: Path) -> None:
     from fedtune.server.events import format_round
 
     ended = execute(trivial("federation.rounds=1"), spoilt(HUGE, {1}))
-    assert "refused toy (client 1)" in format_round(ended.rounds[1])
+    assert "rejected toy (client 1)" in format_round(ended.rounds[1])
 
 
 def test_a_merge_that_gives_no_finite_values_fails_its_round_and_the_state_stays(home: Path) -> None:
@@ -201,8 +201,8 @@ def test_a_robust_merge_with_too_few_updates_left_fails_its_round_and_the_run_go
     assert failed.reason.startswith(
         "the merge failed: merge: trimmed-mean with trim_fraction 0.2 needs at least 5 models"
     )
-    assert "refused: its values are" in failed.reason
-    assert [sent.status for sent in failed.contributions] == ["unused", "refused", "unused", "unused", "unused"]
+    assert "rejected: its values are" in failed.reason
+    assert [sent.status for sent in failed.client_records] == ["unused", "rejected", "unused", "unused", "unused"]
     assert ended.hashes[0] == ended.hashes[1] != ended.hashes[2]
 
 
@@ -234,11 +234,11 @@ def test_what_can_never_hold_is_refused_before_anything_begins(
 
 @pytest.mark.parametrize("share", [0.2, 0.1, 0.3, 1 / 3, 0.49, 0.05, 0.07])
 def test_what_trimmed_mean_needs_is_the_least_count_of_which_it_can_cut_one(share: float) -> None:
-    from fedtune.merging.trimmed_mean import TrimmedMean
+    from fedtune.merging.combine.trimmed_mean import TrimmedMean
 
     step: Any = TrimmedMean(trim_fraction=share)
-    assert step._cut(step.needed) >= 1
-    assert step._cut(step.needed - 1) == 0
+    assert step._cut(step.required_models) >= 1
+    assert step._cut(step.required_models - 1) == 0
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -247,7 +247,7 @@ def test_an_update_that_no_weights_are_is_refused_also_where_there_is_nothing_to
 ) -> None:
     recipe = trivial(f"devices=[{{count: {count}}}]", "federation.rounds=2")
     ended = execute(recipe, spoilt(HUGE, {0}, rounds={1}))
-    [first, *_] = ended.rounds[1].contributions
-    assert (first.status, first.client) == ("refused", 0)
+    [first, *_] = ended.rounds[1].client_records
+    assert (first.status, first.client) == ("rejected", 0)
     assert "which no weights are" in first.reason
     assert ended.run.status == "completed"

@@ -11,11 +11,11 @@ from torch.nn import functional as F
 
 from fedtune.memory import StorageMeter
 from fedtune.models.efficientnet_lite import SameConv2d
-from fedtune.techniques._normalised_conv import (
+from fedtune.techniques.pruning._pruned_tensor import PruningRule, pack_pruned, unpack_pruned
+from fedtune.techniques.pruning._standardised_conv2d import (
     iter_standardised_conv2d,
     standardise_weight,
 )
-from fedtune.techniques._pruned import PruningRule, pack_pruned, unpack_pruned
 from tests.normalised_nets import PADDED, STRIDED, Net, a_mask, drawn, gradients, made_normal
 
 _C = math.sqrt(2 / (1 - 1 / math.pi))

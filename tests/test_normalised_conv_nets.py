@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fedtune.errors import ModelError
 from fedtune.models.efficientnet_lite import EfficientNetLite
 from fedtune.models.resnet import ResNet18
-from fedtune.techniques._normalised_conv import (
+from fedtune.techniques.pruning._standardised_conv2d import (
     ConvNormPair,
     find_conv_norm_pairs,
     iter_standardised_conv2d,

@@ -15,7 +15,7 @@ from fedtune.flower.superlink import SuperLink
 from fedtune.paths import get_cache_folder
 from fedtune.server.server_home import create_server_home
 from fedtune.shipped import shipped_folder
-from fedtune.tracking import Store, default_url, file_url, schema_upgrade, schema_version
+from fedtune.tracking import Store, get_default_url, make_file_url, schema_upgrade, schema_version
 from tests.federations import TRIVIAL
 from tests.store_examples import fill
 
@@ -35,13 +35,13 @@ def test_the_store_lies_in_the_home_of_that_name_and_nowhere_else(odd: Path) -> 
         recorded = fill(store)
     assert [path.name for path in odd.parent.iterdir()] == [odd.name]
     assert (odd / "store.sqlite").is_file()
-    with Store.open(default_url()) as store:
+    with Store.open(get_default_url()) as store:
         assert store.rounds("film-1a2b") == recorded
 
 
 def test_an_old_store_there_is_upgraded(odd: Path) -> None:
     odd.mkdir()
-    engine = create_engine(file_url(odd / "store.sqlite"))
+    engine = create_engine(make_file_url(odd / "store.sqlite"))
     with engine.begin() as connection:
         command.upgrade(schema_upgrade.make_alembic_config(connection), "0001")
     engine.dispose()

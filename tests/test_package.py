@@ -18,7 +18,8 @@ from packaging.requirements import Requirement
 
 from fedtune.cli.main import cli
 from fedtune.errors import DataError, FedtuneError
-from fedtune.server.server_home import ServerSettings, create_server_home
+from fedtune.server.server_home import create_server_home
+from fedtune.server.server_settings import ServerSettings
 from fedtune.shipped import SHIPPED, shipped_folder
 from fedtune.systemd_units import service
 from fedtune.wheel import write_wheel

@@ -12,8 +12,8 @@ from fedtune.tracking import DeviceRecord, Store
 def devices(home: Path) -> list[DeviceRecord]:
     with Store.open() as store:
         for node in (1, 2, 3):
-            store.access.add_device(name=f"dev-{node}", node=str(node), public_key=f"pem {node}")
-        return store.access.devices()
+            store.access.add_device(name=f"dev-{node}", node_id=str(node), public_key=f"pem {node}")
+        return store.access.list_devices()
 
 
 def test_a_device_is_there_when_flower_says_so_and_it_was_heard_of_late(devices: list[DeviceRecord]) -> None:

@@ -23,7 +23,7 @@ from fedtune.server.privacy_accounting import (
 from fedtune.tracking import ClientRecord, RoundRecord, Store
 from tests.federations import execute, trivial
 from tests.private_federations import private
-from tests.store_examples import a_contribution, a_round
+from tests.store_examples import a_client_record, a_round
 
 DELTA = 1e-5
 
@@ -65,7 +65,7 @@ def test_clients_that_add_noise_are_charged_for_any_other_data_set() -> None:
 
 
 def asked(*statuses: str, first: int = 0) -> list[ClientRecord]:
-    return [replace(a_contribution(0), client=first + place, status=status) for place, status in enumerate(statuses)]
+    return [replace(a_client_record(0), client=first + place, status=status) for place, status in enumerate(statuses)]
 
 
 def releases(privacy: PrivacySettings, rounds: Sequence[RoundOutcome]) -> int:
@@ -77,7 +77,7 @@ ROUNDS: list[RoundOutcome] = [
     ("completed", asked("merged", "merged")),
     ("failed", asked("unused", "missing")),
     ("completed", asked("merged", "declined")),
-    ("completed", asked("merged", "refused", first=1)),
+    ("completed", asked("merged", "rejected", first=1)),
 ]
 
 
@@ -111,7 +111,7 @@ def test_epsilon_after_each_round_is_that_of_all_rounds_so_far(where: str) -> No
     for number in range(len(ROUNDS)):
         [told] = spending.compute_epsilon_after_round(ROUNDS[number])
         assert told.value == compute_epsilon(recipe, releases(recipe.privacy, ROUNDS[: number + 1]))
-    done = [a_round(number, status=status, contributions=tuple(sent)) for number, (status, sent) in enumerate(ROUNDS)]
+    done = [a_round(number, status=status, client_records=tuple(sent)) for number, (status, sent) in enumerate(ROUNDS)]
     [resumed] = Spending(recipe, done[:3]).compute_epsilon_after_round(ROUNDS[3])
     assert resumed.value == compute_epsilon(recipe, releases(recipe.privacy, ROUNDS[:4]))
     assert Spending(trivial(), done).compute_epsilon_after_round(ROUNDS[3]) == ()

@@ -141,7 +141,7 @@ def test_a_run_and_its_export_say_what_was_spent(
     first, second = epsilons(execute(private(where)))
     assert f"epsilon {second:.4g} at delta 1e-05, noise by the {where}" in call("runs", "show", "latest").stdout
     shown = json.loads(call("runs", "show", "latest", "--json").stdout)
-    assert shown["privacy"] == {"epsilon": second, "delta": 1e-05, "noise_by": where}
+    assert shown["privacy"] == {"epsilon": second, "delta": 1e-05, "noise_added_by": where}
     call("export", "latest", "--round", "1", "-o", str(tmp_path / "model"))
     call("runs", "plot", "latest", "-o", str(tmp_path / "run.png"))
     assert (tmp_path / "run.png").stat().st_size > 10_000

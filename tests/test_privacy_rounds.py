@@ -28,7 +28,7 @@ from fedtune.wire.masked_weights import encode_masked_state
 from tests.federations import execute, order_of, spoilt
 from tests.private_federations import CLIP, NOISE, Sent, epsilons, keeping, key_of, private, state
 
-ORDER = TrainRequest("", 1, 0, run="run-1")
+ORDER = TrainRequest("", 1, 0, "run-1")
 
 
 def flat(tensors: dict[str, Tensor]) -> Tensor:
@@ -71,7 +71,7 @@ def test_clients_clip_before_they_send_and_send_no_noise_where_the_server_adds_i
 
 def counting(message: Message, reply: Message) -> Message:
     """Client 0 says that it trained on a twentieth of the examples it did; more than it can have is refused."""
-    reply.content.metric_records["report"]["examples"] = 1
+    reply.content.metric_records["report"]["num_examples"] = 1
     return reply
 
 
@@ -85,10 +85,10 @@ def test_a_client_that_counts_fewer_examples_weighs_no_less(home: Path) -> None:
     mean = sum(flat(sent[1, client]) for client in range(4)) / 4
     gone = flat(state(ended, 1)) - flat(state(ended, 0))
     torch.testing.assert_close(gone, mean, rtol=0, atol=1e-7)
-    assert [one.examples for one in ended.rounds[1].contributions] == [1, 20, 20, 20]
+    assert [one.num_examples for one in ended.rounds[1].client_records] == [1, 20, 20, 20]
 
 
-@pytest.mark.parametrize(("factor", "status"), [(1 + ROUNDING_SLACK / 2, "merged"), (1.01, "refused")])
+@pytest.mark.parametrize(("factor", "status"), [(1 + ROUNDING_SLACK / 2, "merged"), (1.01, "rejected")])
 def test_a_norm_above_the_bound_is_refused(home: Path, factor: float, status: str) -> None:
     def enlarge(message: Message, reply: Message) -> Message:
         array = reply.content.array_records["delta"]["safetensors"]
@@ -98,9 +98,9 @@ def test_a_norm_above_the_bound_is_refused(home: Path, factor: float, status: st
         return reply
 
     ended = execute(private("server"), spoilt(enlarge, {1}))
-    bad = ended.rounds[1].contributions[1]
+    bad = ended.rounds[1].client_records[1]
     assert bad.status == status
-    assert (f"above privacy.clipping_norm {CLIP}" in bad.reason) == (status == "refused")
+    assert (f"above privacy.clipping_norm {CLIP}" in bad.reason) == (status == "rejected")
 
 
 def test_clients_noise_covers_each_contribution_and_the_server_adds_none(home: Path) -> None:
@@ -122,8 +122,8 @@ def test_clients_noise_covers_each_contribution_and_the_server_adds_none(home: P
 def test_a_client_with_its_own_noise_tells_neither_examples_nor_loss_nor_labels(home: Path) -> None:
     recipe = private("client")
     ended = execute(recipe)
-    told = [one for record in ended.rounds[1:] for one in record.contributions]
-    assert all(one.examples == 1 and math.isnan(one.loss) for one in told)
+    told = [one for record in ended.rounds[1:] for one in record.client_records]
+    assert all(one.num_examples == 1 and math.isnan(one.train_loss) for one in told)
     shop = get_run_context(recipe.model_dump_json())
     assert summarise_local_data(shop, shop.client_rows[0]) == {}
     other = get_run_context(private("server").model_dump_json())
@@ -135,14 +135,14 @@ def test_a_device_sends_what_a_simulation_would_with_its_secret_and_says_nothing
     recipe = private("client").model_dump_json()
     shop = get_run_context(recipe)
     payload = pack(encode_masked_state(get_model_state(shop.model, shop.shared_names)))
-    order = TrainRequest(recipe, 1, 1, run="one")
+    order = TrainRequest(recipe, 1, 1, "one")
     keeper = TrainerSupervisor("partition:1", 4_000_000_000, 60.0)
     try:
         answer = keeper.run_request(Frame(asdict(order), payload))
     finally:
         keeper.stop_trainer()
     assert answer.header["kind"] == "trained", answer.header
-    assert (answer.header["holding"], answer.header["report"]["examples"]) == ({}, 1)
+    assert (answer.header["holding"], answer.header["report"]["num_examples"]) == ({}, 1)
     simulated = [
         run_local_round(order, read_payload(payload, shop, order.client), shop, shop.client_rows[1], at)[0]
         for at in (DeviceHome().get_local_state_folder("one"), home / "new")

@@ -39,12 +39,12 @@ def test_a_private_run_on_devices_is_the_simulated_one_with_their_secrets(
             shutil.copy(key, copied)
     simulated = execute(recipe, run=found["id"])
     assert hashes(found) == simulated.hashes
-    assert [m["value"] for m in found["metrics"] if m["part"] == "privacy"] == epsilons(simulated)
+    assert [m["value"] for m in found["metrics"] if m["split"] == "privacy"] == epsilons(simulated)
     assert hashes(found)[1:] != execute(recipe, run="other secrets").hashes[1:]
 
 
 def secrets(found: dict[str, Any], devices: list[Device]) -> list[Path]:
     """Where the devices' secrets would lie, by the clients they were."""
     by_name = {device.name: device for device in devices}
-    seated = [by_name[seat["device"]] for seat in found["devices"]]
+    seated = [by_name[one["device_name"]] for one in found["assignments"]]
     return [DeviceHome(device.home / "device").get_local_state_folder(found["id"]) / "noise.key" for device in seated]

@@ -15,7 +15,7 @@ from fedtune.simulation.in_process_grid import InProcessGrid
 from fedtune.simulation.workers import SequentialWorkers
 from fedtune.tracking import Store, claim_run
 from tests.federations import begin, execute, silent, trivial
-from tests.store_examples import a_contribution, a_round
+from tests.store_examples import a_client_record, a_round
 
 
 class Time:
@@ -48,7 +48,7 @@ def test_what_is_left_is_rounds_to_train_and_examples_to_score() -> None:
         (1.0, ended(0)),
     )
     assert clock.format_remaining_time() == ""
-    play(clock, time, (0.5, RoundStarted(1, 2)), (19.0, ReplyReceived(1, a_contribution(0))), (0.5, ended(1)))
+    play(clock, time, (0.5, RoundStarted(1, 2)), (19.0, ReplyReceived(1, a_client_record(0))), (0.5, ended(1)))
     assert clock.format_remaining_time() == "1:30 left"  # two rounds of 20 s, 500 examples at 0.1 s
     play(
         clock,

@@ -14,7 +14,12 @@ from fedtune.recipe.schema import Recipe
 from fedtune.server.pruning import prune_checkpoints
 from fedtune.simulation import resolve_recipe
 from fedtune.tracking import Store, pruning
-from fedtune.tracking.pruning import kept_rounds, prune, to_prune, with_checkpoint
+from fedtune.tracking.pruning import (
+    find_checkpointed_round,
+    list_kept_rounds,
+    prune_run_checkpoints,
+    select_prunable_rounds,
+)
 from tests.data_examples import a_recipe
 from tests.federations import execute, outcome, trivial
 from tests.store_examples import a_metric, a_round, start
@@ -27,7 +32,7 @@ def scores(
 
 
 def stay(values: dict[int, dict[tuple[str, str], float]], **keep: object) -> list[int]:
-    gone = to_prune(values, Keep.model_validate(keep))
+    gone = select_prunable_rounds(values, Keep.model_validate(keep))
     return [number for number in values if number not in gone]
 
 
@@ -54,7 +59,7 @@ def test_of_losses_the_least_is_the_best_and_of_equals_the_first(name: str) -> N
 
 
 def test_the_best_is_told_by_validation_and_else_by_what_clients_hold_out() -> None:
-    of = scores({1: 0.2, 2: 0.9, 3: 0.1, 4: 0.1, 5: 0.1}, part="own")
+    of = scores({1: 0.2, 2: 0.9, 3: 0.1, 4: 0.1, 5: 0.1}, part="local")
     assert stay(of) == [2, 4, 5]
     of[3]["validation", "accuracy"] = 0.3
     assert stay(of) == [3, 4, 5]
@@ -81,7 +86,7 @@ def test_a_run_leaves_what_its_recipe_keeps_and_the_same_bits_as_one_that_keeps_
     assert files("whole") == [0, 1, 2, 3, 4, 5, 6]
     pruned = execute(trivial(ROUNDS, SPARSE))
     assert files() == [0, 4, 6]
-    assert kept_rounds(pruned.rounds) == [0, 4, 6]
+    assert list_kept_rounds(pruned.rounds) == [0, 4, 6]
     assert pruned.hashes == whole.hashes
 
 
@@ -97,7 +102,7 @@ def test_a_run_killed_before_or_while_it_prunes_is_tidied_when_it_goes_on(
         with pytest.raises(KeyboardInterrupt):
             execute(recipe)
     assert files() == [0, 1, 2]
-    assert kept_rounds(outcome().rounds) == [0, 2]
+    assert list_kept_rounds(outcome().rounds) == [0, 2]
     assert CliRunner().invoke(cli, ["simulate", "--resume", "latest"], catch_exceptions=False).exit_code == 0
     assert files() == [0, 4, 6]
     alone = execute(recipe, run="alone")
@@ -108,22 +113,20 @@ def test_a_checkpoint_is_pruned_only_after_its_successor_is_committed(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    real = pruning.to_prune
+    real = pruning.select_prunable_rounds
 
     def look(scores: dict[int, object], keep: Keep) -> list[int]:
         seen.append((outcome("run-1").rounds[-1].number, files()))
         return real(scores, keep)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(pruning, "to_prune", look)
+    monkeypatch.setattr(pruning, "select_prunable_rounds", look)
     execute(trivial(SPARSE))
     assert seen == [(0, [0]), (1, [0, 1]), (2, [0, 1, 2])]
 
 
 def test_what_asks_for_a_pruned_round_is_told_which_are_there(home: Path, tmp_path: Path) -> None:
     execute(trivial(ROUNDS, SPARSE))
-    sentence = (
-        "round 3 of run run-1 was pruned, as checkpoints.keep says; its checkpoints are those of rounds 0, 4 and 6"
-    )
+    sentence = "round 3 of run run-1 was pruned, as checkpoints.keep says; it has the checkpoints of rounds 0, 4 and 6"
     for argv in (
         ["evaluate", "latest", "--round", "3"],
         ["merge", "run:latest@3", "run:latest@6", "--method", "linear", "-o", str(tmp_path / "out")],
@@ -142,7 +145,7 @@ def test_a_copy_of_a_pruned_checkpoint_can_still_be_read(home: Path, tmp_path: P
     copy.parent.mkdir()
     copy.write_bytes((homes.get_runs_folder() / "run-1" / "round-0003.safetensors").read_bytes())
     with Store.open() as store:
-        assert prune(store, "run-1", Keep(last=1, best=False, every=None)) == [1, 2, 3, 4, 5]
+        assert prune_run_checkpoints(store, "run-1", Keep(last=1, best=False, every=None)) == [1, 2, 3, 4, 5]
     assert CliRunner().invoke(cli, ["evaluate", str(copy)], catch_exceptions=False).exit_code == 0
 
 
@@ -156,20 +159,20 @@ def test_late_answers_keep_the_checkpoints_they_begin_with(home: Path) -> None:
         for number in range(12):
             store.commit_round("film-1a2b", a_round(number, metrics=(a_metric(0.5),)))
         prune_checkpoints(store, "film-1a2b", recipe)
-        assert kept_rounds(store.rounds("film-1a2b")) == [0, 5, 6, 7, 8, 9, 10, 11]
+        assert list_kept_rounds(store.rounds("film-1a2b")) == [0, 5, 6, 7, 8, 9, 10, 11]
 
 
 def test_sentences_for_runs_without_the_round_or_any_checkpoint() -> None:
     rounds = [a_round(0), a_round(1, checkpoint=None)]
     with pytest.raises(
-        StoreError, match=r"has not recorded a checkpoint of round 1; its checkpoints are those of round 0"
+        StoreError, match=r"has not recorded a checkpoint of round 1; it has the checkpoints of round 0"
     ):
-        with_checkpoint("r", rounds, 1)
-    with pytest.raises(StoreError, match=r"has not recorded a checkpoint of round 7; its"):
-        with_checkpoint("r", rounds, 7)
+        find_checkpointed_round("r", rounds, 1)
+    with pytest.raises(StoreError, match=r"has not recorded a checkpoint of round 7; it has the"):
+        find_checkpointed_round("r", rounds, 7)
     with pytest.raises(StoreError, match=r"has not recorded a checkpoint; it has no checkpoint at all"):
-        with_checkpoint("r", rounds[1:])
-    assert with_checkpoint("r", rounds).number == 0
+        find_checkpointed_round("r", rounds[1:])
+    assert find_checkpointed_round("r", rounds).number == 0
 
 
 def test_a_recipe_says_what_to_keep() -> None:

@@ -20,7 +20,7 @@ from tests.ticking import TickingGrid, seat
 
 def enrolled(store: Store, count: int = 4) -> None:
     for client in range(count):
-        store.access.add_device(name=f"dev-{client}", node=str(client + 2), public_key=f"key-{client}")
+        store.access.add_device(name=f"dev-{client}", node_id=str(client + 2), public_key=f"key-{client}")
 
 
 def deployed(store: Store, recipe: Recipe, client: ClientApp, run: str = "run-1") -> Ended:
@@ -31,7 +31,7 @@ def deployed(store: Store, recipe: Recipe, client: ClientApp, run: str = "run-1"
 
 
 def asked(ended: Ended) -> list[list[int]]:
-    return [[sent.client for sent in record.contributions] for record in ended.rounds[1:]]
+    return [[sent.client for sent in record.client_records] for record in ended.rounds[1:]]
 
 
 @pytest.mark.parametrize("late", [[], ["federation.asynchronous={buffer: 3}"]])
@@ -39,13 +39,13 @@ def test_after_repeated_refusals_a_device_is_quarantined_and_asked_no_more(home:
     with Store.open() as store:
         enrolled(store)
         ended = deployed(store, trivial("federation.rounds=6", "train.local_steps=1", *late), spoilt(HUGE, {1}))
-        found = store.access.device("dev-1")
+        found = store.access.find_device("dev-1")
     assert ended.run.status == "completed"
     times = [number for number, clients in enumerate(asked(ended), 1) if 1 in clients]
     assert len(times) == REFUSALS
     assert found is not None
-    assert found.quarantined is not None
-    assert found.quarantined.startswith("3 refused in a row: its values are")
+    assert found.quarantine_reason is not None
+    assert found.quarantine_reason.startswith("3 rejected in a row: its values are")
     assert not is_device_eligible(ClientSelection(), found)
 
 
@@ -54,7 +54,7 @@ def test_an_update_that_counts_ends_the_row(home: Path) -> None:
         enrolled(store)
         recipe = trivial("federation.rounds=6", "train.local_steps=1")
         ended = deployed(store, recipe, spoilt(HUGE, {1}, rounds={1, 2, 4, 5}))
-        assert not any(device.quarantined for device in store.access.devices())
+        assert not any(device.quarantine_reason for device in store.access.list_devices())
     assert all(len(clients) == 4 for clients in asked(ended))
 
 
@@ -65,7 +65,7 @@ def test_errors_and_silence_are_no_fault_of_this_kind(home: Path) -> None:
     with Store.open() as store:
         enrolled(store)
         deployed(store, trivial("federation.rounds=5", "train.local_steps=1"), spoilt(fail, {1}))
-        assert not any(device.quarantined for device in store.access.devices())
+        assert not any(device.quarantine_reason for device in store.access.list_devices())
 
 
 def test_a_run_that_quarantine_leaves_too_few_for_waits_and_says_whom_to_look_after(
@@ -96,9 +96,9 @@ def test_a_released_device_is_on_probation_until_an_update_counts(home: Path) ->
         first = deployed(store, trivial("federation.rounds=3", "train.local_steps=1"), spoilt(HUGE, {1}))
         store.access.release_device("dev-1")
         again = Quarantine(store.access, "run-1", first.rounds)
-        assert not store.access.devices()[1].quarantined
-        again.judge(first.rounds[-1].contributions)
-        assert store.access.devices()[1].quarantined
+        assert not store.access.list_devices()[1].quarantine_reason
+        again.judge(first.rounds[-1].client_records)
+        assert store.access.list_devices()[1].quarantine_reason
 
 
 def test_a_device_that_is_not_enrolled_cannot_be_released(home: Path) -> None:

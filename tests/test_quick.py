@@ -27,15 +27,15 @@ def test_tests_that_import_a_changed_module_come_before_those_that_reach_it_by_o
 
 
 def test_a_changed_test_comes_first_and_a_changed_helper_brings_its_users() -> None:
-    assert names("tests/test_sparse.py", "fedtune/merging/ties.py")[0] == "test_sparse"
+    assert names("tests/test_sparse.py", "fedtune/merging/combine/task_vectors/ties.py")[0] == "test_sparse"
     users = importers("from tests.tiny import")
     assert len(users) > 3
     assert set(names("tests/tiny.py")[: len(users)]) == users
 
 
 def test_a_unit_is_reached_by_its_name_though_nothing_imports_it() -> None:
-    assert "test_adapters_rounds" in names("fedtune/merging/fedex_lora.py")
-    assert not {"test_yaml_text", "test_packing"} & set(names("fedtune/merging/fedex_lora.py"))
+    assert "test_adapters_rounds" in names("fedtune/merging/combine/low_rank/fedex_lora.py")
+    assert not {"test_yaml_text", "test_packing"} & set(names("fedtune/merging/combine/low_rank/fedex_lora.py"))
 
 
 def test_a_page_a_recipe_and_a_migration_are_reached_by_their_names() -> None:

@@ -45,15 +45,15 @@ def test_init_again_changes_the_address_and_nothing_else(place: ServerHome) -> N
     assert done.exit_code == 0, done.output
     assert "fedtune device move https://new.example:9443" in done.output
     moved = open_server_home()
-    assert moved.settings.names == ["new.example", "10.0.0.7", "old.example"]
+    assert moved.settings.hostnames == ["new.example", "10.0.0.7", "old.example"]
     assert moved.settings.get_public_url() == "https://new.example:9443"
     assert {path: path.read_bytes() for path in kept} == kept
     told = json.loads(moved.operator_file.read_text())
     assert (told["url"], told["key"]) == ("https://new.example:9443", key)
     with Store.open() as store:
-        assert [(one.name, one.sha256) for one in store.access.operators()] == [("local", hash_secret(key))]
+        assert [(one.name, one.key_sha256) for one in store.access.list_operators()] == [("local", hash_secret(key))]
     changed = [line for line in settings(moved).splitlines() if line not in before.splitlines()]
-    assert changed == ['listen: "0.0.0.0:9443"', 'names: ["new.example", "10.0.0.7", "old.example"]']
+    assert changed == ['listen: "0.0.0.0:9443"', 'hostnames: ["new.example", "10.0.0.7", "old.example"]']
     assert settings(moved).count("#") == before.count("#"), "comments stay"
 
 
@@ -73,10 +73,13 @@ def test_init_again_without_an_address_or_with_one_that_is_none_changes_nothing(
 @pytest.mark.parametrize(
     "text",
     [
+        "hostnames:\n  - old.example\n  - other.example   # the second\n\n# how long\ndefault_deadline: 60\n"
+        "listen: 0.0.0.0:1\n",
+        "listen: '0.0.0.0:1'\nhostnames: [old.example,\n  other.example]\ndefault_deadline: 60",
+        "default_deadline: 60\nhostnames: [old.example, other.example]",
+        "# all defaults but one\ndefault_deadline: 60\n",
         "names:\n  - old.example\n  - other.example   # the second\n\n# how long\ndeadline: 60\nlisten: 0.0.0.0:1\n",
-        "listen: '0.0.0.0:1'\nnames: [old.example,\n  other.example]\ndeadline: 60",
-        "deadline: 60\nnames: [old.example, other.example]",
-        "# all defaults but one\ndeadline: 60\n",
+        "# of an earlier fedtune\n'deadline': 60\n",
     ],
 )
 def test_settings_in_any_form_of_yaml_are_changed_in_place(place: ServerHome, text: str) -> None:
@@ -84,16 +87,16 @@ def test_settings_in_any_form_of_yaml_are_changed_in_place(place: ServerHome, te
     before = open_server_home().settings
     assert init("--name", "new.example").exit_code == 0
     now = open_server_home().settings
-    assert now == before.model_copy(update={"names": ["new.example", *before.names]})
+    assert now == before.model_copy(update={"hostnames": ["new.example", *before.hostnames]})
     assert settings(place).count("#") == text.count("#")
-    assert yaml.safe_load(settings(place))["deadline"] == 60
+    assert yaml.safe_load(settings(place))["default_deadline"] == 60
 
 
 def test_settings_that_cannot_be_changed_in_place_are_left_alone(place: ServerHome) -> None:
-    text = "listen: &where '0.0.0.0:1'\nnames: [old.example]\nstore: *where\n"
+    text = "listen: &where '0.0.0.0:1'\nhostnames: [old.example]\nstore: *where\n"
     (place.folder / "server.yaml").write_text(text)
     done = init("--listen", "0.0.0.0:2")
-    assert "cannot be changed in place; change listen and names in it" in str(done.exception)
+    assert "cannot be changed in place; change listen and hostnames in it" in str(done.exception)
     assert settings(place) == text
 
 

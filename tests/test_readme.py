@@ -34,7 +34,7 @@ def test_a_device_joined_as_the_readme_says_trains_the_recipe_it_submits(home: P
     keeper = TrainerSupervisor(source, memory, 60.0)
     try:
         answer = keeper.run_request(
-            Frame({"recipe": text, "round": 1, "client": 0, "labels": "[]", "run": "run"}, payload)
+            Frame({"recipe": text, "round": 1, "client": 0, "label_names": "[]", "run_id": "run"}, payload)
         )
     finally:
         keeper.stop_trainer()

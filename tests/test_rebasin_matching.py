@@ -1,14 +1,29 @@
 import itertools
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fedtune.merging._activations import compute_similarities, match_activations
-from fedtune.merging._assignment import compute_total_gain, solve_assignment
-from fedtune.merging._matching import compute_agreement, compute_gain_matrices, match_weights, run_coordinate_ascent
-from fedtune.merging._symmetry import HeadLayout, PermutationKind, Permutations, PermutationSpec, UnitLayout
+from fedtune.merging.align.rebasin._activation_matching import (
+    ActivationComparison,
+    compute_similarities,
+    match_activations,
+)
+from fedtune.merging.align.rebasin._assignment import compute_total_gain, solve_assignment
+from fedtune.merging.align.rebasin._permutations import (
+    HeadLayout,
+    PermutationKind,
+    Permutations,
+    PermutationSpec,
+    UnitLayout,
+)
+from fedtune.merging.align.rebasin._weight_matching import (
+    compute_agreement,
+    compute_gain_matrices,
+    match_weights,
+    run_coordinate_ascent,
+)
 from tests.rebasin_models import (
     NETS,
     TEXT,
@@ -189,19 +204,22 @@ def test_assignments_find_the_best_of_all_orders(name: str) -> None:
         assert found == pytest.approx(best, rel=1e-12) if exact else 0.8 * best < found <= best + 1e-9
 
 
-def by_activity(model: nn.Module, state: State, other: State, similarity: str = "pearson") -> Permutations:
+def by_activity(
+    model: nn.Module, state: State, other: State, similarity: Literal["pearson", "inner"] = "pearson"
+) -> Permutations:
     symmetry = symmetry_of(model)
-    net, start, batches = model.eval(), symmetry.build_identity(), [batch_for(model, 64)]
-    return match_activations(symmetry, read(state), read(other), start, net, batches, similarity)[0]
+    comparison = ActivationComparison(model.eval(), [batch_for(model, 64)], similarity)
+    return match_activations(symmetry, read(state), read(other), symmetry.build_identity(), comparison)[0]
 
 
 @pytest.mark.parametrize("similarity", ["pearson", "inner"])
 @pytest.mark.parametrize("name", ["convolutional, norm layer", "resnet18", "bert", "llama"])
-def test_activations_recover_known_permutations(name: str, similarity: str) -> None:
+def test_activations_recover_known_permutations(name: str, similarity: Literal["pearson", "inner"]) -> None:
     model = lively(drawn({**NETS, **TEXT}[name]()))
     symmetry, state, other, undone = shuffled_copy(model)
     found = by_activity(model, state, other, similarity)
-    seen = compute_similarities(symmetry, read(state), read(other), model, [batch_for(model, 64)], similarity)
+    comparison = ActivationComparison(model, [batch_for(model, 64)], similarity)
+    seen = compute_similarities(symmetry, read(state), read(other), comparison)
     for permutation, gain in seen.items():
         assert compute_total_gain(found[permutation], gain) >= (1 - 1e-6) * compute_total_gain(
             undone[permutation], gain
@@ -214,7 +232,8 @@ def test_correlations_are_those_of_numpy_over_all_batches() -> None:
     model = drawn(mlp(12, 7, 5))
     one, two = (drawn(mlp(12, 7, 5), seed).state_dict() for seed in (1, 2))
     batches = [{"input": torch.randn(rows, 12, generator=torch.Generator().manual_seed(rows))} for rows in (30, 11)]
-    found = compute_similarities(symmetry_of(model), read(one), read(two), model, batches, "pearson")["0"][""]
+    comparison = ActivationComparison(model, batches, "pearson")
+    found = compute_similarities(symmetry_of(model), read(one), read(two), comparison)["0"][""]
     inputs = torch.cat([batch["input"] for batch in batches])
     active = [torch.relu(inputs @ state["0.weight"].T + state["0.bias"]).double() for state in (one, two)]
     wanted = torch.corrcoef(torch.cat(active, 1).T)[:7, 7:].nan_to_num(0)
@@ -226,9 +245,8 @@ def test_units_that_do_not_vary_correlate_with_none(level: float) -> None:
     model = drawn(mlp(12, 7, 5))
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state["0.weight"][2], state["0.bias"][2] = 0.0, level
-    found = compute_similarities(
-        symmetry_of(model), read(state), read(state), model, [batch_for(model, 64)], "pearson"
-    )["0"][""]
+    comparison = ActivationComparison(model, [batch_for(model, 64)], "pearson")
+    found = compute_similarities(symmetry_of(model), read(state), read(state), comparison)["0"][""]
     assert bool(found.isfinite().all())
     assert float(found[2].abs().max()) == 0.0
     assert torch.equal(found.argmax(1)[[0, 1, 3]], torch.tensor([0, 1, 3]))
@@ -246,7 +264,6 @@ def test_activities_are_seen_after_the_nonlinearity() -> None:
         }
     )
     batches = [{"input": torch.linspace(-2, 2, 50)[:, None]}]
-    seen = compute_similarities(
-        symmetry_of(model), read(model.state_dict()), read(model.state_dict()), model, batches, "pearson"
-    )
+    reader = read(model.state_dict())
+    seen = compute_similarities(symmetry_of(model), reader, reader, ActivationComparison(model, batches, "pearson"))
     assert 0.1 < float(seen["0"][""][0, 1]) < 0.95

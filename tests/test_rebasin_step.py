@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from fedtune.errors import ModelError
 from fedtune.merging import MergeContext, MergeInput, build_pipeline, merge_client_updates
-from fedtune.merging._graph import trace_permutation_spec
-from fedtune.merging.rebasin import Rebasin
+from fedtune.merging.align.rebasin._graph_tracing import trace_permutation_spec
+from fedtune.merging.align.rebasin.rebasin import Rebasin
 from fedtune.recipe.schema import Unit
 from fedtune.wire import client_update
 from fedtune.wire.client_update import ClientUpdate, iter_row_chunks, pack

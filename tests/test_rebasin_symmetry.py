@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedtune.errors import ModelError
-from fedtune.merging._graph import trace_permutation_spec
-from fedtune.merging._symmetry import HeadLayout, PermutationSpec, PermutedAxis, UnitLayout
+from fedtune.merging.align.rebasin._graph_tracing import trace_permutation_spec
+from fedtune.merging.align.rebasin._permutations import HeadLayout, PermutationSpec, PermutedAxis, UnitLayout
 from tests.rebasin_models import (
     NETS,
     TEXT,

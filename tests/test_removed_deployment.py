@@ -45,7 +45,7 @@ def test_a_device_that_is_removed_and_enrolled_again_costs_no_round_and_no_bit(s
     assert found["status"] == "completed", found["reason"]
     assert statuses(found) == {"merged"}, "not even the round in which it was removed is lost"
     assert hashes(found) == undisturbed
-    assert [seat["device"] for seat in found["devices"]] == ["device-0", "device-1"]
+    assert [one["device_name"] for one in found["assignments"]] == ["device-0", "device-1"]
 
 
 def _waiting(server: Server, run: str) -> str:

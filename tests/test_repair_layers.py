@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from fedtune.errors import ModelError
 from fedtune.merging import MergeContext
-from fedtune.merging._moments import ChannelMoments, measure_channel_moments
-from fedtune.merging._renormalise import MomentRenormaliseStep
-from fedtune.merging.repair import Repair
-from fedtune.merging.rescale import Rescale
-from fedtune.merging.reshift import Reshift
+from fedtune.merging.renormalise._channel_moments import ChannelMoments, measure_channel_moments
+from fedtune.merging.renormalise._moment_step import MomentRenormaliseStep
+from fedtune.merging.renormalise.repair import Repair
+from fedtune.merging.renormalise.rescale import Rescale
+from fedtune.merging.renormalise.reshift import Reshift
 from tests.rebasin_models import batch_for, convolutional, drawn, mlp
 
 State = dict[str, Tensor]

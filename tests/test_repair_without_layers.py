@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from fedtune.errors import ModelError
 from fedtune.merging import MergeContext
-from fedtune.merging.bias_calibration import BiasCalibration
-from fedtune.merging.reset import Reset
+from fedtune.merging.renormalise.bias_calibration import BiasCalibration
+from fedtune.merging.renormalise.reset import Reset
 from tests.rebasin_models import batch_for, convolutional, drawn, mlp, pictures
 
 State = dict[str, Tensor]

@@ -1,7 +1,6 @@
 """What a client says of its round: every field bounded, and a payload of the size that the round expects."""
 
 import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from fedtune.errors import ClientUpdateError
 from fedtune.flower.message_identity import set_message_id, set_node_identity
 from fedtune.server.class_payloads import ClassPayload
-from fedtune.server.replies import receive_update
+from fedtune.server.client_device import ClientDevice
+from fedtune.server.replies import ExpectedReply, receive_update
 from fedtune.server.reports import read_report
 from fedtune.tracking import ClientRecord
 from fedtune.tracking.run_summary import compute_train_loss
@@ -20,26 +20,29 @@ from fedtune.wire.client_update import ClientReport, TensorSpec, pack
 from tests.federations import execute, spoilt, trivial
 from tests.test_rounds import answer, payload_of
 
-LISTS = {"own_more": [0.5], "own_after": [0.25, 1.0, 0.5]}
-GOOD = asdict(ClientReport(5, 0.5, seconds=1.0, saved_bytes=10, peak_rss=20, own_predictions=4, own_loss=0.25)) | LISTS
+LISTS = {"extra_holdout_metrics": [0.5], "trained_holdout_metrics": [0.25, 1.0, 0.5]}
+REPORT = ClientReport(
+    5, 0.5, seconds=1.0, activation_memory=10, peak_memory=20, num_holdout_predictions=4, holdout_loss=0.25
+)
+GOOD: dict[str, Any] = REPORT.to_fields() | LISTS
 NAN, INF = math.nan, math.inf
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *(("examples", value) for value in (0, -1, 10**18, 10**9 + 1, 5.0, 0.5, NAN)),
+        *(("num_examples", value) for value in (0, -1, 10**18, 10**9 + 1, 5.0, 0.5, NAN)),
         *(("seconds", value) for value in (NAN, INF, -1.0, 1e300)),
-        *(("saved_bytes", value) for value in (NAN, -1, 10**18, 1e300, 0.5)),
-        *(("peak_rss", value) for value in (NAN, 1e300, INF, -5, 2**62)),
+        *(("activation_memory", value) for value in (NAN, -1, 10**18, 1e300, 0.5)),
+        *(("peak_memory", value) for value in (NAN, 1e300, INF, -5, 2**62)),
         *(("loss", value) for value in (INF, -INF, 1e300)),
-        *(("own_loss", value) for value in (NAN, INF, 1e300)),
-        *(("own_accuracy", value) for value in (NAN, -0.1, 1.5)),
-        *(("own_predictions", value) for value in (-1, 10**18, 2.0)),
-        *(("micro_batch", value) for value in (-1, 10**18, NAN)),
+        *(("holdout_loss", value) for value in (NAN, INF, 1e300)),
+        *(("holdout_accuracy", value) for value in (NAN, -0.1, 1.5)),
+        *(("num_holdout_predictions", value) for value in (-1, 10**18, 2.0)),
+        *(("micro_batch_size", value) for value in (0, -1, 10**18, NAN)),
         *((name, [1, 2]) for name in GOOD if name not in LISTS),
         *((name, value) for name in LISTS for value in (1.0, [INF, 1.0], [1e300, 0.5], [0.5] * 65)),
-        ("own_after", [0.5]),
+        ("trained_holdout_metrics", [0.5]),
     ],
 )
 def test_a_report_with_a_field_out_of_its_bounds_is_refused_by_name(field: str, value: Any) -> None:
@@ -47,7 +50,7 @@ def test_a_report_with_a_field_out_of_its_bounds_is_refused_by_name(field: str, 
         read_report(MetricRecord(GOOD | {field: value}))
 
 
-@pytest.mark.parametrize("report", [{}, {"examples": 5}, GOOD | {"more": 1}])
+@pytest.mark.parametrize("report", [{}, {"num_examples": 5}, GOOD | {"more": 1}])
 def test_a_report_with_fields_too_few_or_too_many_is_refused(report: dict[str, Any]) -> None:
     with pytest.raises(ClientUpdateError, match="its report: "):
         read_report(MetricRecord(report))
@@ -60,13 +63,14 @@ def test_a_report_of_a_hundred_thousand_numbers_is_answered_shortly() -> None:
 
 
 def test_bounds_hold_at_their_ends_and_a_loss_may_be_kept_back() -> None:
-    edge = GOOD | {"examples": 10**9, "seconds": 0, "saved_bytes": 0, "peak_rss": 2**50, "own_accuracy": 1, "loss": 0.0}
-    assert asdict(read_report(MetricRecord(edge))) == edge
+    edge = GOOD | {"num_examples": 10**9, "seconds": 0, "activation_memory": 0, "peak_memory": 2**50, "loss": 0.0}
+    edge |= {"holdout_accuracy": 1}
+    assert read_report(MetricRecord(edge)).to_fields() == edge
     assert math.isnan(read_report(MetricRecord(GOOD | {"loss": NAN})).loss)
 
 
 def test_more_examples_than_the_device_can_have_trained_on_are_refused() -> None:
-    assert read_report(MetricRecord(GOOD), 5).examples == 5
+    assert read_report(MetricRecord(GOOD), 5).num_examples == 5
     with pytest.raises(ClientUpdateError, match=r"counts 5 examples, but of what the device declared .* on 4 at most"):
         read_report(MetricRecord(GOOD), 4)
 
@@ -77,7 +81,7 @@ def receive_from(tmp_path: Path, payload: bytes, part: ClassPayload) -> ClientRe
     set_message_id(message, "1")
     deltas = ArrayRecord({"safetensors": Array("uint8", (len(payload),), "safetensors", payload)})
     reply = Message(RecordDict({"delta": deltas, "report": MetricRecord(GOOD)}), reply_to=message)
-    return receive_update(reply, 0, "phone", part, None, tmp_path)[0]
+    return receive_update(reply, ExpectedReply(0, ClientDevice("phone"), part), tmp_path)[0]
 
 
 def test_a_payload_larger_than_the_round_expects_is_refused_before_it_is_written(
@@ -87,7 +91,7 @@ def test_a_payload_larger_than_the_round_expects_is_refused_before_it_is_written
     monkeypatch.setattr("fedtune.server.replies.write_bytes_atomically", lambda path, content: written.append(path))
     part = ClassPayload({}, {"a": (100,)}, {})
     record = receive_from(tmp_path, bytes(1_000_000), part)
-    assert record.status == "refused"
+    assert record.status == "rejected"
     assert record.reason.startswith("it holds 1000000 bytes, and this round expects ")
     assert not written
 
@@ -104,7 +108,14 @@ def test_the_expected_size_admits_every_honest_payload_and_little_more(tmp_path:
 
 
 @pytest.mark.parametrize(
-    "spoil", [{"peak_rss": NAN}, {"saved_bytes": NAN}, {"seconds": NAN}, {"peak_rss": 1e300}, {"examples": 10**18}]
+    "spoil",
+    [
+        {"peak_memory": NAN},
+        {"activation_memory": NAN},
+        {"seconds": NAN},
+        {"peak_memory": 1e300},
+        {"num_examples": 10**18},
+    ],
 )
 def test_a_strange_report_costs_its_client_the_round_and_the_run_goes_on(home: Path, spoil: dict[str, Any]) -> None:
     def strange(message: Message, reply: Message) -> Message:
@@ -113,26 +124,26 @@ def test_a_strange_report_costs_its_client_the_round_and_the_run_goes_on(home: P
     ended = execute(trivial(), spoilt(strange, {1}))
     assert ended.run.status == "completed"
     for record in ended.rounds[1:]:
-        assert [sent.status for sent in record.contributions] == ["merged", "refused", "merged", "merged"]
-        assert record.contributions[1].reason.startswith(f"its report: {next(iter(spoil))}")
+        assert [sent.status for sent in record.client_records] == ["merged", "rejected", "merged", "merged"]
+        assert record.client_records[1].reason.startswith(f"its report: {next(iter(spoil))}")
 
 
 @pytest.mark.parametrize("overrides", [(), ("train.local_steps=null", "train.local_epochs=2")])
 def test_a_simulated_client_cannot_claim_more_examples_than_it_holds(home: Path, overrides: tuple[str, ...]) -> None:
     def claim(message: Message, reply: Message) -> Message:
         honest = dict(reply.content.metric_records["report"])
-        assert isinstance(honest["examples"], int)
-        return answer(message, payload_of(reply), honest | {"examples": honest["examples"] * 10})
+        assert isinstance(honest["num_examples"], int)
+        return answer(message, payload_of(reply), honest | {"num_examples": honest["num_examples"] * 10})
 
     ended = execute(trivial("federation.rounds=1", *overrides), spoilt(claim, {2}))
-    assert [sent.status for sent in ended.rounds[1].contributions] == ["merged", "merged", "refused", "merged"]
-    assert "of what the device declared" in ended.rounds[1].contributions[2].reason
+    assert [sent.status for sent in ended.rounds[1].client_records] == ["merged", "merged", "rejected", "merged"]
+    assert "of what the device declared" in ended.rounds[1].client_records[2].reason
 
 
 def record(examples: int, loss: float) -> ClientRecord:
-    counts = dict.fromkeys(("bytes_down", "bytes_up", "saved_bytes", "peak_rss"), 0)
-    kept = {"client": 0, "device": "", "status": "merged", "reason": "", "seconds": 0.0, "norm": 1.0}
-    return ClientRecord(examples=examples, loss=loss, **kept, **counts)  # type: ignore[arg-type]
+    counts = dict.fromkeys(("bytes_down", "bytes_up", "activation_memory", "peak_memory"), 0)
+    kept = {"client": 0, "device_class": "", "status": "merged", "reason": "", "seconds": 0.0, "update_norm": 1.0}
+    return ClientRecord(num_examples=examples, train_loss=loss, **kept, **counts)  # type: ignore[arg-type]
 
 
 def test_a_true_loss_of_zero_counts_and_a_withheld_one_does_not() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from fedtune.tracking import RoundRecord
-from fedtune.tracking.pruning import kept_rounds
+from fedtune.tracking.pruning import list_kept_rounds
 from tests.federations import TRIVIAL, Ended, outcome
 from tests.kills import PLANTS, start
 
@@ -26,7 +26,7 @@ Bits = tuple[list[str], list[tuple[int, str, str, str, float]]]
 
 def bits(ended: Ended) -> Bits:
     """Digests of all checkpoints, and all metrics rows."""
-    rows = [(r.number, m.part, m.domain, m.name, m.value) for r in ended.rounds for m in r.metrics]
+    rows = [(r.number, m.split, m.domain, m.name, m.value) for r in ended.rounds for m in r.metrics]
     return ended.hashes, rows
 
 
@@ -81,7 +81,7 @@ def as_written(rounds: list[RoundRecord]) -> list[RoundRecord]:
 
 def assert_nothing_is_left(home: Path, run: str) -> None:
     left = sorted(path.name for path in (home / "runs" / run).iterdir())
-    kept = kept_rounds(outcome(run).rounds)
+    kept = list_kept_rounds(outcome(run).rounds)
     assert {0, ROUNDS - 1, ROUNDS} <= set(kept)
     assert left == ["lock", *(f"round-{number:04d}.safetensors" for number in kept)]
     assert not list(home.rglob("*.part"))

@@ -10,6 +10,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedtune.recipe.schema import Recipe
+from fedtune.server.client_device import ClientDevice
 from fedtune.server.roster import Roster
 from fedtune.server.run_clients import RunClients, wait_for_clients
 from fedtune.server.scheduling.asynchronous import AsynchronousScheduler
@@ -26,13 +27,13 @@ def store(home: Path) -> Iterator[Store]:
         for client in range(4):
             enrol(opened, client, 10 + client)
         opened.access.assign_clients(
-            "run", [Assignment(client=one, device=f"dev-{one}", node=str(10 + one)) for one in range(4)]
+            "run", [Assignment(client=one, device_name=f"dev-{one}", node_id=str(10 + one)) for one in range(4)]
         )
         yield opened
 
 
 def enrol(store: Store, client: int, node: int) -> None:
-    store.access.add_device(name=f"dev-{client}", node=str(node), public_key=f"pem {node}")
+    store.access.add_device(name=f"dev-{client}", node_id=str(node), public_key=f"pem {node}")
 
 
 class Listening(RoundScheduler):
@@ -80,7 +81,7 @@ def roster(store: Store, quorum: int = 2) -> Roster:
 def test_a_device_enrolled_again_under_its_name_has_its_place_again(store: Store) -> None:
     store.access.remove_device("dev-2")
     enrol(store, 2, 99)
-    assert [(seat.device, seat.node) for seat in store.access.list_assignments("run")] == [
+    assert [(seat.device_name, seat.node_id) for seat in store.access.list_assignments("run")] == [
         ("dev-0", "10"),
         ("dev-1", "11"),
         ("dev-2", "99"),
@@ -89,7 +90,7 @@ def test_a_device_enrolled_again_under_its_name_has_its_place_again(store: Store
 
 
 def test_a_run_goes_on_with_those_that_are_left_and_knows_who_moved(store: Store) -> None:
-    crew, asking = RunClients([10, 11, 12, 13], [f"dev-{one}" for one in range(4)]), Listening()
+    crew, asking = RunClients([10, 11, 12, 13], [ClientDevice("toy", f"dev-{one}") for one in range(4)]), Listening()
     made = roster(store)
     store.access.remove_device("dev-1")
     assert made.list_removed_clients() == [1]
@@ -150,7 +151,7 @@ def test_a_removed_device_is_not_waited_for_when_a_run_is_taken_up_again(store: 
 
 
 def test_a_device_that_is_removed_meanwhile_is_not_called_late() -> None:
-    crew = RunClients([1, 2, 3], ["a", "b", "c"], removed=lambda: [2])
+    crew = RunClients([1, 2, 3], [ClientDevice(name) for name in "abc"], removed=lambda: [2])
     assert crew.explain_missing_clients({1: "late", 2: "late"}) == {
         1: "late",
         2: "its device was removed from the server",

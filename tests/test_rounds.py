@@ -2,7 +2,7 @@
 
 import pickle
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +21,26 @@ from fedtune.errors import RunError
 from fedtune.flower.message_identity import set_message_id, set_node_identity
 from fedtune.recipe.schema import Recipe
 from fedtune.server.class_payloads import ClassPayload
-from fedtune.server.replies import receive_update
+from fedtune.server.client_device import ClientDevice
+from fedtune.server.replies import ExpectedReply, receive_update
 from fedtune.server.selection import sample_cohort
 from fedtune.simulation.workers import ClientResult, SequentialWorkers
 from fedtune.wire.client_update import ClientReport, ClientUpdate, HoldoutMetrics, decode_tensors, pack
 from tests.federations import Ended, Spoil, execute, order_of, outcome, sent_state, spoilt, trivial, words
 
 BAD = 1
-REPORT = asdict(
-    ClientReport(
-        5,
-        0.5,
-        seconds=1.0,
-        saved_bytes=10,
-        peak_rss=20,
-        own_predictions=4,
-        own_loss=0.25,
-        own_accuracy=0.75,
-        own_more=[0.5],
-        own_after=[0.125, 1.0, 0.625],
-    )
-)
+REPORT: dict[str, Any] = ClientReport(
+    5,
+    0.5,
+    seconds=1.0,
+    activation_memory=10,
+    peak_memory=20,
+    num_holdout_predictions=4,
+    holdout_loss=0.25,
+    holdout_accuracy=0.75,
+    extra_holdout_metrics=[0.5],
+    trained_holdout_metrics=[0.125, 1.0, 0.625],
+).to_fields()
 
 
 def payload_of(reply: Message) -> bytes:
@@ -77,32 +76,52 @@ SPOILS: dict[str, tuple[Spoil, str, str]] = {
     "raises": (raising, "error", "code 2: ValueError('the battery is empty')"),
     "a pickle": (
         lambda message, reply: answer(message, pickle.dumps(decode_tensors(payload_of(reply))), REPORT),
-        "refused",
+        "rejected",
         "not safetensors",
     ),
-    "nothing": (lambda message, reply: Message(RecordDict(), reply_to=message), "refused", "carries no deltas"),
-    "a name too few": (with_deltas(lambda d: dict(list(d.items())[1:])), "refused", "tensor names differ: missing"),
-    "a name too many": (with_deltas(lambda d: d | {"more": torch.zeros(1)}), "refused", "unknown ['more']"),
-    "another shape": (with_deltas(lambda d: {n: t.flatten()[1:] for n, t in d.items()}), "refused", "has shape"),
-    "another precision": (with_deltas(lambda d: {n: t.bfloat16() for n, t in d.items()}), "refused", "BF16"),
-    "not a number": (with_deltas(lambda d: put(d, float("nan"))), "refused", "not finite"),
-    "infinity": (with_deltas(lambda d: put(d, float("-inf"))), "refused", "not finite"),
-    "a large norm": (with_deltas(lambda d: put(d, 1e6)), "refused", "above federation.max_update_norm 1000"),
-    "no report": (with_report(None), "refused", "carries no report"),
-    "half a report": (with_report({"examples": 5}), "refused", "its report: the key 'loss' is missing"),
-    "a list": (with_report(REPORT | {"loss": [0.5, 0.5]}), "refused", "its report: loss is [0.5, 0.5]"),
-    "no examples": (with_report(REPORT | {"examples": 0}), "refused", "its report: examples is 0, but"),
+    "nothing": (lambda message, reply: Message(RecordDict(), reply_to=message), "rejected", "carries no deltas"),
+    "a name too few": (with_deltas(lambda d: dict(list(d.items())[1:])), "rejected", "tensor names differ: missing"),
+    "a name too many": (with_deltas(lambda d: d | {"more": torch.zeros(1)}), "rejected", "unknown ['more']"),
+    "another shape": (with_deltas(lambda d: {n: t.flatten()[1:] for n, t in d.items()}), "rejected", "has shape"),
+    "another precision": (with_deltas(lambda d: {n: t.bfloat16() for n, t in d.items()}), "rejected", "BF16"),
+    "not a number": (with_deltas(lambda d: put(d, float("nan"))), "rejected", "not finite"),
+    "infinity": (with_deltas(lambda d: put(d, float("-inf"))), "rejected", "not finite"),
+    "a large norm": (with_deltas(lambda d: put(d, 1e6)), "rejected", "above federation.max_update_norm 1000"),
+    "no report": (with_report(None), "rejected", "carries no report"),
+    "half a report": (with_report({"num_examples": 5}), "rejected", "its report: the key 'loss' is missing"),
+    "a list": (with_report(REPORT | {"loss": [0.5, 0.5]}), "rejected", "its report: loss is [0.5, 0.5]"),
+    "no examples": (with_report(REPORT | {"num_examples": 0}), "rejected", "its report: num_examples is 0, but"),
     "no held-out examples at all": (
-        with_report(REPORT | {"own_predictions": -1}),
-        "refused",
-        "own_predictions is -1, but",
+        with_report(REPORT | {"num_holdout_predictions": -1}),
+        "rejected",
+        "num_holdout_predictions is -1, but",
     ),
-    "an accuracy above 1": (with_report(REPORT | {"own_accuracy": 1.5}), "refused", "own_accuracy is 1.5, but"),
-    "a loss that is none": (with_report(REPORT | {"own_loss": float("nan")}), "refused", "own_loss is nan, but"),
-    "an infinite score": (with_report(REPORT | {"own_after": [float("inf"), 1.0]}), "refused", "own_after.0: it must"),
-    "half a score": (with_report(REPORT | {"own_after": [0.5]}), "refused", "own_after: it holds a loss and an acc"),
-    "a figure for a list": (with_report(REPORT | {"own_more": 0.5}), "refused", "own_more is 0.5, but"),
-    "half an example": (with_report(REPORT | {"examples": 0.5}), "refused", "examples is 0.5, but"),
+    "an accuracy above 1": (
+        with_report(REPORT | {"holdout_accuracy": 1.5}),
+        "rejected",
+        "holdout_accuracy is 1.5, but",
+    ),
+    "a loss that is none": (
+        with_report(REPORT | {"holdout_loss": float("nan")}),
+        "rejected",
+        "holdout_loss is nan, but",
+    ),
+    "an infinite score": (
+        with_report(REPORT | {"trained_holdout_metrics": [float("inf"), 1.0]}),
+        "rejected",
+        "trained_holdout_metrics.0: it must",
+    ),
+    "half a score": (
+        with_report(REPORT | {"trained_holdout_metrics": [0.5]}),
+        "rejected",
+        "trained_holdout_metrics: it holds a loss and an acc",
+    ),
+    "a figure for a list": (
+        with_report(REPORT | {"extra_holdout_metrics": 0.5}),
+        "rejected",
+        "extra_holdout_metrics is 0.5, but",
+    ),
+    "half an example": (with_report(REPORT | {"num_examples": 0.5}), "rejected", "num_examples is 0.5, but"),
 }
 
 
@@ -126,10 +145,10 @@ def test_a_bad_reply_is_recorded_with_its_reason_and_never_merged(
     ended = execute(recipe(), spoilt(spoil, {BAD}))
     assert ended.run.status == "completed"
     for record in ended.rounds[1:]:
-        [bad] = [found for found in record.contributions if found.client == BAD]
-        assert (bad.status, bad.examples, bad.bytes_up) == (status, 0, 0)
+        [bad] = [found for found in record.client_records if found.client == BAD]
+        assert (bad.status, bad.num_examples, bad.bytes_up) == (status, 0, 0)
         assert reason in bad.reason
-        assert [found.status for found in record.contributions if found.client != BAD] == ["merged"] * 3
+        assert [found.status for found in record.client_records if found.client != BAD] == ["merged"] * 3
     assert ended.hashes == without_the_bad_one.hashes
 
 
@@ -138,7 +157,7 @@ def test_the_new_weights_are_the_old_ones_plus_the_mean_by_examples(home: Path) 
 
     def keep(message: Message, reply: Message) -> Message:
         number, client = order_of(message)
-        report = REPORT | {"examples": 3 * client + number}
+        report = REPORT | {"num_examples": 3 * client + number}
         sent[number, client] = decode_tensors(payload_of(reply)), 3 * client + number
         return answer(message, payload_of(reply), report)
 
@@ -162,7 +181,7 @@ def test_a_round_below_its_quorum_fails_and_the_run_goes_on(home: Path) -> None:
     failed, completed = ended.rounds[1:]
     assert (failed.status, completed.status) == ("failed", "completed")
     assert failed.reason.startswith("2 usable contributions, quorum 3; error: code 2: ValueError")
-    assert [sent.status for sent in failed.contributions] == ["error", "unused", "error", "unused"]
+    assert [sent.status for sent in failed.client_records] == ["error", "unused", "error", "unused"]
     assert ended.hashes[0] == ended.hashes[1] != ended.hashes[2]
     assert (ended.run.status, ended.run.rounds_completed) == ("completed", 1)
 
@@ -198,7 +217,7 @@ def test_only_sampled_clients_are_asked(home: Path) -> None:
 
     ended = execute(some, spoilt(note, range(4)))
     assert asked == [(number, client) for number in (1, 2, 3) for client in sample_cohort(some, number)]
-    assert [[c.client for c in record.contributions] for record in ended.rounds[1:]] == [
+    assert [[c.client for c in record.client_records] for record in ended.rounds[1:]] == [
         sample_cohort(some, number) for number in (1, 2, 3)
     ]
 
@@ -233,7 +252,7 @@ def test_only_what_is_trained_travels_and_every_byte_is_counted(home: Path, tmp_
     ended = execute(some, spoilt(note, range(3)))
     for number, factor, other in ((1, "lora_B", "lora_A"), (2, "lora_A", "lora_B")):
         assert {kind(name) for name in decode_tensors(down[number, 0])} == {"lora_A", "lora_B", "classifier"}
-        for client, found in enumerate(ended.rounds[number].contributions):
+        for client, found in enumerate(ended.rounds[number].client_records):
             assert {kind(name) for name in decode_tensors(up[number, client])} == {factor, "classifier"}
             assert not any(other in name for name in decode_tensors(up[number, client]))
             assert found.bytes_up == len(up[number, client])
@@ -279,27 +298,34 @@ def test_a_spooled_contribution_is_what_was_sent(tmp_path: Path) -> None:
     set_message_id(message, "1")
     reply = answer(message, pack(deltas), REPORT)
     shapes = {name: tuple(tensor.shape) for name, tensor in deltas.items()}
-    record, sent = receive_update(reply, 7, "phone", ClassPayload({}, shapes, {}), None, tmp_path, bytes_down=99)
+    record, sent = receive_update(
+        reply, ExpectedReply(7, ClientDevice("phone"), ClassPayload({}, shapes, {}), bytes_down=99), tmp_path
+    )
     assert sent is not None
     assert sent.path.read_bytes() == pack(deltas)
     assert torch.equal(sent.read_rows("weight", 1, 4), deltas["weight"][1:4])
     assert torch.equal(sent.read_rows("bias", 0, 1), deltas["bias"])
     norm = float(torch.cat([deltas["weight"].flatten(), deltas["bias"][None]]).double().norm())
-    assert record.norm == pytest.approx(norm)
-    assert replace(record, norm=0.0).__dict__ == {
+    assert record.update_norm == pytest.approx(norm)
+    assert replace(record, update_norm=0.0).__dict__ == {
         "client": 7,
-        "device": "phone",
+        "device_class": "phone",
+        "device_name": None,
         "status": "merged",
         "reason": "",
         "bytes_down": 99,
         "bytes_up": len(pack(deltas)),
-        "norm": 0.0,
+        "update_norm": 0.0,
         "staleness": None,
-        **{name: value for name, value in REPORT.items() if not name.startswith(("own", "micro"))},
+        "examples": 5,
+        "loss": 0.5,
+        "seconds": 1.0,
+        "saved_bytes": 10,
+        "peak_rss": 20,
     }
     assert sent.holdout_metrics == HoldoutMetrics(4, 0.25, 0.75, (0.5,))
-    assert sent.trained == HoldoutMetrics(4, 0.125, 1.0, (0.625,))
-    reply = answer(message, pack(deltas), {**REPORT, "micro_batch": 4})
-    record, _ = receive_update(reply, 7, "phone", ClassPayload({}, shapes, {}), None, tmp_path)
+    assert sent.trained_metrics == HoldoutMetrics(4, 0.125, 1.0, (0.625,))
+    reply = answer(message, pack(deltas), {**REPORT, "micro_batch_size": 4})
+    record, _ = receive_update(reply, ExpectedReply(7, ClientDevice("phone"), ClassPayload({}, shapes, {})), tmp_path)
     assert (record.status, record.reason) == ("merged", "in micro-batches of 4, to fit its memory")
     assert safetensors.torch.load_file(sent.path).keys() == deltas.keys()

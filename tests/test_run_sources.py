@@ -14,7 +14,7 @@ from fedtune import paths as homes
 from fedtune.cli.main import cli
 from fedtune.errors import FedtuneError, RecipeError, SourceError, StoreError
 from fedtune.models.sources import resolve_model_source, run_folder
-from fedtune.server.selection import check_enough_enrolled_devices
+from fedtune.server.selection import check_base_for_devices
 from fedtune.tracking import Store, claim_run
 from tests.federations import TRIVIAL, WORDS, execute, outcome, trivial, words
 
@@ -49,7 +49,7 @@ def value(run: dict[str, Any], part: str, number: int, name: str = "loss") -> fl
     [found] = [
         m["value"]
         for m in run["metrics"]
-        if (m["part"], m["round"], m["domain"], m["name"]) == (part, number, "all", name)
+        if (m["split"], m["round"], m["domain"], m["name"]) == (part, number, "all", name)
     ]
     return float(found)
 
@@ -128,7 +128,7 @@ def test_a_run_that_is_not_there_is_refused_before_anything_is_recorded(
 
 def test_devices_are_not_asked_to_begin_with_a_run_of_somebody_elses_store() -> None:
     with pytest.raises(RecipeError, match="devices have no run store; export it"):
-        check_enough_enrolled_devices(trivial("model.source=run:film-1a2b@3"), [])
+        check_base_for_devices(trivial("model.source=run:film-1a2b@3"))
 
 
 @pytest.mark.parametrize("more", [(), ("federation.asynchronous={buffer: 2}",)])
@@ -139,7 +139,7 @@ def test_an_extended_run_has_the_bits_of_one_planned_that_long(home: Path, more:
     longer = outcome("short")
     assert longer.hashes == whole.hashes
     assert (longer.run.status, longer.run.rounds_planned, longer.run.rounds_completed) == ("completed", 4, 4)
-    tests = [record.number for record in longer.rounds if any(m.part == "test" for m in record.metrics)]
+    tests = [record.number for record in longer.rounds if any(m.split == "test" for m in record.metrics)]
     assert tests == [2, 4]
 
 
@@ -149,7 +149,7 @@ def test_epsilon_goes_on_from_where_it_was(home: Path) -> None:
     command("simulate", "--extend", "short", "--rounds", "4")
     whole = execute(trivial(CONSTANT, "privacy={clip: 0.03, noise: 1.5}", "federation.rounds=4"), run="whole")
     spent = [
-        [m.value for r in run.rounds for m in r.metrics if m.part == "privacy"] for run in (outcome("short"), whole)
+        [m.value for r in run.rounds for m in r.metrics if m.split == "privacy"] for run in (outcome("short"), whole)
     ]
     assert spent[0] == spent[1]
     assert len(spent[0]) == 4

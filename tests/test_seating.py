@@ -15,10 +15,10 @@ def devices() -> list[DeviceRecord]:
     return [
         DeviceRecord(
             name=name,
-            node=str(number),
+            node_id=str(number),
             public_key="",
-            enrolled=begun,
-            seen=None,
+            enrolled_at=begun,
+            last_seen_at=None,
             profile=json.dumps({"memory": memory} if memory != 200 else {}),
         )
         for number, (name, memory) in enumerate(MEMORY.items())
@@ -28,8 +28,8 @@ def devices() -> list[DeviceRecord]:
 def places(*overrides: str) -> list[str]:
     seats = assign_devices(trivial(*overrides), devices())
     assert [seat.client for seat in seats] == list(range(len(seats)))
-    assert [seat.node for seat in seats] == [str(list(MEMORY).index(seat.device)) for seat in seats]
-    return [seat.device for seat in seats]
+    assert [seat.node_id for seat in seats] == [str(list(MEMORY).index(seat.device_name)) for seat in seats]
+    return [seat.device_name for seat in seats]
 
 
 def test_devices_take_their_places_by_name() -> None:

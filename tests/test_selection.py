@@ -60,7 +60,9 @@ def test_a_simulation_asks_the_classes_for_which_all_of_it_holds(select: dict[st
 def device(name: str, profile: dict[str, Any], *tags: str) -> DeviceRecord:
     moment = datetime.now(UTC)
     text = json.dumps(profile)
-    return DeviceRecord(name=name, node="1", public_key="", enrolled=moment, seen=moment, profile=text, tags=tags)
+    return DeviceRecord(
+        name=name, node_id="1", public_key="", enrolled_at=moment, last_seen_at=moment, profile=text, tags=tags
+    )
 
 
 def test_what_a_device_says_of_itself_gives_it_memory_but_no_tags() -> None:
@@ -121,7 +123,7 @@ ROTATING += ["federation.selection.sampling=longest-ago", "train.local_steps=1"]
 
 
 def clients(ended: Ended) -> list[list[int]]:
-    return [[sent.client for sent in record.contributions] for record in ended.rounds[1:]]
+    return [[sent.client for sent in record.client_records] for record in ended.rounds[1:]]
 
 
 def test_a_run_that_prefers_the_longest_away_asks_everybody_equally_often(home: Path) -> None:
@@ -177,14 +179,14 @@ def store(home: Path) -> Iterator[Store]:
     with Store.open() as opened:
         for node in range(1, 7):
             tags = ("lab", "mains") if node % 2 else ("lab",)
-            opened.access.add_device(name=f"dev-{node}", node=str(node), public_key=f"pem {node}", tags=tags)
+            opened.access.add_device(name=f"dev-{node}", node_id=str(node), public_key=f"pem {node}", tags=tags)
             opened.access.save_device_profile(f"dev-{node}", json.dumps({"memory": node * 10**8}))
         yield opened
 
 
 def managed(store: Store, home: Path) -> RunManager:
     presence = Presence(Online().list_online_nodes)
-    for device in store.access.devices():
+    for device in store.access.list_devices():
         presence.record_contact(device.name)
     return RunManager(store, cast("Any", Online()), presence, home, deadline=77.0)
 
@@ -206,7 +208,7 @@ def test_only_qualifying_devices_get_a_seat(store: Store, home: Path, select: st
     work = managed(store, home)
     run = work.submit_run(selecting(select))
     work.tick()
-    assert [seat.device for seat in store.access.list_assignments(run)] == seated
+    assert [seat.device_name for seat in store.access.list_assignments(run)] == seated
 
 
 def test_a_run_that_too_few_devices_can_serve_is_refused_when_it_is_submitted(store: Store, home: Path) -> None:
@@ -215,11 +217,11 @@ def test_a_run_that_too_few_devices_can_serve_is_refused_when_it_is_submitted(st
         work.submit_run(selecting("federation.selection.device_names=[dev-6]"))
     assert store.runs() == []
     store.access.change_device_tags("dev-2", ["mains"], ["lab"])
-    devices = {one.name: one.tags for one in store.access.devices()}
+    devices = {one.name: one.tags for one in store.access.list_devices()}
     assert (devices["dev-1"], devices["dev-2"]) == (("lab", "mains"), ("mains",))
     check_enough_enrolled_devices(
-        trivial("devices=[{count: 4}]", "federation.selection.tags=[mains]"), store.access.devices()
+        trivial("devices=[{count: 4}]", "federation.selection.tags=[mains]"), store.access.list_devices()
     )
     check_enough_enrolled_devices(
-        trivial("devices=[{count: 99}]"), store.access.devices()
+        trivial("devices=[{count: 99}]"), store.access.list_devices()
     )  # without a selection a run may wait

@@ -53,7 +53,7 @@ def test_init_makes_a_home_whose_files_are_the_owners_alone(home: Path) -> None:
     told = json.loads(place.operator_file.read_text())
     assert told["url"] == "https://lab.example:8443"
     with Store.open() as store:
-        assert [(one.name, one.sha256, one.role) for one in store.access.operators()] == [
+        assert [(one.name, one.key_sha256, one.role) for one in store.access.list_operators()] == [
             ("local", hash_secret(told["key"]), "admin")
         ]
 
@@ -96,13 +96,27 @@ def test_settings_are_commented_yaml_and_wrong_ones_are_told_in_a_sentence(home:
     path = create_server_home(["localhost"], "127.0.0.1:8443").folder / "server.yaml"
     assert yaml.safe_load(path.read_text()) == {
         "listen": "127.0.0.1:8443",
-        "names": ["localhost"],
-        "deadline": 3600,
+        "hostnames": ["localhost"],
+        "default_deadline": 3600,
         "body_limit": 1 << 26,
         "connections": 256,
     }
     path.write_text("listne: 127.0.0.1:1\n")
     with pytest.raises(ServerError, match=r"unknown key 'listne'; .*listen"):
+        open_server_home()
+
+
+def test_old_names_of_settings_are_read_and_one_line_says_so(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = create_server_home(["localhost"], "127.0.0.1:8443").folder / "server.yaml"
+    open_server_home()
+    assert capsys.readouterr().err == ""
+    path.write_text('names: ["lab.example"]\ndeadline: 60\nconnections: 4\n')
+    settings = open_server_home().settings
+    assert (settings.hostnames, settings.default_deadline, settings.connections) == (["lab.example"], 60, 4)
+    mend = "names is now hostnames, deadline is now default_deadline"
+    assert capsys.readouterr().err == f"fedtune: {path} has old names of settings: {mend}\n"
+    path.write_text("deadline: 60\ndefault_deadline: 70\n")
+    with pytest.raises(ServerError, match="unknown key 'deadline'"):
         open_server_home()
 
 
@@ -135,7 +149,7 @@ def test_an_operators_new_file_makes_the_old_one_worthless(home: Path, access: A
     write_operator_file(place, access, "ada", tmp_path / "first.json")
     write_operator_file(place, access, "ada", tmp_path / "second.json")
     keys = [json.loads((tmp_path / name).read_text())["key"] for name in ("first.json", "second.json")]
-    assert [(one.name, one.sha256) for one in access.operators()] == [("ada", hash_secret(keys[1]))]
+    assert [(one.name, one.key_sha256) for one in access.list_operators()] == [("ada", hash_secret(keys[1]))]
     write_operator_file(place, access, "local", tmp_path / "third.json")
     access.remove_operator("ada")
     with pytest.raises(StoreError, match="no operator 'ada'"):
@@ -145,17 +159,17 @@ def test_an_operators_new_file_makes_the_old_one_worthless(home: Path, access: A
 def test_seats_leave_with_their_run_and_devices_stay(home: Path) -> None:
     with Store.open() as store:
         store.create_run(id="r", name="r", recipe="{}", seed=0, engine="devices", rounds_planned=1, status="queued")
-        store.access.add_device(name="dev", node="18446744073709551615", public_key="pem")
-        seats = [Assignment(client=0, device="dev", node="18446744073709551615")]
+        store.access.add_device(name="dev", node_id="18446744073709551615", public_key="pem")
+        seats = [Assignment(client=0, device_name="dev", node_id="18446744073709551615")]
         store.access.assign_clients("r", seats)
         assert store.access.list_assignments("r") == seats
         assert store.run("r").status == "queued"
         assert [run.id for run in store.list_unfinished_runs("devices")] == ["r"]
         store.delete("r")
         assert store.access.list_assignments("r") == []
-        assert [device.name for device in store.access.devices()] == ["dev"]
+        assert [device.name for device in store.access.list_devices()] == ["dev"]
         with pytest.raises(StoreError, match="there is a device 'dev' already"):
-            store.access.add_device(name="dev", node="1", public_key="pem")
+            store.access.add_device(name="dev", node_id="1", public_key="pem")
 
 
 def test_one_address_cannot_fill_the_audit(access: Access) -> None:
@@ -163,9 +177,9 @@ def test_one_address_cannot_fill_the_audit(access: Access) -> None:
     for _ in range(100):
         audit.record_refusal("10.0.0.1", "knocked")
     audit.record_refusal("10.0.0.2", "knocked too")
-    lines = access.audit.lines(1000)
-    assert len([line for line in lines if line.who == "10.0.0.1"]) <= 61  # a minute may turn meanwhile, and is told
-    assert lines[0].who == "10.0.0.2"
+    lines = access.audit.list_lines(1000)
+    assert len([line for line in lines if line.actor == "10.0.0.1"]) <= 61  # a minute may turn meanwhile, and is told
+    assert lines[0].actor == "10.0.0.2"
 
 
 def test_secrets_are_long_and_never_the_same() -> None:

@@ -11,6 +11,7 @@ from fedtune.errors import RunError, StoreError
 from fedtune.flower.control_client import ControlClient, FlowerRunStatus
 from fedtune.flower.superlink import SuperLink
 from fedtune.server import run_clients, run_manager
+from fedtune.server.client_device import ClientDevice
 from fedtune.server.presence import Presence
 from fedtune.server.run_clients import wait_for_clients
 from fedtune.server.run_manager import RunManager
@@ -61,7 +62,7 @@ def managed(store: Store, superlink: Any, home: Path) -> RunManager:
 
 def enrol(store: Store, *nodes: int) -> None:
     for node in nodes:
-        store.access.add_device(name=f"dev-{9 - node}", node=str(node), public_key=f"pem {node}")
+        store.access.add_device(name=f"dev-{9 - node}", node_id=str(node), public_key=f"pem {node}")
 
 
 def test_a_run_waits_until_enough_devices_are_connected_and_seats_them_by_name(store: Store, home: Path) -> None:
@@ -73,7 +74,7 @@ def test_a_run_waits_until_enough_devices_are_connected_and_seats_them_by_name(s
     assert store.access.list_assignments(run) == []
     enrol(store, 4, 5)
     work.tick()
-    assert [(seat.client, seat.device, seat.node) for seat in store.access.list_assignments(run)] == [
+    assert [(seat.client, seat.device_name, seat.node_id) for seat in store.access.list_assignments(run)] == [
         (0, "dev-5", "4"),
         (1, "dev-6", "3"),
         (2, "dev-7", "2"),
@@ -152,13 +153,14 @@ class Connected:
         return list(self._nodes)
 
 
-SEATS = [Assignment(client=client, device=f"dev-{client}", node=str(10 - client)) for client in range(4)]
+SEATS = [Assignment(client=client, device_name=f"dev-{client}", node_id=str(10 - client)) for client in range(4)]
 
 
 def test_a_crew_is_in_the_order_of_its_seats_whoever_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_clients, "_PATIENCE_FOR_ALL", 0.1)
     found = wait_for_clients(cast("Grid", Connected(7, 8, 99)), trivial("federation.quorum=2"), SEATS)
-    assert (found.node_ids, found.device_names) == ([10, 9, 8, 7], ["dev-0", "dev-1", "dev-2", "dev-3"])
+    assert found.node_ids == [10, 9, 8, 7]
+    assert found.devices == [ClientDevice("toy", f"dev-{client}") for client in range(4)]
 
 
 def test_too_few_devices_for_a_round_are_told() -> None:
@@ -291,7 +293,7 @@ def test_a_quarantined_device_gets_no_place_in_a_new_run(store: Store, home: Pat
     work = managed(store, Hopeless(), home)
     run = work.submit_run(trivial())
     enrol(store, 1, 2, 3, 4)
-    store.access.quarantine("dev-8", "3 refused in a row")
+    store.access.quarantine_device("dev-8", "3 refused in a row")
     work.tick()
     assert store.run(run).reason == "waits for devices: 3 of 4 are connected"
     store.access.release_device("dev-8")

@@ -33,13 +33,15 @@ def asking(**path: str) -> Request:
 def test_an_operator_releases_a_device_that_is_listed_as_quarantined(home: Path) -> None:
     audit = Audit()
     with Store.open() as store:
-        store.access.add_device(name="kitchen", node="5", public_key="key")
-        store.access.quarantine("kitchen", "3 refused in a row: its report: examples is 0")
-        [device] = store.access.devices()
-        assert device_to_json(device, True)["quarantined"] == "3 refused in a row: its report: examples is 0"
+        store.access.add_device(name="kitchen", node_id="5", public_key="key")
+        store.access.quarantine_device("kitchen", "3 rejected in a row: its report: examples is 0")
+        [device] = store.access.list_devices()
+        assert (
+            device_to_json(device, online=True)["quarantine_reason"] == "3 rejected in a row: its report: examples is 0"
+        )
         told = operating(store, audit).release("ada", asking(device="kitchen"), None)
         again = operating(store, audit).release("ada", asking(device="kitchen"), None)
-        assert store.access.devices()[0].quarantined is None
+        assert store.access.list_devices()[0].quarantine_reason is None
     assert (told, again) == ({"device": "kitchen", "released": True}, {"device": "kitchen", "released": False})
     assert audit.lines == ["ada: device kitchen released from quarantine"]
 
@@ -48,9 +50,9 @@ def test_an_operator_rolls_a_run_back(home: Path) -> None:
     execute(trivial())
     audit = Audit()
     with Store.open() as store:
-        from fedtune.tracking.rollback import rollback
+        from fedtune.tracking.rollback import rollback_run
 
-        manager = SimpleNamespace(rollback=lambda run, number: (run, rollback(store, run, number)))
+        manager = SimpleNamespace(rollback=lambda run, number: (run, rollback_run(store, run, number)))
         told = operating(store, audit, manager).rollback("ada", asking(run="run-1"), {"round": 1})
     assert told == {"run": "run-1", "round": 1, "removed": 1}
     assert [record.number for record in outcome("run-1").rounds] == [0, 1]

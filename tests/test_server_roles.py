@@ -99,12 +99,12 @@ def test_operators_are_listed_and_removed_but_not_the_last_admin(
         connection.request_json("DELETE", "operators/local")
 
 
-def test_unspent_tokens_are_listed_and_removed(server: Server, connection: OperatorClient) -> None:
+def test_unused_tokens_are_listed_and_removed(server: Server, connection: OperatorClient) -> None:
     for left in connection.request_json("GET", "tokens")["tokens"]:
         connection.request_json("DELETE", f"tokens/{left['token']}")
     first, second = server.token("one"), server.token()
     listed = json.loads(told("tokens", "--json").output)
-    assert [one["device"] for one in listed] == ["", "one"]
+    assert [one["device_name"] for one in listed] == [None, "one"]
     assert told("remove-token", listed[1]["token"]).output == f"removed: {listed[1]['token']}\n"
     assert told("tokens").output.count("any device") == 1
     answer = Knocker(server).enroll(first)
@@ -114,7 +114,7 @@ def test_unspent_tokens_are_listed_and_removed(server: Server, connection: Opera
     )
     assert Knocker(server).enroll(second, "two").status_code == 200
     assert connection.request_json("GET", "tokens") == {"tokens": []}
-    with pytest.raises(ServerError, match="there is no unspent token"):
+    with pytest.raises(ServerError, match="there is no unused token"):
         connection.request_json("DELETE", f"tokens/{listed[0]['token']}")
 
 
@@ -145,7 +145,7 @@ def test_the_audit_comes_by_pages_and_since_a_moment(server: Server, connection:
 def test_a_refusal_that_comes_again_is_one_line_with_a_count(server: Server, connection: OperatorClient) -> None:
     for _ in range(30):
         server.knock("GET", "/fedtune/again-and-again")
-    lines = [one for one in connection.request_json("GET", "audit")["audit"] if "again-and-again" in one["what"]]
+    lines = [one for one in connection.request_json("GET", "audit")["audit"] if "again-and-again" in one["message"]]
     assert [line["times"] for line in lines] == [30]
     assert "30, last" in " ".join(told("audit").output.split())
 
@@ -173,7 +173,7 @@ def test_strange_requests_are_refused_and_told_and_shown_as_text(
     answer = server.knock(method, path, content=body)
     assert answer.status_code == status, answer.text
     lines = connection.request_json("GET", "audit")["audit"]
-    assert any(line["id"] > before or line["times"] > 1 for line in lines if line["kind"] == "refused")
+    assert any(line["id"] > before or line["times"] > 1 for line in lines if line["outcome"] == "refused")
     shown = told("audit")
     assert not shown.exception
     assert all(character.isprintable() or character == "\n" for character in shown.output)

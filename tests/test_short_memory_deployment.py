@@ -48,7 +48,7 @@ class Ended:
     """A run of one device and one round."""
 
     def __init__(self, found: dict[str, Any]) -> None:
-        [self.sent] = found["rounds"][1]["contributions"]
+        [self.sent] = found["rounds"][1]["client_records"]
         self.failed, self.checkpoint = found["rounds"][1]["reason"], found["rounds"][1]["checkpoint"]
 
     @property
@@ -73,14 +73,14 @@ def test_a_device_trains_within_what_it_allows_or_declines(
     recipe = long_words(tmp_path)
     with serving(home) as server, joined(server, tmp_path, "partition:0") as [device]:
         ample = a_round(server, device, recipe, 2 * 10**9)
-        allowed = ample.sent["peak_rss"] - 10**8
+        allowed = ample.sent["peak_memory"] - 10**8
         short = a_round(server, device, recipe, allowed)
         none = a_round(server, device, recipe, 10**8)
     assert (ample.sent["status"], ample.sent["reason"]) == ("merged", "")
     assert (short.sent["status"], short.sent["reason"]) == ("merged", "in micro-batches of 8, to fit its memory")
-    assert short.sent["peak_rss"] <= allowed
-    assert short.sent["saved_bytes"] == pytest.approx(ample.sent["saved_bytes"] / 4, rel=0.01)
-    assert short.sent["examples"] == ample.sent["examples"] == 32
+    assert short.sent["peak_memory"] <= allowed
+    assert short.sent["activation_memory"] == pytest.approx(ample.sent["activation_memory"] / 4, rel=0.01)
+    assert short.sent["num_examples"] == ample.sent["num_examples"] == 32
     for name, weight in ample.weights.items():
         torch.testing.assert_close(short.weights[name], weight, rtol=1e-4, atol=1e-6)
     assert none.sent["status"] == "declined"

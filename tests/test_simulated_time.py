@@ -24,7 +24,7 @@ from fedtune.server.server_app import run_to_completion
 from fedtune.simulation.in_process_grid import InProcessGrid
 from fedtune.simulation.workers import SequentialWorkers
 from fedtune.tracking import RoundRecord, Store
-from tests.federations import Ended, begin, execute, outcome, spoilt, trivial
+from tests.federations import Ended, begin, execute, order_of, outcome, spoilt, trivial
 
 CLASSES = "devices=[{name: fast, count: 3, speed: 20}, {name: slow, count: 2, speed: 4}]"  # 2 steps of 10: 1 s and 5 s
 HURRIED = (CLASSES, "federation.deadline=4", "federation.rounds=4")
@@ -36,7 +36,7 @@ def tarrying(message: Message, reply: Message) -> Message:
 
 
 def statuses(record: RoundRecord) -> dict[int, tuple[str, str]]:
-    return {one.client: (one.status, one.reason) for one in record.contributions}
+    return {one.client: (one.status, one.reason) for one in record.client_records}
 
 
 def by_hand(recipe: Recipe, number: int) -> dict[int, tuple[str, str]]:
@@ -73,7 +73,7 @@ def test_a_class_that_names_no_speed_is_never_late(home: Path) -> None:
 
 
 def simulated_seconds(ended: Ended) -> list[float]:
-    return [one.value for record in ended.rounds for one in record.metrics if one.part == "simulation"]
+    return [one.value for record in ended.rounds for one in record.metrics if one.split == "simulation"]
 
 
 def test_a_round_takes_as_long_as_its_slowest_or_its_deadline(home: Path) -> None:
@@ -90,7 +90,7 @@ def test_the_first_replies_are_taken_and_the_others_never_trained(home: Path) ->
     trained: list[int] = []
 
     def note(message: Message, reply: Message) -> Message:
-        trained.append(int(str(message.content.config_records["order"]["client"])))
+        trained.append(order_of(message)[1])
         return reply
 
     recipe = trivial(CLASSES, "federation.take_first=3", "federation.rounds=2")
@@ -149,7 +149,7 @@ def test_a_resumed_run_ends_with_the_bits_of_one_left_alone(home: Path, override
     whole = execute(recipe, run="whole")
 
     def stopping(message: Message, reply: Message) -> Message:
-        if message.content.config_records["order"]["round"] == 4:
+        if order_of(message)[0] == 4:
             raise KeyboardInterrupt
         return reply
 
@@ -174,7 +174,7 @@ def test_a_late_answer_waits_for_the_round_after_the_deadline(home: Path) -> Non
         "federation.rounds=3",
     )
     ended = execute(recipe)
-    taken = [{one.client: one.staleness for one in record.contributions} for record in ended.rounds[1:]]
+    taken = [{one.client: one.staleness for one in record.client_records} for record in ended.rounds[1:]]
     assert taken == [{0: 0, 1: 0, 2: 0}, {0: 0, 1: 0, 2: 0}, {0: 0, 1: 0, 2: 0, 3: 2}]
     assert simulated_seconds(ended) == [2.0, 2.0, 1.0]
 

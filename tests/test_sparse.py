@@ -16,7 +16,7 @@ from fedtune.wire.masked_weights import (
     restore_dense_tensors,
     select_active_values,
 )
-from fedtune.wire.update_checks import check
+from fedtune.wire.update_checks import NormLimit, check_client_update
 
 SHAPES = {"a.weight": (13, 5), "weight": (4, 3, 3, 3)}
 
@@ -98,7 +98,7 @@ def test_what_travels_beside_deltas_is_checked(
     path.write_bytes(pack({"delta": torch.tensor([3.0, 4.0]), "place": place, "gradient": gradient}))
     forms = {"place": TensorSpec((2,), "I32", 10), "gradient": TensorSpec((2,))}
     if reason is None:
-        assert check(path, {"delta": (2,)}, forms, 5.0) == 5.0
+        assert check_client_update(path, {"delta": (2,)}, forms, NormLimit(5.0, "max")) == 5.0
         return
     with pytest.raises(ClientUpdateError, match=reason):
-        check(path, {"delta": (2,)}, forms, None)
+        check_client_update(path, {"delta": (2,)}, forms)

@@ -23,7 +23,7 @@ from fedtune.device.trainer import Trainer
 from fedtune.wire.client_update import TrainRequest
 
 recipe, labels, source = json.loads(Path("order.json").read_text())
-shop, rows = LocalData(source).get_context(TrainRequest(recipe, 1, 0, labels, run="run-1"))
+shop, rows = LocalData(source).get_context(TrainRequest(recipe, 1, 0, "run-1", labels))
 assert len(shop.train) and summarise_local_data(shop, rows)
 print(*sorted(sys.modules), file=sys.stderr)
 """

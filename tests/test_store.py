@@ -14,7 +14,7 @@ from sqlalchemy import Engine, event
 
 from fedtune.errors import StoreError
 from fedtune.tracking import Store, claim_run, new_run_id
-from tests.store_examples import a_contribution, a_metric, a_round, fill, start
+from tests.store_examples import a_client_record, a_metric, a_round, fill, start
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_rounds_come_back_as_they_were_committed(store: Store) -> None:
 
 def test_a_round_without_checkpoint_metrics_or_contributions_comes_back(store: Store) -> None:
     start(store)
-    bare = a_round(1, status="failed", reason="no reply", contributions=(), metrics=(), checkpoint=None)
+    bare = a_round(1, status="failed", reason="no reply", client_records=(), metrics=(), checkpoint=None)
     store.commit_round("film-1a2b", bare)
     assert store.rounds("film-1a2b") == [bare]
 
@@ -53,18 +53,20 @@ def test_a_run_comes_back_with_its_moments_in_utc(store: Store) -> None:
     fill(store, seed=2**63 - 1, recipe='{"name": "é"}')
     run = store.run("film-1a2b")
     assert (run.seed, run.recipe, run.engine, run.rounds_planned) == (2**63 - 1, '{"name": "é"}', "in-process", 3)
-    assert run.finished is not None
-    assert before <= run.created <= run.finished <= datetime.now(UTC)
-    assert run.created.utcoffset() == run.finished.utcoffset() == UTC.utcoffset(None)
+    assert run.finished_at is not None
+    assert before <= run.created_at <= run.finished_at <= datetime.now(UTC)
+    assert run.created_at.utcoffset() == run.finished_at.utcoffset() == UTC.utcoffset(None)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 5e-324, 0.1 + 0.2])
 def test_every_float_survives(store: Store, value: float) -> None:
     start(store)
-    odd = a_round(1, metrics=(a_metric(value),), contributions=(a_contribution(0, loss=value, norm=value),))
+    odd = a_round(
+        1, metrics=(a_metric(value),), client_records=(a_client_record(0, train_loss=value, update_norm=value),)
+    )
     store.commit_round("film-1a2b", odd)
     [found] = store.rounds("film-1a2b")
-    assert [repr(found.metrics[0].value), repr(found.contributions[0].loss)] == [repr(value)] * 2
+    assert [repr(found.metrics[0].value), repr(found.client_records[0].train_loss)] == [repr(value)] * 2
 
 
 def test_a_float_of_numpy_is_kept_as_a_number(store: Store) -> None:
@@ -158,7 +160,7 @@ def test_a_failed_run_can_be_reopened_and_a_completed_one_cannot(store: Store) -
     store.reopen("film-1a2b")
     with claim_run("film-1a2b"):
         run = store.run("latest")
-    assert (run.status, run.reason, run.finished) == ("running", "", None)
+    assert (run.status, run.reason, run.finished_at) == ("running", "", None)
     store.finish("film-1a2b", "completed")
     with pytest.raises(StoreError, match="is completed; there is nothing to resume"):
         store.reopen("film-1a2b")

@@ -180,7 +180,7 @@ def test_a_folder_one_may_not_write_is_said_so(folder: Path) -> None:
 
 
 def test_a_store_that_another_process_is_upgrading_is_said_so(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedtune.tracking.schema_version._PATIENCE", 0.1)
+    monkeypatch.setattr("fedtune.tracking.schema_version._TIMEOUT", 0.1)
     lock = hold_file_lock(home / "store.sqlite.lock", 1, "")
     with lock, pytest.raises(StoreError, match="is being upgraded by another process") as caught:
         Store.open()

@@ -10,7 +10,7 @@ import pytest
 from fedtune.errors import StoreError
 from fedtune.tracking import RoundRecord, RunRecord, Store
 from fedtune.tracking.run_plot import draw_runs
-from tests.store_examples import a_contribution, a_metric, a_round, fill
+from tests.store_examples import a_client_record, a_metric, a_round, fill
 
 Recorded = list[tuple[RunRecord, list[RoundRecord]]]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -52,10 +52,16 @@ def test_several_runs_are_drawn_together(recorded: Recorded, tmp_path: Path) -> 
     "rounds",
     [
         [a_round(0)],
-        [a_round(0, metrics=()), a_round(1, metrics=(), contributions=())],
-        [a_round(1, metrics=(a_metric(math.nan),), contributions=(a_contribution(0, loss=math.nan, saved_bytes=0),))],
+        [a_round(0, metrics=()), a_round(1, metrics=(), client_records=())],
+        [
+            a_round(
+                1,
+                metrics=(a_metric(math.nan),),
+                client_records=(a_client_record(0, train_loss=math.nan, activation_memory=0),),
+            )
+        ],
         [a_round(1, metrics=(a_metric(31.5, "test", "all", "perplexity"),))],
-        [a_round(1, contributions=tuple(a_contribution(client) for client in range(500)))],
+        [a_round(1, client_records=tuple(a_client_record(client) for client in range(500)))],
     ],
     ids=["untrained", "nothing measured", "diverged", "test only", "crowd"],
 )

@@ -4,19 +4,21 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import Connection, create_engine
+from sqlalchemy import Connection, MetaData, create_engine, insert, select, text
 
 from fedtune.errors import StoreError
-from fedtune.tracking import Store
+from fedtune.tracking import Store, make_file_url, schema_upgrade
 from fedtune.tracking.tables import metadata
-from tests.store_examples import a_contribution, a_metric, a_round, fill, start
+from tests.store_examples import a_client_record, a_metric, a_round, fill, start
 
 ROOT = Path(__file__).parents[1]
 SERVER_USER = "postgres"  # a PostgreSQL server refuses to run as the superuser
@@ -70,8 +72,9 @@ def connection(server: str) -> Iterator[Connection]:
 def url(server: str, connection: Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """An empty database."""
     monkeypatch.setenv("FEDTUNE_HOME", str(tmp_path))
-    metadata.drop_all(connection)
-    connection.exec_driver_sql("DROP TABLE IF EXISTS alembic_version")
+    found = MetaData()
+    found.reflect(connection)
+    found.drop_all(connection)
     connection.commit()
     return server
 
@@ -79,13 +82,19 @@ def url(server: str, connection: Connection, tmp_path: Path, monkeypatch: pytest
 def test_rounds_come_back_as_they_were_committed(url: str) -> None:
     with Store.open(url) as store:
         recorded = fill(store)
-        odd = a_round(9, metrics=(a_metric(float("inf")),), contributions=(a_contribution(0, loss=float("nan")),))
+        odd = a_round(
+            9, metrics=(a_metric(float("inf")),), client_records=(a_client_record(0, train_loss=float("nan")),)
+        )
         store.commit_round("film-1a2b", odd)
     with Store.open(url) as store:
         assert store.rounds("film-1a2b")[:-1] == recorded
         assert repr(store.rounds("film-1a2b")[-1]) == repr(odd)
         run = store.run("latest")
-        assert (run.status, run.rounds_completed, run.created.utcoffset()) == ("completed", 4, run.created.utcoffset())
+        assert (run.status, run.rounds_completed, run.created_at.utcoffset()) == (
+            "completed",
+            4,
+            run.created_at.utcoffset(),
+        )
         store.delete("film-1a2b")
         assert store.runs() == []
         start(store)
@@ -96,6 +105,52 @@ def test_migrations_make_the_tables_the_code_reads(url: str, connection: Connect
     Store.open(url).close()
     context = MigrationContext.configure(connection, opts={"compare_type": True, "compare_server_default": True})
     assert compare_metadata(context, metadata) == []
+
+
+def copy_rows(old: Path, connection: Connection) -> None:
+    """Fill a database from a SQLite file that has the same tables."""
+    connection.execute(text("SET TIME ZONE 'UTC'"))
+    engine, theirs, ours = create_engine(make_file_url(old)), MetaData(), MetaData()
+    ours.reflect(connection)
+    with engine.connect() as source:
+        theirs.reflect(source)
+        for table in theirs.sorted_tables:
+            if table.name != "alembic_version":
+                rows = [dict(row) for row in source.execute(select(table)).mappings()]
+                connection.execute(insert(ours.tables[table.name]), rows)
+    engine.dispose()
+    connection.commit()
+
+
+def list_everything(store: Store) -> list[str]:
+    """What a store holds, as text in which NaN is equal to NaN."""
+    access, runs = store.access, store.runs()
+    held = [
+        *runs,
+        *store.rounds_of([run.id for run in runs]).values(),
+        *access.list_devices(),
+        *access.list_operators(),
+    ]
+    seated = [access.list_assignments(run.id) for run in runs]
+    return [repr(one) for one in (*held, *seated, *access.list_unused_tokens(), *access.audit.list_lines())]
+
+
+def test_a_store_of_revision_0007_is_upgraded_and_downgraded_with_its_rows(
+    url: str, connection: Connection, tmp_path: Path
+) -> None:
+    with tarfile.open(ROOT / "tests" / "fixtures" / "store-0007.tar.xz") as packed:
+        packed.extractall(tmp_path / "old", filter="data")
+    old, config = tmp_path / "old" / "store.sqlite", schema_upgrade.make_alembic_config(connection)
+    command.upgrade(config, "0007")
+    connection.commit()
+    copy_rows(old, connection)
+    for _ in range(2):
+        with Store.open(url) as store, Store.open(make_file_url(old)) as same:
+            assert list_everything(store) == list_everything(same)
+        context = MigrationContext.configure(connection, opts={"compare_type": True, "compare_server_default": True})
+        assert compare_metadata(context, metadata) == []
+        command.downgrade(config, "0007")
+        connection.commit()
 
 
 def test_a_round_is_recorded_once_and_whole(url: str) -> None:
@@ -119,7 +174,7 @@ def test_a_database_newer_than_the_code_is_refused(url: str, connection: Connect
 
 WRITE = """
 import sys
-from fedtune.tracking import Store
+from fedtune.tracking import Store, make_file_url, schema_upgrade
 from tests.store_examples import fill
 with Store.open(sys.argv[1]) as store:
     fill(store, sys.argv[2], rounds=20)

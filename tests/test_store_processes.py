@@ -105,7 +105,7 @@ with Store.open() as store:
 
 
 @pytest.mark.parametrize("moment", ["before_cursor_execute", "after_cursor_execute"])
-@pytest.mark.parametrize("table", ["rounds", "contributions", "metrics", "checkpoints"])
+@pytest.mark.parametrize("table", ["rounds", "client_records", "metrics", "checkpoints"])
 def test_a_process_killed_inside_a_commit_leaves_nothing_of_the_round(table: str, moment: str) -> None:
     with Store.open() as store:
         start(store)

@@ -12,7 +12,7 @@ import pytest
 
 from fedtune.errors import StoreError
 from fedtune.tracking import RoundRecord, RunRecord, Store
-from fedtune.tracking.run_json import make_run_document, text
+from fedtune.tracking.run_json import json_text, make_run_document
 from fedtune.tracking.run_summary import (
     compare_before_and_after,
     compute_train_loss,
@@ -22,10 +22,10 @@ from fedtune.tracking.run_summary import (
     get_metric_series,
     list_domains,
     list_metrics,
-    totals,
+    sum_costs,
 )
 from fedtune.tracking.table_export import export_runs
-from tests.store_examples import a_contribution, a_metric, a_round, fill
+from tests.store_examples import a_client_record, a_metric, a_round, fill
 
 Recorded = list[tuple[RunRecord, list[RoundRecord]]]
 
@@ -41,11 +41,13 @@ def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Record
 
 
 def test_totals_are_sums_and_peaks() -> None:
-    cost = totals([a_round(0), a_round(1, contributions=(a_contribution(0), a_contribution(1, status="refused")))])
+    cost = sum_costs(
+        [a_round(0), a_round(1, client_records=(a_client_record(0), a_client_record(1, status="rejected")))]
+    )
     assert (cost.bytes_down, cost.bytes_up) == (6_000_000_001, 4_000_000_001)
-    assert (cost.saved_bytes, cost.peak_rss) == (5_000_000_001, 7_000_000_001)
+    assert (cost.activation_memory, cost.peak_memory) == (5_000_000_001, 7_000_000_001)
     assert (cost.seconds, cost.merged, cost.requested) == (6.0, 1, 2)
-    assert totals([]).saved_bytes == 0
+    assert sum_costs([]).activation_memory == 0
 
 
 def test_the_main_metric_is_accuracy_then_perplexity_then_loss_of_held_out_examples() -> None:
@@ -90,9 +92,9 @@ def test_a_series_follows_one_metric_of_one_domain() -> None:
 
 
 def test_the_training_loss_weighs_merged_contributions_by_examples() -> None:
-    light = a_contribution(0, examples=1, loss=3.0)
-    heavy = a_contribution(1, examples=3, loss=1.0)
-    refused = a_contribution(2, examples=1000, loss=math.nan, status="refused")
+    light = a_client_record(0, num_examples=1, train_loss=3.0)
+    heavy = a_client_record(1, num_examples=3, train_loss=1.0)
+    refused = a_client_record(2, num_examples=1000, train_loss=math.nan, status="rejected")
     assert compute_train_loss([light, heavy, refused]) == 1.5
     assert math.isnan(compute_train_loss([refused]))
 
@@ -107,7 +109,7 @@ def test_differences_are_the_settings_that_are_not_the_same_everywhere() -> None
 def test_a_document_has_the_promised_keys_and_the_newest_checkpoint(recorded: Recorded, tmp_path: Path) -> None:
     found = make_run_document(*recorded[0])
     assert set(found) == {
-        *("id", "name", "status", "reason", "recipe", "seed", "engine", "created", "finished"),
+        *("schema_version", "id", "name", "status", "reason", "recipe", "seed", "engine", "created_at", "finished_at"),
         *("rounds_planned", "rounds_completed", "metrics", "checkpoint"),
     }
     assert (found["id"], found["status"], found["rounds_completed"]) == ("film-1a2b", "completed", 3)
@@ -119,14 +121,20 @@ def test_a_document_has_the_promised_keys_and_the_newest_checkpoint(recorded: Re
         "bytes": 10**10 + 3,
         "pruned": False,
     }
-    assert found["metrics"][0] == {"round": 0, "part": "validation", "domain": "all", "name": "accuracy", "value": 0.55}
+    assert found["metrics"][0] == {
+        "round": 0,
+        "split": "validation",
+        "domain": "all",
+        "name": "accuracy",
+        "value": 0.55,
+    }
     assert len(found["metrics"]) == 4 * 3
 
 
 def test_a_detailed_document_adds_the_rounds_and_their_contributions(recorded: Recorded) -> None:
     rounds = make_run_document(*recorded[0], detailed=True)["rounds"]
     assert [one["number"] for one in rounds] == [0, 1, 2, 3]
-    assert rounds[2]["contributions"][1] == asdict(a_contribution(1))
+    assert rounds[2]["client_records"][1] == asdict(a_client_record(1))
     assert rounds[0]["checkpoint"]["sha256"] == f"{0:064x}"
 
 
@@ -134,12 +142,12 @@ def test_every_key_of_a_document_is_documented(recorded: Recorded) -> None:
     described = (Path(__file__).parents[1] / "docs" / "runs-schema.md").read_text()
     found = make_run_document(*recorded[0], detailed=True)
     last = found["rounds"][-1]
-    for keys in (found, found["metrics"][0], found["checkpoint"], last, last["contributions"][0]):
+    for keys in (found, found["metrics"][0], found["checkpoint"], last, last["client_records"][0]):
         assert [key for key in keys if f"`{key}`" not in described] == []
 
 
 def test_json_has_null_where_a_number_is_not_one() -> None:
-    assert json.loads(text([math.nan, {"a": (math.inf, 1.5)}])) == [None, {"a": [None, 1.5]}]
+    assert json.loads(json_text([math.nan, {"a": (math.inf, 1.5)}])) == [None, {"a": [None, 1.5]}]
 
 
 def test_parquet_tables_hold_every_row_with_its_type(recorded: Recorded, tmp_path: Path) -> None:
@@ -148,13 +156,13 @@ def test_parquet_tables_hold_every_row_with_its_type(recorded: Recorded, tmp_pat
     assert {name: table.num_rows for name, table in tables.items()} == {
         "runs": 2,
         "rounds": 6,
-        "contributions": 3 * 3 + 3,
+        "client_records": 3 * 3 + 3,
         "metrics": 6 * 3,
         "client_scores": 0,
         "checkpoints": 6,
     }
-    assert tables["contributions"].to_pylist()[4] == {"run_id": "film-1a2b", "round": 2} | asdict(a_contribution(1))
-    assert str(tables["contributions"].schema.field("saved_bytes").type) == "int64"
+    assert tables["client_records"].to_pylist()[4] == {"run_id": "film-1a2b", "round": 2} | asdict(a_client_record(1))
+    assert str(tables["client_records"].schema.field("activation_memory").type) == "int64"
     assert tables["runs"].to_pylist()[1] == asdict(recorded[1][0])
 
 
@@ -166,7 +174,7 @@ def test_csv_tables_hold_every_row(recorded: Recorded, tmp_path: Path) -> None:
     assert rows[0] == {
         "run_id": "film-1a2b",
         "round": "0",
-        "part": "validation",
+        "split": "validation",
         "domain": "all",
         "name": "accuracy",
         "value": "0.55",
@@ -177,19 +185,19 @@ def test_a_run_without_rounds_still_exports_all_tables(recorded: Recorded, tmp_p
     written = export_runs([(recorded[0][0], [])], "parquet", tmp_path / "out")
     assert [path.stem for path in written] == [
         "checkpoints",
+        "client_records",
         "client_scores",
-        "contributions",
         "metrics",
         "rounds",
         "runs",
     ]
-    assert "loss" in pyarrow.parquet.read_table(tmp_path / "out" / "contributions.parquet").column_names
+    assert "train_loss" in pyarrow.parquet.read_table(tmp_path / "out" / "client_records.parquet").column_names
 
 
 def test_json_export_is_the_detailed_documents(recorded: Recorded, tmp_path: Path) -> None:
     export_runs(recorded, "json", tmp_path / "runs.json")
     found = json.loads((tmp_path / "runs.json").read_text())
-    assert found == [json.loads(text(make_run_document(run, rounds, detailed=True))) for run, rounds in recorded]
+    assert found == [json.loads(json_text(make_run_document(run, rounds, detailed=True))) for run, rounds in recorded]
 
 
 def test_an_export_never_writes_over_or_into_what_is_there(recorded: Recorded, tmp_path: Path) -> None:

@@ -142,8 +142,8 @@ def test_a_database_of_the_first_schema_opens_with_its_rows_and_takes_a_servers(
     engine.dispose()
     with Store.open() as store:
         assert store.run("old").status == "completed"
-        store.access.add_device(name="dev", node="1", public_key="pem")
-        assert [device.name for device in store.access.devices()] == ["dev"]
+        store.access.add_device(name="dev", node_id="1", public_key="pem")
+        assert [device.name for device in store.access.list_devices()] == ["dev"]
 
 
 def test_recipes_of_old_runs_keep_their_split_and_how_they_read_pictures(path: Path) -> None:

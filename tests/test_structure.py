@@ -37,16 +37,6 @@ MANY_PARAMETERS = {
     "make_conv_norm": "the arguments of torch's convolution",
     "__init__": "an inverted residual block: the columns of the table in the MobileNetV3 paper",
     # The rest waits for values that travel together: a client's round, a run's context, a merge's settings.
-    "_ask": "to be grouped",
-    "_commit": "to be grouped",
-    "_door": "to be grouped",
-    "_gather": "to be grouped",
-    "_round": "to be grouped",
-    "make_gateway": "to be grouped",
-    "match_activations": "to be grouped",
-    "piece": "to be grouped",
-    "receive_update": "to be grouped",
-    "score_by_clients": "to be grouped",
 }
 BARE_NAMES = split_words(
     "about after at before beside between by for from in into of on only out over past per than till to under until "

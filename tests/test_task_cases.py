@@ -50,7 +50,7 @@ def test_a_federation_learns_it(case: str, home: Path, tmp_path: Path) -> None:
     recipe = task_recipe(case, tmp_path)
     ended = execute(recipe)
     assert ended.run.status == "completed"
-    found = [{one.name: one.value for one in record.metrics if one.part == "validation"} for record in ended.rounds]
+    found = [{one.name: one.value for one in record.metrics if one.split == "validation"} for record in ended.rounds]
     assert found[-1]["loss"] < 0.8 * found[0]["loss"]
     task = tasks.get_task(recipe.task)
     name = "accuracy" if "several" in case else task.main_metric  # a random model's f1 is high: it says yes to half

@@ -33,7 +33,7 @@ from pathlib import Path
 from fedtune.device.trainer import Trainer
 from fedtune.device.trainer_channel import Frame
 recipe, payload, sent = (Path(name) for name in sys.argv[1:])
-order = {"recipe": recipe.read_text(), "round": 1, "client": 0, "labels": "[]", "run": "run"}
+order = {"recipe": recipe.read_text(), "round": 1, "client": 0, "label_names": "[]", "run_id": "run"}
 answer = Trainer("partition:0", 10**11, 0).run_request(Frame(order, payload.read_bytes()), lambda: None)
 assert answer.header["kind"] == "trained", answer.header
 sent.write_bytes(answer.payload)
@@ -95,7 +95,7 @@ def hidden(script: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
 @pytest.mark.parametrize("kind", ["image", pytest.param("text", marks=pytest.mark.deployed)])
 def test_a_trainer_sends_the_same_bits_without_what_is_left_out(home: Path, tmp_path: Path, kind: str) -> None:
     recipe = trivial() if kind == "image" else words(tmp_path)
-    order = TrainRequest(recipe.model_dump_json(), 1, 0, "[]", "run")
+    order = TrainRequest(recipe.model_dump_json(), 1, 0, "run", "[]")
     shop, rows = LocalData("partition:0").get_context(order)
     payload = pack(encode_masked_state(get_model_state(shop.model, shop.shared_names)))
     deltas, _ = run_local_round(order, read_payload(payload, shop, order.client), shop, rows, tmp_path / "own")

@@ -57,7 +57,9 @@ class TickingGrid(InProcessGrid):
 
 def seat(store: Store, run: str, clients: int) -> None:
     """Each node of the grid is an enrolled device of the run."""
-    known = {device.name for device in store.access.devices()}
+    known = {device.name for device in store.access.list_devices()}
     for i in (i for i in range(clients) if f"dev-{i}" not in known):
-        store.access.add_device(name=f"dev-{i}", node=str(i + 2), public_key=f"key-{i}")
-    store.access.assign_clients(run, [Assignment(client=i, device=f"dev-{i}", node=str(i + 2)) for i in range(clients)])
+        store.access.add_device(name=f"dev-{i}", node_id=str(i + 2), public_key=f"key-{i}")
+    store.access.assign_clients(
+        run, [Assignment(client=i, device_name=f"dev-{i}", node_id=str(i + 2)) for i in range(clients)]
+    )

@@ -29,7 +29,7 @@ def read_checkpoint_target(target: str, round_number: int | None, store: str | N
     from fedtune import checkpoint, paths
     from fedtune.recipe.schema import Recipe
     from fedtune.tracking import Store
-    from fedtune.tracking.pruning import with_checkpoint
+    from fedtune.tracking.pruning import find_checkpointed_round
 
     file = _find_checkpoint_file(target)
     if file is not None and round_number is not None:
@@ -38,7 +38,9 @@ def read_checkpoint_target(target: str, round_number: int | None, store: str | N
     with Store.open(store) as opened:
         run = opened.run(reference)
         rounds = opened.rounds(run.id)
-    find = with_checkpoint if file is None else _find_recorded_round  # a file may be a copy of a pruned checkpoint
+    find = (
+        find_checkpointed_round if file is None else _find_recorded_round
+    )  # a file may be a copy of a pruned checkpoint
     record = find(run.id, rounds, round_number)
     assert record.checkpoint is not None
     state = checkpoint.read_checkpoint(

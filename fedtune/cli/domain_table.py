@@ -21,13 +21,13 @@ class DomainRow:
     after: float
     bytes_up: int
     bytes_down: int
-    saved_bytes: int
-    peak_rss: int
+    activation_memory: int
+    peak_memory: int
 
 
 def make_domain_rows(rounds: Sequence[RoundRecord], clients: Mapping[int, str], figure: str) -> list[DomainRow]:
     """Return one row per domain, one for their mean and one over all. ``clients`` maps clients to domains."""
-    sent = [one for record in rounds for one in record.contributions]
+    sent = [one for record in rounds for one in record.client_records]
     found = compare_before_and_after(rounds, "test", figure)
     return [
         _make_row(domain, before, after, _select_clients(sent, clients, domain))
@@ -46,8 +46,8 @@ def _make_row(domain: str, before: float, after: float, sent: Sequence[ClientRec
         after,
         sum(s.bytes_up for s in sent),
         sum(s.bytes_down for s in sent),
-        max((s.saved_bytes for s in sent), default=0),
-        max((s.peak_rss for s in sent), default=0),
+        max((s.activation_memory for s in sent), default=0),
+        max((s.peak_memory for s in sent), default=0),
     )
 
 
@@ -58,8 +58,8 @@ def show_domain_table(rows: Sequence[DomainRow], figure: str, console: Console) 
         table.add_column(heading, justify="left" if heading == "domain" else "right")
     for row in rows:
         figures = [f"{value:.4f}" for value in (row.before, row.after)]
-        sizes = [f"{size / 1e6:.2f} MB" for size in (row.bytes_up, row.bytes_down, row.saved_bytes)]
+        sizes = [f"{size / 1e6:.2f} MB" for size in (row.bytes_up, row.bytes_down, row.activation_memory)]
         table.add_row(row.domain, *figures, *sizes)
     console.print(table)
-    process = max((row.peak_rss for row in rows), default=0)
+    process = max((row.peak_memory for row in rows), default=0)
     console.print(f"activations: peak memory kept for backward; a client's process used {process / 1e6:.0f} MB")

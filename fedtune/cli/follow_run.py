@@ -45,13 +45,15 @@ def _show(line: str) -> None:
 
 def _summarise_round(record: dict[str, Any], run: dict[str, Any]) -> str:
     """Summarise a round in one line."""
-    sent = record["contributions"]
-    merged = sum(contribution["status"] == "merged" for contribution in sent)
+    sent = record["client_records"]
+    merged = sum(one["status"] == "merged" for one in sent)
     words = [f"{merged}/{len(sent)} devices"] if sent else ["before training"]
-    absent = [f"{one['device']} {one['status']}" for one in sent if one["status"] != "merged"]
+    absent = [
+        f"{one['device_name'] or one['device_class']} {one['status']}" for one in sent if one["status"] != "merged"
+    ]
     words += [f"({', '.join(absent)})"] if absent else []
     words += [
-        f"{metric['part']} {metric['name']} {metric['value']:.4f}"
+        f"{metric['split']} {metric['name']} {metric['value']:.4f}"
         for metric in run["metrics"]
         if _is_shown(metric, record)
     ]
@@ -63,7 +65,7 @@ def _is_shown(metric: dict[str, Any], record: dict[str, Any]) -> bool:
     newest = metric["round"] == record["number"] and metric["domain"] == "all"
     return (
         newest
-        and metric["part"] in ("validation", "own")
+        and metric["split"] in ("validation", "local")
         and metric["name"] in ("accuracy", "perplexity")
         and metric["value"] is not None
     )

@@ -37,7 +37,7 @@ class OperatorClient:
         trust = ssl.create_default_context(cadata=ca)
         self.url = url
         headers = {"Authorization": f"Bearer {key}"}
-        self._client = httpx.Client(base_url=url, verify=trust, headers=headers, timeout=60.0)
+        self._client = httpx.Client(base_url=url, verify=trust, headers=headers)
 
     def __enter__(self) -> Self:
         return self
@@ -45,12 +45,12 @@ class OperatorClient:
     def __exit__(self, *_: object) -> None:
         self._client.close()
 
-    def request_json(self, method: str, path: str, sent: Any = None) -> Any:
+    def request_json(self, method: str, path: str, sent: Any = None, *, timeout_seconds: float = 60.0) -> Any:
         """Return the server's reply; ServerError if the server refuses or cannot be reached."""
         import httpx
 
         try:
-            answer = self._client.request(method, f"/fedtune/{path}", json=sent)
+            answer = self._client.request(method, f"/fedtune/{path}", json=sent, timeout=timeout_seconds)
         except httpx.HTTPError as error:
             raise ServerError(
                 f"cannot reach the server at {self.url} ({error}); is fedtune server up there?"

@@ -19,7 +19,7 @@ def describe_privacy(run: RunRecord, rounds: Sequence[RoundRecord]) -> str:
     if found is None:
         return ""
     value = "none spent" if found["epsilon"] is None else f"epsilon {found['epsilon']:.4g}"
-    return f"{value} at delta {found['delta']:g}, noise by the {found['noise_by']}"
+    return f"{value} at delta {found['delta']:g}, noise by the {found['noise_added_by']}"
 
 
 def make_privacy_paragraph(run: RunRecord, rounds: Sequence[RoundRecord]) -> str:
@@ -29,7 +29,7 @@ def make_privacy_paragraph(run: RunRecord, rounds: Sequence[RoundRecord]) -> str
         return ""
     return (
         f"\nDifferential privacy of its weights: {describe_privacy(run, rounds)}. "
-        f"It holds {_NEIGHBOURS[found['noise_by']]}. "
+        f"It holds {_NEIGHBOURS[found['noise_added_by']]}. "
         "The noise is drawn from a secret key. The guarantee holds against everyone who does not have this key. It "
         "does not cover which clients took part, or the losses and example counts in the run store.\n"
     )

@@ -161,4 +161,4 @@ def _describe_reply(event: ReplyReceived) -> str:
     sent = event.client_record
     if sent.status != "merged":
         return f"client {sent.client} {sent.status}: {sent.reason}"
-    return f"loss {sent.loss:.3f}" if sent.tells_loss else ""
+    return f"loss {sent.train_loss:.3f}" if sent.tells_loss else ""

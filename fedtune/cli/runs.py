@@ -51,7 +51,7 @@ def list_(store: str | None, as_json: bool) -> None:
         found = opened.runs()
         if as_json:
             rounds = opened.rounds_of(run.id for run in found)
-            click.echo(run_json.text([run_json.make_run_document(run, rounds[run.id]) for run in found]))
+            click.echo(run_json.json_text([run_json.make_run_document(run, rounds[run.id]) for run in found]))
         else:
             runs_view.show_list(found, opened.get_latest_metrics())
 
@@ -72,7 +72,7 @@ def show(run: str, last: int, every: bool, store: str | None, as_json: bool) -> 
     with Store.open(store) as opened:
         [(found, rounds)] = _read_runs(opened, [run])
     if as_json:
-        click.echo(run_json.text(run_json.make_run_document(found, rounds, detailed=True)))
+        click.echo(run_json.json_text(run_json.make_run_document(found, rounds, detailed=True)))
     else:
         runs_view.show_run(found, rounds, None if every else last)
 
@@ -94,7 +94,7 @@ def compare(chosen: tuple[str, ...], store: str | None, as_json: bool) -> None:
     settings = run_summary.diff_recipes([read_stored_recipe(run.recipe) for run, _ in recorded])
     if as_json:
         documents = [run_json.make_run_document(run, rounds) for run, rounds in recorded]
-        click.echo(run_json.text({"runs": documents, "differences": settings}))
+        click.echo(run_json.json_text({"runs": documents, "differences": settings}))
     else:
         runs_view.show_comparison(recorded, settings)
 
@@ -119,7 +119,7 @@ def plot(chosen: tuple[str, ...], output: Path | None, store: str | None, as_jso
     alone = len(recorded) == 1
     path = output or (home.get_runs_folder() / recorded[0][0].id / "plot.png" if alone else Path("runs.png"))
     draw_runs(recorded, path)
-    click.echo(run_json.text({"path": str(path.absolute())}) if as_json else f"drawn: {path}")
+    click.echo(run_json.json_text({"path": str(path.absolute())}) if as_json else f"drawn: {path}")
 
 
 @runs.command()
@@ -130,7 +130,7 @@ def plot(chosen: tuple[str, ...], output: Path | None, store: str | None, as_jso
 def export(chosen: tuple[str, ...], format_: str, output: Path, store: str | None, as_json: bool) -> None:
     """Export runs as tables for other programs.
 
-    csv and parquet create a folder with one file each for runs, rounds, contributions, metrics, client scores and
+    csv and parquet create a folder with one file each for runs, rounds, client records, metrics, client scores and
     checkpoints, joined by run_id and round. json creates one file.
 
     Example: fedtune runs export latest --format parquet -o sentiment-tables
@@ -141,7 +141,7 @@ def export(chosen: tuple[str, ...], format_: str, output: Path, store: str | Non
     with Store.open(store) as opened:
         written = export_runs(_read_runs(opened, chosen), format_, output)
     paths = [str(path.absolute()) for path in written]
-    click.echo(run_json.text({"paths": paths}) if as_json else "\n".join(f"written: {path}" for path in written))
+    click.echo(run_json.json_text({"paths": paths}) if as_json else "\n".join(f"written: {path}" for path in written))
 
 
 @runs.command()
@@ -163,7 +163,7 @@ def delete(run: str, yes: bool, store: str | None, as_json: bool) -> None:
             # Rows first: files without a row only waste space, but a row without files would be wrong.
             opened.delete(found.id)
             _remove_files(found.id)
-    click.echo(run_json.text({"deleted": found.id}) if as_json else f"removed: {found.id}")
+    click.echo(run_json.json_text({"deleted": found.id}) if as_json else f"removed: {found.id}")
 
 
 def _remove_files(run_id: str) -> None:

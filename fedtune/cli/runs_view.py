@@ -13,7 +13,7 @@ from rich.text import Text
 
 from fedtune.cli.privacy_text import describe_privacy
 from fedtune.tracking import ClientRecord, RoundRecord, RunRecord
-from fedtune.tracking.client_spread import spreads
+from fedtune.tracking.client_spread import compute_spreads
 from fedtune.tracking.run_summary import (
     RoundMetric,
     compare_before_and_after,
@@ -22,7 +22,7 @@ from fedtune.tracking.run_summary import (
     get_headline_metric,
     get_progress_series,
     list_metrics,
-    totals,
+    sum_costs,
 )
 from fedtune.untrusted import clean_text
 
@@ -45,7 +45,11 @@ def show_list(runs: Sequence[RunRecord], newest: Mapping[str, Sequence[RoundMetr
     for run in runs:
         done = f"{run.rounds_completed}/{run.rounds_planned}"
         table.add_row(
-            run.id, _status(run.status), done, _headline(newest.get(run.id, ())), f"{_local(run.created):%d %b %H:%M}"
+            run.id,
+            _status(run.status),
+            done,
+            _headline(newest.get(run.id, ())),
+            f"{_local(run.created_at):%d %b %H:%M}",
         )
     _console().print(table)
 
@@ -59,7 +63,7 @@ def show_run(run: RunRecord, rounds: Rounds, last: int | None = None) -> None:
         console.print(_domains(rounds, name), "")
     if any(record.client_scores for record in rounds):
         console.print(_clients(rounds), "")
-    if any(record.contributions for record in rounds):
+    if any(record.client_records for record in rounds):
         console.print(_devices(rounds), "")
     for line in _newest(list_problems(rounds), last):
         console.print(line, style="yellow")
@@ -72,10 +76,10 @@ def show_comparison(recorded: Recorded, settings: Mapping[str, Sequence[Any]]) -
     table.add_row("status", *(_status(run.status) for run, _ in recorded))
     table.add_row("rounds", *(f"{run.rounds_completed}/{run.rounds_planned}" for run, _ in recorded))
     table.add_row("result", *(_headline(list_metrics(rounds)) for _, rounds in recorded))
-    costs = [totals(rounds) for _, rounds in recorded]
+    costs = [sum_costs(rounds) for _, rounds in recorded]
     table.add_row("sent to clients", *(decimal(cost.bytes_down) for cost in costs))
     table.add_row("sent back", *(decimal(cost.bytes_up) for cost in costs))
-    table.add_row("activations", *(decimal(cost.saved_bytes) for cost in costs))
+    table.add_row("activations", *(decimal(cost.activation_memory) for cost in costs))
     table.add_row("time", *(_seconds(cost.seconds) for cost in costs), end_section=bool(settings))
     for key, values in settings.items():
         table.add_row(key, *(_setting(value) for value in values))
@@ -83,16 +87,16 @@ def show_comparison(recorded: Recorded, settings: Mapping[str, Sequence[Any]]) -
 
 
 def _facts(run: RunRecord, rounds: Rounds) -> Table:
-    cost = totals(rounds)
+    cost = sum_costs(rounds)
     grid = Table.grid(padding=(0, 2))
     grid.add_row("run", Text(run.id, "bold"))
     grid.add_row("recipe", run.name)
     grid.add_row(
         "status", Text.assemble(_status(run.status), f": {clean_text(run.reason, _REASON)}" if run.reason else "")
     )
-    grid.add_row("started", f"{_local(run.created):%Y-%m-%d %H:%M}, engine {run.engine}, seed {run.seed}")
+    grid.add_row("started", f"{_local(run.created_at):%Y-%m-%d %H:%M}, engine {run.engine}, seed {run.seed}")
     grid.add_row("sent", f"{decimal(cost.bytes_down)} to clients, {decimal(cost.bytes_up)} back")
-    grid.add_row("peak", f"{decimal(cost.saved_bytes)} activation memory, {decimal(cost.peak_rss)} process")
+    grid.add_row("peak", f"{decimal(cost.activation_memory)} activation memory, {decimal(cost.peak_memory)} process")
     if private := describe_privacy(run, rounds):
         grid.add_row("privacy", private)
     kept = [record for record in rounds if record.checkpoint and not record.checkpoint.pruned]
@@ -105,11 +109,11 @@ def _facts(run: RunRecord, rounds: Rounds) -> Table:
 
 def _rounds(rounds: Rounds, last: int | None) -> Table:
     name = find_main_metric_name(list_metrics(rounds)) or "accuracy"
-    part, values = get_progress_series(rounds, name)
+    split, values = get_progress_series(rounds, name)
     table = _table(
         "round>",
         "status",
-        f"own {name}>" if part == "own" else f"{name}>",
+        f"local {name}>" if split == "local" else f"{name}>",
         "training loss>",
         "merged>",
         "sent>",
@@ -119,27 +123,27 @@ def _rounds(rounds: Rounds, last: int | None) -> Table:
     for place, record in enumerate([*rounds[:1], *rounds[1 + hidden :]]):
         if hidden and place == 1:
             table.add_row("…", f"{hidden} more: --all")
-        cost = totals([record])
+        cost = sum_costs([record])
         merged = f"{cost.merged}/{cost.requested}" if cost.requested else "-"
-        loss, sent = _number(compute_train_loss(record.contributions)), decimal(cost.bytes_down + cost.bytes_up)
+        loss, sent = _number(compute_train_loss(record.client_records)), decimal(cost.bytes_down + cost.bytes_up)
         value = _number(values.get(record.number, math.nan))
         table.add_row(str(record.number), _status(record.status), value, loss, merged, sent, _seconds(record.seconds))
     return table
 
 
 def _domains(rounds: Rounds, name: str) -> Table:
-    table = _table("domain", "part", f"{name} before>", "after>")
-    for part in ("validation", "own", "test"):
-        for domain, (before, after) in compare_before_and_after(rounds, part, name).items():
+    table = _table("domain", "split", f"{name} before>", "after>")
+    for split in ("validation", "local", "test"):
+        for domain, (before, after) in compare_before_and_after(rounds, split, name).items():
             table.add_row(
-                clean_text(domain), part, _number(before), _number(after), style="bold" if domain == "all" else ""
+                clean_text(domain), split, _number(before), _number(after), style="bold" if domain == "all" else ""
             )
     return table
 
 
 def _clients(rounds: Rounds) -> Table:
     """Return how metrics vary between clients in the last round that clients scored."""
-    found = spreads(rounds)
+    found = compute_spreads(rounds)
     last = max(one.round for one in found)
     table = _table("clients' own", f"round {last}", "clients>", "mean>", "deviation>", "worst tenth>")
     for one in (one for one in found if one.round == last):
@@ -151,7 +155,7 @@ def _clients(rounds: Rounds) -> Table:
 
 def _devices(rounds: Rounds) -> Table:
     """Return one line per device class, so that a thousand clients fit on a screen."""
-    every = [one for record in rounds for one in record.contributions]
+    every = [one for record in rounds for one in record.client_records]
     late = [] if all(one.staleness is None for one in every) else ["rounds late>"]
     table = _table("device", "clients>", "merged>", "examples>", "sent back>", "activations>", "peak process>", *late)
     for device in dict.fromkeys(one.device for one in every):
@@ -160,18 +164,18 @@ def _devices(rounds: Rounds) -> Table:
             clean_text(device),
             str(len({one.client for one in own})),
             f"{sum(one.status == 'merged' for one in own)}/{len(own)}",
-            str(sum(one.examples for one in own)),
+            str(sum(one.num_examples for one in own)),
             decimal(sum(one.bytes_up for one in own)),
-            decimal(max(one.saved_bytes for one in own)),
-            decimal(max(one.peak_rss for one in own)),
+            decimal(max(one.activation_memory for one in own)),
+            decimal(max(one.peak_memory for one in own)),
             *([_staleness(own)] if late else []),
         )
     return table
 
 
-def _staleness(contributions: Sequence[ClientRecord]) -> str:
+def _staleness(records: Sequence[ClientRecord]) -> str:
     """Return mean and largest staleness of merged client updates."""
-    found = [one.staleness for one in contributions if one.status == "merged" and one.staleness is not None]
+    found = [one.staleness for one in records if one.status == "merged" and one.staleness is not None]
     return f"{sum(found) / len(found):.1f}, at most {max(found)}" if found else "-"
 
 
@@ -184,7 +188,7 @@ def list_problems(rounds: Rounds) -> list[str]:
         f"round {record.number}, client {one.client} ({clean_text(one.device)}): {one.status}, "
         f"{clean_text(one.reason, _REASON) or 'no reason given'}"
         for record in rounds
-        for one in record.contributions
+        for one in record.client_records
         if one.status != "merged" or one.reason
     ]
 

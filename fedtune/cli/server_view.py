@@ -66,8 +66,8 @@ def _time(key: str) -> Callable[[Row], str]:
 
 
 def _state(device: Row) -> str:
-    if device.get("quarantined"):
-        return f"quarantined: {device['quarantined']}"
+    if device.get("quarantine_reason"):
+        return f"quarantined: {device['quarantine_reason']}"
     return "connected" if device["online"] else "away"
 
 
@@ -93,7 +93,7 @@ def _rounds(run: Row) -> str:
 def _times(line: Row) -> str:
     """Return the number of times, if more than one, and the last time."""
     times = line.get("times", 1)
-    return f"{times}, last {_time('last')(line)}" if times > 1 else ""
+    return f"{times}, last {_time('last_recorded_at')(line)}" if times > 1 else ""
 
 
 DEVICES: Columns = {
@@ -107,21 +107,21 @@ RUNS: Columns = {
     "run": make_text_cell("id"),
     "status": make_text_cell("status"),
     "rounds": _rounds,
-    "started": _time("created"),
+    "started": _time("created_at"),
     "reason": make_text_cell("reason"),
 }
-OPERATORS: Columns = {"operator": make_text_cell("name"), "role": make_text_cell("role"), "since": _time("created")}
+OPERATORS: Columns = {"operator": make_text_cell("name"), "role": make_text_cell("role"), "since": _time("created_at")}
 TOKENS: Columns = {
     "token": make_text_cell("token"),
-    "for": lambda token: token["device"] or "any device",
-    "made": _time("created"),
-    "ends": lambda token: "expired" if token["expired"] else _time("expires")(token),
+    "for": lambda token: token["device_name"] or "any device",
+    "made": _time("created_at"),
+    "ends": lambda token: "expired" if token["expired"] else _time("expires_at")(token),
     "tags": _tags,
 }
 AUDIT: Columns = {
-    "at": _time("at"),
-    "kind": make_text_cell("kind"),
-    "who": make_text_cell("who"),
-    "what": make_text_cell("what"),
+    "at": _time("recorded_at"),
+    "outcome": make_text_cell("outcome"),
+    "actor": make_text_cell("actor"),
+    "message": make_text_cell("message"),
     "times": _times,
 }

@@ -53,7 +53,7 @@ def simulate(
       fedtune simulate --extend latest --rounds 32
     """
     from fedtune.cli.cached_export import export_base_run
-    from fedtune.tracking import Store, default_url
+    from fedtune.tracking import Store, get_default_url
 
     if sum(given is not None for given in (recipe, resumed, extended)) != 1:
         raise click.UsageError("name either a RECIPE or a run with --resume or --extend, e.g. recipes/sentiment.yaml")
@@ -62,7 +62,7 @@ def simulate(
     if (extended is None) != (rounds is None):
         raise click.UsageError("--extend RUN and --rounds N go together, e.g. --extend latest --rounds 32")
     added = (*overrides, f"train.techniques={techniques}") if techniques else overrides
-    url = store or default_url()
+    url = store or get_default_url()
     with Store.open(url) as opened:
         if recipe is not None:
             run, shop = _begin(opened, export_base_run(_resolved(recipe, added), url, new=True), engine)
@@ -76,20 +76,18 @@ def simulate(
 
 def _resolved(path: Path, overrides: tuple[str, ...]) -> "Recipe":
     from fedtune.recipe.yaml_file import read_recipe
+    from fedtune.server.recipe_check import check_recipe_settings
     from fedtune.server.selection import check_enough_eligible_clients
-    from fedtune.simulation import resolve_recipe
 
-    recipe = resolve_recipe(read_recipe(path, overrides))
+    recipe = check_recipe_settings(read_recipe(path, overrides))
     check_enough_eligible_clients(recipe)
     return recipe
 
 
 def _begin(store: "Store", recipe: "Recipe", engine: str) -> tuple[str, "RunContext"]:
     """Build everything first, so that a run that cannot start leaves no row in the store."""
-    from fedtune.server.privacy_accounting import require_privacy_accountant
     from fedtune.tracking import new_run_id
 
-    require_privacy_accountant(recipe)
     shop = _workshop(recipe)
     run = new_run_id(recipe.name)
     store.create_run(
@@ -152,12 +150,12 @@ def _extend(store: "Store", reference: str, rounds: int, url: str) -> tuple[str,
 
 
 def _workshop(recipe: "Recipe") -> "RunContext":
-    from fedtune.training import get_run_context
+    from fedtune.server.recipe_check import build_run_context
 
     if sys.stderr.isatty():
         click.echo(f"reading {recipe.data.source} and {recipe.model.source}", err=True)
-    shop = get_run_context(recipe.model_dump_json())
-    _ = shop.client_rows, shop.train, shop.validation, shop.test
+    shop = build_run_context(recipe)
+    _ = shop.client_rows, shop.train
     for note in shop.corpus.notes:
         click.echo(f"warning: {note}", err=True)
     return shop

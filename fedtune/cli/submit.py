@@ -8,6 +8,9 @@ from fedtune.cli.operator_client import add_operator_file_option, connect_to_ser
 
 __all__ = ["submit"]
 
+_CHECK_SECONDS = 1200.0
+"""The server loads the recipe's model and data for the check, and may have to download them."""
+
 
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
@@ -33,7 +36,8 @@ def submit(
     chosen = read_recipe(recipe, added)  # what its techniques and merge steps allow is checked by the server
     with connect_to_server(operator_file) as connection:
         click.echo(f"sending {recipe} to {connection.url}, which checks it", err=True)
-        run = connection.request_json("POST", "runs", {"recipe": json.loads(chosen.model_dump_json())})["run"]
+        sent = {"recipe": json.loads(chosen.model_dump_json())}
+        run = connection.request_json("POST", "runs", sent, timeout_seconds=_CHECK_SECONDS)["run"]
         click.echo(f"run       {run}")
         if watch:
             click.echo("following the run; Ctrl-C stops the display, not the run", err=True)

@@ -1,11 +1,10 @@
-"""The Flower ClientApps: one for simulations and one for stock SuperNodes. Both hand an order to ``run_local_round``.
+"""The Flower ClientApps: one for simulations and one for stock SuperNodes. Both hand a request to ``run_local_round``.
 
 In a simulation nothing leaves the machine, so its errors are told whole. A SuperNode would send an exception's text to
 the server, and that may quote its data: the other app sends a code of :mod:`fedtune.wire.protocol_codes` in its place.
 """
 
 import logging
-from dataclasses import asdict
 
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
@@ -27,13 +26,13 @@ deployed = ClientApp()
 @app.train()
 def train_round(message: Message, _: Context) -> Message:
     """Train from the state in the message and reply with the deltas and a report."""
-    order = TrainRequest(**train_messages.read_train_request(message.content))  # type: ignore[arg-type]
-    shop = get_run_context(order.recipe)
-    own = paths.get_runs_folder() / order.run / "own" / f"client-{order.client:06d}"
+    request = TrainRequest(**train_messages.read_train_request(message.content))  # type: ignore[arg-type]
+    run_context = get_run_context(request.recipe)
+    own = paths.get_runs_folder() / request.run_id / "own" / f"client-{request.client:06d}"
     payload = train_messages.state_file(message.content) or train_messages.read_shared_state(message.content)
-    state = read_payload(payload, shop, order.client)
-    deltas, report = run_local_round(order, state, shop, shop.client_rows[order.client], own)
-    return Message(train_messages.make_update_record(deltas, asdict(report)), reply_to=message)
+    state = read_payload(payload, run_context, request.client)
+    deltas, report = run_local_round(request, state, run_context, run_context.client_rows[request.client], own)
+    return Message(train_messages.make_update_record(deltas, report.to_fields()), reply_to=message)
 
 
 @deployed.train()
@@ -42,5 +41,5 @@ def train_round_and_keep_errors(message: Message, context: Context) -> Message:
     try:
         return train_round(message, context)
     except Exception as error:
-        logging.getLogger("fedtune").exception("an order was not carried out")
+        logging.getLogger("fedtune").exception("a request was not carried out")
         return Message(Error(TRAINING_FAILED, problem_of(error).text), reply_to=message)

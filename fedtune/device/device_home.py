@@ -51,7 +51,7 @@ class DeviceHome:
         return (self.folder / "identity.json").exists()
 
     def read_identity(self) -> DeviceIdentity:
-        """Who this device is; DeviceError when it is nobody yet."""
+        """Read the device's identity; raise DeviceError if it is not enrolled."""
         try:
             return _identity(json.loads((self.folder / "identity.json").read_text()))
         except FileNotFoundError as error:
@@ -60,7 +60,7 @@ class DeviceHome:
             raise DeviceError(f"{self.folder}/identity.json is damaged; leave, and enrol with a new token") from error
 
     def save_identity(self, identity: DeviceIdentity) -> None:
-        """Be somebody from now on."""
+        """Save the device's identity."""
         write_bytes_atomically(self.folder / "identity.json", json.dumps(asdict(identity), indent=2).encode())
 
     def create_key(self) -> ec.EllipticCurvePrivateKey:
@@ -88,7 +88,7 @@ class DeviceHome:
 
     @contextmanager
     def hold_lock(self) -> Iterator[None]:
-        """Be the one process that is this device; DeviceError when another is."""
+        """Hold the lock of this device; raise DeviceError if another process holds it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "lock").open("wb") as file:
             try:
@@ -99,7 +99,7 @@ class DeviceHome:
 
     @property
     def is_joined(self) -> bool:
-        """Whether some process is this device now."""
+        """Whether a process holds the lock of this device."""
         try:
             with self.hold_lock():
                 return False
@@ -107,13 +107,13 @@ class DeviceHome:
             return True
 
     def write_status(self, state: dict[str, Any]) -> None:
-        """What ``fedtune device status`` shows; not worth a flush to disk."""
+        """Save what ``fedtune device status`` shows, without a flush to disk."""
         beside = self.folder / ".status.json.part"
         beside.write_text(json.dumps(state))
         os.replace(beside, self.folder / "status.json")
 
     def read_status(self) -> dict[str, Any]:
-        """The last note, if there is one that can be read."""
+        """Read the last status; empty if there is none that can be read."""
         try:
             state = json.loads((self.folder / "status.json").read_text())
         except (OSError, ValueError):
@@ -121,7 +121,7 @@ class DeviceHome:
         return state if isinstance(state, dict) else {}
 
     def save_pending(self, what: str, *pieces: bytes) -> None:
-        """Keep the ``order`` in hand or the ``answer`` to it, so that a device that is killed can go on with it."""
+        """Save the request (``order``) or the update made for it (``answer``), so that a killed device continues."""
         digest = hashlib.sha256()
         for piece in pieces:
             digest.update(piece)
@@ -129,9 +129,9 @@ class DeviceHome:
             file.writelines([digest.digest(), *pieces])
 
     def read_pending(self, what: str) -> bytes | None:
-        """The order or the answer that was in hand when the last process ended; None when it is not whole any more.
+        """Read the request or the update that the last process saved; None if the file is missing or damaged.
 
-        A message that is not held is handed out again by the server, so a damaged file costs time and nothing else.
+        The server delivers a message again that the device does not have, so a damaged file costs only time.
         """
         try:
             kept = (self.folder / what).read_bytes()
@@ -141,7 +141,7 @@ class DeviceHome:
         return content if hashlib.sha256(content).digest() == digest else None
 
     def spool(self, state: bytes) -> Path:
-        """Put the state that an order begins with into a file, for the trainer to read tensor by tensor.
+        """Write the state of a train request to a file, which the trainer reads tensor by tensor.
 
         StoreError, with nothing left behind, when the disk cannot take it. It is asked for again after a power cut, so
         it is not flushed.
@@ -157,7 +157,7 @@ class DeviceHome:
         return self._state
 
     def drop_state(self) -> None:
-        """Let go of the state an order began with; a disk that takes no change any more keeps it."""
+        """Delete the state file; a disk that takes no change any more keeps it."""
         with suppress(OSError):
             self._state.unlink()
 
@@ -166,7 +166,7 @@ class DeviceHome:
         return self.folder / "state.safetensors"
 
     def clear_pending(self) -> bool:
-        """Let go of the order in hand and of its answer; whether there was one."""
+        """Delete the saved request and update; return whether there was one."""
         self.drop_state()
         kept = [self.folder / what for what in ("answer", "order")]  # an answer is never left behind for the next order
         found = any(path.exists() for path in kept)
@@ -175,11 +175,11 @@ class DeviceHome:
         return found
 
     def get_local_state_folder(self, run: str) -> Path:
-        """Where what the device keeps for itself in a run rests; a run's name comes from outside, hence the hash."""
+        """The folder of the device's local state in a run; its name is a hash, as the run's id comes from outside."""
         return self.folder / "own" / hashlib.sha256(run.encode()).hexdigest()[:32]
 
     def delete_all(self) -> None:
-        """Be nobody again."""
+        """Delete identity, key and local state."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -1,7 +1,7 @@
 """The base weights of the last rounds that a device trained in: files named by their digest, so that none is mistaken.
 
 Merges that write into the base send only what was added to it. A device adds this to the base it holds and gets the
-server's bits, or asks for the whole base. Two files stay: the one that the order counted on, which a round that is
+server's bits, or asks for the whole base. Two files stay: the one that the request counted on, which a round that is
 begun again will count on too, and the one that it led to.
 """
 
@@ -25,26 +25,28 @@ __all__ = ["leave_others", "with_base"]
 State = Mapping[str, Tensor]
 
 
-def with_base(order: TrainRequest, sent: State, part: RunContext, folder: Path) -> State:
-    """The state of an order with its base weights whole, which are kept in ``folder`` for the next one.
+def with_base(request: TrainRequest, sent: State, context: RunContext, folder: Path) -> State:
+    """The state of an request with its base weights whole, which are kept in ``folder`` for the next one.
 
-    DeviceError with the code ``base-lacking`` where the device does not hold what the order counts on.
+    DeviceError with the code ``base-lacking`` where the device does not hold what the request counts on.
     """
-    if not order.base:
+    if request.base_digest is None:
         return sent
     transposed = {
-        pair.base: pair.transposed for pair in techniques.list_low_rank_pairs(part.techniques, part.model) if pair.base
+        pair.base: pair.transposed
+        for pair in techniques.list_low_rank_pairs(context.techniques, context.model)
+        if pair.base
     }
     rest, steps = split_increments(sent)
-    if not order.held:
+    if request.held_digest is None:
         base = {name: rest.pop(name) for name in transposed}
     else:
-        held = _held(order.held, list(transposed), part, folder)
+        held = _held(request.held_digest, list(transposed), context, folder)
         base = {name: add_increments(held[name], name, steps, turned) for name, turned in transposed.items()}
-        if checkpoint.hash_tensors(base) != order.base:
+        if checkpoint.hash_tensors(base) != request.base_digest:
             raise _lacking()
-    kept = _keep(order.base, base, folder)
-    _forget_all_but({order.held, order.base}, folder)
+    kept = _keep(request.base_digest, base, folder)
+    _forget_all_but({digest for digest in (request.held_digest, request.base_digest) if digest}, folder)
     return ChainMap(rest, kept)  # type: ignore[arg-type]  # nobody writes into it
 
 
@@ -55,14 +57,14 @@ def leave_others(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _held(digest: str, names: Sequence[str], part: RunContext, folder: Path) -> State:
+def _held(digest: str, names: Sequence[str], context: RunContext, folder: Path) -> State:
     """The base with this digest, from its file or, before the first round, from the model as it was built.
 
     What the model holds is kept too: once it has trained it is another one.
     """
     with suppress(StoreError):
         return StoredState(_path(folder, digest))
-    tensors = named_tensors(part.model)
+    tensors = named_tensors(context.model)
     built = {name: precise(tensors[name].detach()) for name in names}
     if checkpoint.hash_tensors(built) != digest:
         raise _lacking()
@@ -70,7 +72,7 @@ def _held(digest: str, names: Sequence[str], part: RunContext, folder: Path) -> 
 
 
 def _keep(digest: str, base: State, folder: Path) -> State:
-    """The base, from its file; from memory where the disk is full: then the next order's is asked for whole."""
+    """The base, from its file; from memory where the disk is full: then the next request's is asked for whole."""
     path = _path(folder, digest)
     with suppress(StoreError):
         if not path.exists():

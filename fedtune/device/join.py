@@ -34,7 +34,10 @@ def check_data_source(source: str) -> None:
 
 
 def run_device(home: DeviceHome, source: str, budget: int, idle: float, say: Callable[[str], None]) -> None:
-    """Be the device until interrupted. ``budget`` is in bytes, ``idle`` in seconds; DeviceError when it cannot be."""
+    """Run the device until it is interrupted; ``budget`` is in bytes, ``idle`` in seconds.
+
+    Raise DeviceError if it is not enrolled, if its key is damaged, or if another process runs it already.
+    """
     check_data_source(source)
     identity, key = home.read_identity(), home.read_key()
     trust = make_tls_context(identity.ca)

@@ -27,10 +27,10 @@ class LocalData:
         self._key: tuple[str, str] | None = None
         self._held: tuple[RunContext, Rows] | None = None
 
-    def get_context(self, order: TrainRequest) -> tuple[RunContext, Rows]:
-        """The workshop for an order and the rows of its training part that are this device's."""
-        recipe = Recipe.model_validate_json(order.recipe).get_client_recipe(order.client)
-        key = (recipe.model_dump_json(), order.labels)
+    def get_context(self, request: TrainRequest) -> tuple[RunContext, Rows]:
+        """The run context for an request and the rows of its training part that are this device's."""
+        recipe = Recipe.model_validate_json(request.recipe).get_client_recipe(request.client)
+        key = (recipe.model_dump_json(), request.label_names)
         if self._held is None or self._key != key:
             self._held = None  # the last model is let go of before the next is loaded
             clear_run_context()
@@ -39,21 +39,21 @@ class LocalData:
             if self._source.startswith("partition:"):
                 self._held = _part(recipe, self._source)
             else:
-                self._held = _own(recipe, tuple(json.loads(order.labels)), self._source)
+                self._held = _own(recipe, tuple(json.loads(request.label_names)), self._source)
             self._key = key
         return self._held
 
 
-def summarise_local_data(shop: RunContext, rows: Rows) -> dict[str, int | dict[str, int]]:
+def summarise_local_data(context: RunContext, rows: Rows) -> dict[str, int | dict[str, int]]:
     """What the operator may know of a device's data: how many examples, and how many of each class.
 
     Classes with fewer than :data:`fedtune.wire.client_update.FEWEST` examples are left out: a count of one or two
     points at single examples. Nothing where the device adds noise to what it sends, since it does not trust the
     operator with counts either.
     """
-    if shop.recipe.privacy is not None and shop.recipe.privacy.noise_added_by == "clients":
+    if context.recipe.privacy is not None and context.recipe.privacy.noise_added_by == "clients":
         return {}
-    return {"examples": len(rows), "labels": _counts(shop.corpus.train, shop.corpus.label_names, rows)}
+    return {"examples": len(rows), "labels": _counts(context.corpus.train, context.corpus.label_names, rows)}
 
 
 def _counts(train: data.Table, labels: tuple[str, ...], rows: Rows) -> dict[str, int]:
@@ -64,13 +64,13 @@ def _counts(train: data.Table, labels: tuple[str, ...], rows: Rows) -> dict[str,
 
 
 def _part(recipe: Recipe, source: str) -> tuple[RunContext, Rows]:
-    shop = get_run_context(recipe.model_dump_json())
+    context = get_run_context(recipe.model_dump_json())
     number = source.removeprefix("partition:")
-    if not number.isdecimal() or int(number) >= len(shop.client_rows):
+    if not number.isdecimal() or int(number) >= len(context.client_rows):
         raise DataError(
-            f"--data {source} is none of the recipe's {len(shop.client_rows)} partitions; count from partition:0"
+            f"--data {source} is none of the recipe's {len(context.client_rows)} partitions; count from partition:0"
         )
-    return shop, shop.client_rows[int(number)]
+    return context, context.client_rows[int(number)]
 
 
 def _own(recipe: Recipe, labels: tuple[str, ...], source: str) -> tuple[RunContext, Rows]:

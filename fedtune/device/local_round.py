@@ -24,51 +24,51 @@ from fedtune.wire.stored_state import StoredState
 __all__ = ["read_payload", "run_local_round"]
 
 
-def read_payload(payload: bytes | Path, shop: RunContext, client: int) -> Mapping[str, Tensor]:
+def read_payload(payload: bytes | Path, context: RunContext, client: int) -> Mapping[str, Tensor]:
     """The state that a client is sent; one in a file is read tensor by tensor, so that no copy of it is held."""
     sent = StoredState(payload) if isinstance(payload, Path) else decode_tensors(payload)
-    return decode_masked_state(sent, get_tensor_shapes(shop.for_client(client).model))
+    return decode_masked_state(sent, get_tensor_shapes(context.for_client(client).model))
 
 
 def run_local_round(
-    order: TrainRequest,
+    request: TrainRequest,
     state: Mapping[str, Tensor],
-    shop: RunContext,
+    context: RunContext,
     rows: NDArray[np.int64],
     folder: Path,
     micro: int | None = None,
 ) -> tuple[bytes, ClientReport]:
-    """Train from ``state`` on ``rows`` of the workshop's training part: the deltas and a report.
+    """Train from ``state`` on ``rows`` of the run context's training part: the deltas and a report.
 
-    An order to score brings no deltas, and a report of scores alone.
+    A request to score brings no deltas, and a report of scores alone.
 
     What the client keeps for itself rests in ``folder``, which is its own in this run. At most ``micro`` examples go
     through the model at a time. A loss or a score over fewer than ``FEWEST`` examples is not told.
     """
-    part = shop.for_client(order.client)
-    if order.scoring:
-        return pack({}), _scored(order, state, part, shop.train, rows, folder)
-    state, own = with_base(order, state, part, folder), _own(part, folder, order.round)
+    part = context.for_client(request.client)
+    if request.scoring:
+        return pack({}), _scored(request, state, part, context.train, rows, folder)
+    state, own = with_base(request, state, part, folder), _own(part, folder, request.round)
     client = ClientRound(
-        part.model, part.techniques, part.recipe, shop.train, rows, order.round, order.client, own, micro
+        part.model, part.techniques, part.recipe, context.train, rows, request.round, request.client, own, micro
     )
     outcome = train_local_model(client, state)
     if outcome.local_tensors:
-        local_state.save_local_state(folder, order.round, outcome.local_tensors)
+        local_state.save_local_state(folder, request.round, outcome.local_tensors)
     held_out = count_held_out(len(rows), part.recipe.evaluation.local_holdout)
     loss = outcome.train_loss if len(rows) - held_out >= FEWEST else math.nan
     scores = _told(outcome.holdout_metrics, outcome.trained_score) if held_out >= FEWEST else {}
     cost = outcome.num_examples, loss, outcome.seconds, outcome.activation_bytes, outcome.peak_rss
-    report = ClientReport(*cost, micro_batch=micro or 0, **scores)
+    report = ClientReport(*cost, micro_batch_size=micro, **scores)
     deltas, privacy = select_active_values(outcome.delta, find_masks(state)), part.recipe.privacy
     if privacy is None:
         return pack({**deltas, **outcome.extra_payload}), report
-    sent = make_update_private(deltas, outcome.extra_payload, privacy, order, folder)
+    sent = make_update_private(deltas, outcome.extra_payload, privacy, request, folder)
     return pack(sent), redact_report(report) if privacy.noise_added_by == "clients" else report
 
 
 def _scored(
-    order: TrainRequest,
+    request: TrainRequest,
     state: Mapping[str, Tensor],
     part: RunContext,
     data: EncodedDataset,
@@ -78,9 +78,9 @@ def _scored(
     """The report of a client that scores the state after a round; with privacy no score leaves it."""
     started, recipe = time.perf_counter(), part.recipe
     reset_peak_rss()
-    own = _own(part, folder, order.round + 1)
+    own = _own(part, folder, request.round + 1)
     score = score_received(
-        ClientRound(part.model, part.techniques, recipe, data, rows, order.round, order.client, own), state
+        ClientRound(part.model, part.techniques, recipe, data, rows, request.round, request.client, own), state
     )
     tells = count_held_out(len(rows), recipe.evaluation.local_holdout) >= FEWEST and recipe.privacy is None
     figures = _told(score) if tells else {}
@@ -96,6 +96,10 @@ def _told(before: HoldoutMetrics, after: HoldoutMetrics | None = None) -> dict[s
     """Fields of a report; with nothing held out there is nothing to tell."""
     if not before.num_predictions:
         return {}
-    first = {"own_predictions": before.num_predictions, "own_loss": before.loss, "own_accuracy": before.accuracy}
-    trained = {} if after is None else {"own_after": [after.loss, after.accuracy, *after.more]}
-    return {**first, "own_more": list(before.more), **trained}
+    first = {
+        "num_holdout_predictions": before.num_predictions,
+        "holdout_loss": before.loss,
+        "holdout_accuracy": before.accuracy,
+    }
+    trained = {} if after is None else {"trained_holdout_metrics": [after.loss, after.accuracy, *after.more]}
+    return {**first, "extra_holdout_metrics": list(before.more), **trained}

@@ -15,19 +15,19 @@ __all__ = ["load_local_state", "save_local_state"]
 
 def load_local_state(folder: Path, before: int) -> dict[str, Tensor]:
     """The latest tensors of a round earlier than ``before``; none when there was no such round."""
-    earlier = [number for number in _rounds(folder) if number < before]
+    earlier = [round_number for round_number in _rounds(folder) if round_number < before]
     return checkpoint.read_checkpoint(_path(folder, earlier[-1])) if earlier else {}
 
 
-def save_local_state(folder: Path, number: int, tensors: Mapping[str, Tensor]) -> None:
-    """Keep the tensors of round ``number`` and of the latest one before it."""
-    checkpoint.write_checkpoint(_path(folder, number), tensors)
+def save_local_state(folder: Path, round_number: int, tensors: Mapping[str, Tensor]) -> None:
+    """Keep the tensors of round ``round_number`` and of the latest one before it."""
+    checkpoint.write_checkpoint(_path(folder, round_number), tensors)
     for old in _rounds(folder)[:-2]:
         _path(folder, old).unlink()
 
 
-def _path(folder: Path, number: int) -> Path:
-    return folder / f"round-{number:04d}.safetensors"
+def _path(folder: Path, round_number: int) -> Path:
+    return folder / f"round-{round_number:04d}.safetensors"
 
 
 def _rounds(folder: Path) -> list[int]:

@@ -1,4 +1,4 @@
-"""How a round fits the memory a device allows, told before it trains."""
+"""A device estimates before training whether a round fits its memory budget."""
 
 import math
 from typing import NamedTuple
@@ -39,16 +39,16 @@ class MemoryEstimate(NamedTuple):
 
 
 def choose_micro_batch_size(
-    shop: RunContext, rows: NDArray[np.int64], number: int, budget: int, halvings: int = 0
+    context: RunContext, rows: NDArray[np.int64], round_number: int, budget: int, halvings: int = 0
 ) -> int | None:
-    """The most examples at a time with which round ``number`` fits ``budget`` bytes; None for the batch as it is.
+    """Return the largest micro-batch size whose step fits ``budget`` bytes; None if the whole batch fits.
 
-    The batch is halved until it fits, and ``halvings`` times at least, as far as it can be. BudgetError when one
-    example is too many.
+    The batch is halved until it fits, and at least ``halvings`` times. A model whose norms use batch statistics is
+    never split. Raise MemoryBudgetError if the smallest size does not fit.
     """
-    batch = min(shop.recipe.train.batch_size, len(rows))
-    needed = estimate_memory(shop, rows, number)
-    may_cut = can_split_batch(shop.task, shop.model)
+    batch = min(context.recipe.train.batch_size, len(rows))
+    needed = estimate_memory(context, rows, round_number)
+    may_cut = can_split_batch(context.task, context.model)
     sizes = [batch >> count for count in range(batch.bit_length())] if may_cut else [batch]
     for size in sizes[min(halvings, len(sizes) - 1) :]:
         if needed.estimate_total_bytes(size) <= budget:
@@ -62,20 +62,20 @@ def choose_micro_batch_size(
     )
 
 
-def estimate_memory(shop: RunContext, rows: NDArray[np.int64], number: int) -> MemoryEstimate:
-    """What is held now, what training adds, and what an example keeps.
+def estimate_memory(context: RunContext, rows: NDArray[np.int64], round_number: int) -> MemoryEstimate:
+    """Estimate memory from what is held now, what training adds, and what an example adds.
 
-    A batch is extrapolated from what one and two of the longest examples keep, so that looking needs little itself.
+    A batch is extrapolated from steps over one and two of the longest examples, so the estimate itself needs little.
     """
-    model, settings = shop.model, shop.recipe.train
-    begin_round(shop.techniques, model, number)
+    model, settings = context.model, context.recipe.train
+    begin_round(context.techniques, model, round_number)
     count = sum(
         math.prod(shape)
         for name, shape in get_tensor_shapes(model).items()
         if name in set(list_trainable_tensors(model))
     )
     added = 4 * (count * _per_trained(settings) + _mastered(model))
-    one, two = (_kept(shop, _longest(shop, rows, count), number) for count in (1, 2))
+    one, two = (_kept(context, _longest(context, rows, count), round_number) for count in (1, 2))
     return MemoryEstimate(psutil.Process().memory_info().rss + added + 2 * one - two, two - one)
 
 
@@ -91,22 +91,22 @@ def _mastered(model: nn.Module) -> int:
     return sum(one.numel() for one in trained_ones if one.dtype in (torch.bfloat16, torch.float16))
 
 
-def _longest(shop: RunContext, rows: NDArray[np.int64], count: int) -> list[int]:
+def _longest(context: RunContext, rows: NDArray[np.int64], count: int) -> list[int]:
     """The longest example, ``count`` times."""
-    lengths = shop.train.lengths
+    lengths = context.train.lengths
     first = int(rows[0]) if lengths is None else int(rows[int(lengths[torch.from_numpy(rows)].argmax())])
     return [first] * count
 
 
-def _kept(shop: RunContext, chosen: list[int], number: int) -> int:
+def _kept(context: RunContext, chosen: list[int], round_number: int) -> int:
     """Bytes a step over some examples holds at its peak, beside gradients."""
-    batch = shop.train.make_batch(chosen)
-    set_train_mode(shop.model)
-    with use_cpu_threads(shop.recipe.train.threads), torch.random.fork_rng(devices=[]):
-        begin_step(shop.techniques, shop.model, batch, number / shop.recipe.federation.rounds)
-        with StorageMeter(excluded=[*shop.model.parameters(), *shop.model.buffers()]) as meter:
-            compute_step_loss(shop.task, shop.model, batch).backward()
-    shop.model.zero_grad()
+    batch = context.train.make_batch(chosen)
+    set_train_mode(context.model)
+    with use_cpu_threads(context.recipe.train.threads), torch.random.fork_rng(devices=[]):
+        begin_step(context.techniques, context.model, batch, round_number / context.recipe.federation.rounds)
+        with StorageMeter(excluded=[*context.model.parameters(), *context.model.buffers()]) as meter:
+            compute_step_loss(context.task, context.model, batch).backward()
+    context.model.zero_grad()
     return meter.peak_bytes
 
 

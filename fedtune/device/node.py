@@ -19,7 +19,7 @@ from fedtune.device.retry import RECOVERED_MESSAGE, RetryLoop
 from fedtune.device.server_clock import ServerClock
 from fedtune.device.trainer_channel import STATE, Frame
 from fedtune.device.trainer_supervisor import TrainerSupervisor
-from fedtune.errors import StoreError, UnexpectedReplyError
+from fedtune.errors import DeviceError, StoreError, UnexpectedReplyError
 from fedtune.flower.fleet_client import FleetClient, ObsoleteRequestError
 from fedtune.wire import error_codes
 from fedtune.wire.protocol_codes import Problem, parse_problem
@@ -71,47 +71,47 @@ class DeviceNode:
             self._note("stopped")
 
     def _work(self) -> None:
-        if (order := self._order_in_hand()) is not None:
-            self._carry_out(order)
+        if (message := self._order_in_hand()) is not None:
+            self._carry_out(message)
         while True:
             self._note("online")
-            order = self._until_done(self._fleet.pull_message)
-            if order is not None:
-                self._carry_out(self._newest(order))
+            message = self._until_done(self._fleet.pull_message)
+            if message is not None:
+                self._carry_out(self._newest(message))
             else:
                 self._keeper.stop_if_idle()
                 time.sleep(choose_poll_delay(time.monotonic() - self._last_order))
 
     def _order_in_hand(self) -> bytes | None:
         """The order that a process before this one did not finish; what is damaged of it is dropped."""
-        order = self._home.read_pending("order")
-        if order is not None:
+        message = self._home.read_pending("order")
+        if message is not None:
             with suppress(UnexpectedReplyError):
-                self._fleet.mark_message_stored(order)
-                return order
+                self._fleet.mark_message_stored(message)
+                return message
         if self._home.clear_pending():
             self._say("the order in hand was damaged and is dropped; the server hands it out again")
         return None
 
-    def _newest(self, order: bytes) -> bytes:
+    def _newest(self, message: bytes) -> bytes:
         """The last order that waits: whoever gave the earlier ones has stopped waiting for their answers."""
-        later: bytes | None = order
+        later: bytes | None = message
         while later is not None:
-            order = later
-            self._hold("order", order)
-            self._fleet.mark_message_stored(order)
+            message = later
+            self._hold("order", message)
+            self._fleet.mark_message_stored(message)
             later = self._until_done(self._fleet.pull_message)
-        return order
+        return message
 
-    def _carry_out(self, order: bytes) -> None:
+    def _carry_out(self, message: bytes) -> None:
         self._last_order = time.monotonic()
         try:
-            answer = self._kept_answer()
-            if answer is None:
-                answer = self._train(order)
-            elif isinstance(holding := answer.header.get("holding"), dict):
+            result = self._kept_answer()
+            if result is None:
+                result = self._train(message)
+            elif isinstance(holding := result.header.get("holding"), dict):
                 self._introduce(holding)  # a new process has told of no data yet, and the server checks updates by it
-            self._until_done(partial(self._send, order, answer))
+            self._until_done(partial(self._send, message, result))
         except ObsoleteRequestError as error:
             self._say(f"an order was dropped: {error}")
         self._home.clear_pending()
@@ -123,54 +123,58 @@ class DeviceNode:
             return Frame.decode(content) if content is not None else None
         return None
 
-    def _train(self, order: bytes) -> Frame:
+    def _train(self, message: bytes) -> Frame:
         """Ask the trainer, and keep its answer."""
         started = time.monotonic()
         try:
-            frame = self._until_done(partial(self._fetch, order))
-            number = int(frame.header["round"])
+            frame = self._until_done(partial(self._fetch, message))
+            round_number = int(frame.header["round"])
+        except DeviceError as error:  # another version of the protocol
+            self._say(str(error))
+            return _without_update(Problem(error.code, error.counts), str(error))
         except (KeyError, TypeError, ValueError) as error:
-            problem = Problem("order-unreadable")
-            return Frame({"kind": "failed", "problem": problem.text, "detail": repr(error)})
-        self._note("scoring" if frame.header.get("scoring") else "training", round=number)
-        answer = self._keeper.run_request(frame)
+            return _without_update(Problem("order-unreadable"), repr(error))
+        self._note("scoring" if frame.header.get("scoring") else "training", round=round_number)
+        result = self._keeper.run_request(frame)
         self._home.drop_state()
-        answer.header["seconds"] = time.monotonic() - started
-        self._report(number, answer)
-        self._hold("answer", *answer.pieces())
-        return answer
+        result.header["seconds"] = time.monotonic() - started
+        self._report(round_number, result)
+        self._hold("answer", *result.pieces())
+        return result
 
-    def _fetch(self, order: bytes) -> Frame:
+    def _fetch(self, message: bytes) -> Frame:
         """What the trainer is to be asked: the state is in a file, so that while it trains nobody holds a copy.
 
         Where the disk is full the trainer is sent the state itself.
         """
-        task = self._fleet.download_message(order)
+        task = self._fleet.download_message(message)
         try:
             return Frame({**task.request, STATE: str(self._home.spool(task.payload))})
         except StoreError as error:
             self._say(f"{error}; going on without")
             return Frame({**task.request, STATE: ""}, task.payload)  # whatever the server may call so is overwritten
 
-    def _report(self, number: int, answer: Frame) -> None:
-        kind, said = answer.header["kind"], answer.header
+    def _report(self, round_number: int, result: Frame) -> None:
+        kind, said = result.header["kind"], result.header
         if kind == "trained":
-            done = f"trained {count} examples" if (count := said["report"]["examples"]) else "scored the shared model"
-            self._say(f"round {number}: {done} in {said['seconds']:.1f} s")
+            done = (
+                f"trained {count} examples" if (count := said["report"]["num_examples"]) else "scored the shared model"
+            )
+            self._say(f"round {round_number}: {done} in {said['seconds']:.1f} s")
             self._introduce(said["holding"])
         else:
-            self._say(f"round {number}: {kind}: {said['detail']}")
+            self._say(f"round {round_number}: {kind}: {said['detail']}")
 
-    def _send(self, order: bytes, answer: Frame) -> None:
-        said = answer.header
+    def _send(self, message: bytes, result: Frame) -> None:
+        said = result.header
         if said["kind"] == "trained":
-            self._fleet.push_update(order, answer.payload, said["report"], said["seconds"])
+            self._fleet.push_update(message, result.payload, said["report"], said["seconds"])
         else:
             code, beginning = _REFUSALS[said["kind"]]
             problem = parse_problem(str(said.get("problem"))) or Problem(
                 "code-failed"
             )  # an answer kept by an older one
-            self._fleet.push_error(order, code, beginning + problem.text)
+            self._fleet.push_error(message, code, beginning + problem.text)
 
     def _introduce(self, holding: dict[str, Any] | None) -> None:
         """Tell the server what is here when that is new; it can do without."""
@@ -216,3 +220,7 @@ class DeviceNode:
         while not over.wait(_BEAT_SECONDS):
             with suppress(httpx.HTTPError, UnexpectedReplyError):
                 self._fleet.send_heartbeat()
+
+
+def _without_update(problem: Problem, detail: str) -> Frame:
+    return Frame({"kind": "failed", "problem": problem.text, "detail": detail})

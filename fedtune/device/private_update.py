@@ -20,13 +20,13 @@ def make_update_private(
     deltas: Mapping[str, Tensor],
     extras: Mapping[str, Tensor],
     privacy: PrivacySettings,
-    order: TrainRequest,
+    request: TrainRequest,
     folder: Path,
 ) -> dict[str, Tensor]:
     """The deltas, clipped and, with ``where: client``, noised by the secret in ``folder``, which is the client's own.
 
     The noise also depends on what it is added to: the same round begun again sends the same bits, and another
-    contribution in its place never has the same noise. ContributionError when more than deltas would be sent.
+    contribution in its place never has the same noise. ClientUpdateError when more than deltas would be sent.
     """
     if extras:
         raise ClientUpdateError(f"it would send {min(extras)}, which is neither clipped nor noised; update the recipe")
@@ -38,14 +38,21 @@ def make_update_private(
         bounded,
         compute_noise_std(privacy),
         load_or_create_noise_key(folder),
-        order.run,
-        order.round,
-        order.client,
+        request.run_id,
+        request.round,
+        request.client,
         content,
     )
 
 
 def redact_report(report: ClientReport) -> ClientReport:
     """What a client with noise of its own says beside it: what its work cost, but neither its examples nor its loss."""
-    bare = replace(report, own_predictions=0, own_loss=0.0, own_accuracy=0.0, own_more=(), own_after=())
-    return replace(bare, examples=1, loss=math.nan)
+    bare = replace(
+        report,
+        num_holdout_predictions=0,
+        holdout_loss=0.0,
+        holdout_accuracy=0.0,
+        extra_holdout_metrics=(),
+        trained_holdout_metrics=(),
+    )
+    return replace(bare, num_examples=1, loss=math.nan)

@@ -1,4 +1,4 @@
-"""Calls that are made until they succeed: whatever happens to the server or the line, a device tries again."""
+"""The retry loop repeats a call until the server replies, whatever happens to the server or the network."""
 
 import ssl
 import time
@@ -19,14 +19,17 @@ _STRANGER = 401
 
 
 class RetryLoop:
-    """``say`` hears of a trouble once, and of its end; ``reset_clock`` is called when the server knows us not."""
+    """``say`` receives one line when a problem starts and one when it ends.
+
+    ``reset_clock`` is called when the server answers 401, because a wrong clock makes signatures invalid.
+    """
 
     def __init__(self, say: Callable[[str], None], reset_clock: Callable[[], None]) -> None:
         self._say, self._reset_clock = say, reset_clock
         self.last_error = ""
 
     def call_until_success(self, call: Callable[[], Result]) -> Result:
-        """What the call gives once it succeeds; only what is not about the server or the line comes through."""
+        """Return the result of the first successful call. Errors that concern neither server nor network are raised."""
         backoff = Backoff()
         while True:
             try:

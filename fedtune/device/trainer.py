@@ -10,7 +10,6 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 from torch import Tensor
@@ -61,23 +60,25 @@ class Trainer:
             detail = str(error) if isinstance(error, FedtuneError) else repr(error)
             return Frame({"kind": kind, "problem": problem_of(error).text, "detail": detail})
 
-    def _train(self, order: TrainRequest, payload: bytes | Path, fits: Callable[[], None]) -> Frame:
-        shop, rows = self._supply.get_context(order)
-        state = _state(payload, shop, order.client)  # before it is looked what is held
-        if self._looked is not shop:
-            self._micro = choose_micro_batch_size(shop, rows, order.round, self._budget, self._halvings)
-            self._looked = shop
+    def _train(self, request: TrainRequest, payload: bytes | Path, fits: Callable[[], None]) -> Frame:
+        context, rows = self._supply.get_context(request)
+        state = _state(payload, context, request.client)  # before it is looked what is held
+        if self._looked is not context:
+            self._micro = choose_micro_batch_size(context, rows, request.round, self._budget, self._halvings)
+            self._looked = context
         fits()
-        folder = DeviceHome().get_local_state_folder(order.run)
+        folder = DeviceHome().get_local_state_folder(request.run_id)
         leave_others(folder)
-        deltas, report = run_local_round(order, state, shop, rows, folder, self._micro)
-        return Frame({"kind": "trained", "report": asdict(report), "holding": summarise_local_data(shop, rows)}, deltas)
+        deltas, report = run_local_round(request, state, context, rows, folder, self._micro)
+        return Frame(
+            {"kind": "trained", "report": report.to_fields(), "holding": summarise_local_data(context, rows)}, deltas
+        )
 
 
-def _state(payload: bytes | Path, shop: RunContext, client: int) -> Mapping[str, Tensor]:
-    """The state an order begins with; ContributionError when what came is none of this model's."""
+def _state(payload: bytes | Path, context: RunContext, client: int) -> Mapping[str, Tensor]:
+    """The state a request begins with; ClientUpdateError when what came is none of this model's."""
     try:
-        return read_payload(payload, shop, client)
+        return read_payload(payload, context, client)
     except (ClientUpdateError, StoreError) as error:
         raise ClientUpdateError(str(error), code="order-unreadable") from error
 

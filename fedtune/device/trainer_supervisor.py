@@ -77,16 +77,16 @@ class TrainerSupervisor:
         channel, held = self._started()
         channel.send(frame)
         try:
-            answer = self._received(channel, held)
+            reply = self._received(channel, held)
         except MemoryError as error:
             allowed = self._allowed()
             raise MemoryBudgetError(
                 "model and data need too much memory", code="memory-model", counts=allowed
             ) from error
-        if answer.header["kind"] == "fits":
-            answer = self._received(channel, held)
+        if reply.header["kind"] == "fits":
+            reply = self._received(channel, held)
         self._worked = time.monotonic()
-        return answer
+        return reply
 
     def _received(self, channel: TrainerChannel, held: psutil.Process) -> Frame:
         """The trainer's next frame; MemoryError when it holds more than it may before that comes."""

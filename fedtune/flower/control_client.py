@@ -75,22 +75,22 @@ class ControlClient:
         config = user_config_to_proto(dict(settings))
         request = StartRunRequest(fab=fab, override_config=config, override_federation_config=simulated)
         with _reached():
-            answer = self._client.StartRun(request)
-        if not answer.HasField("run_id"):
+            response = self._client.StartRun(request)
+        if not response.HasField("run_id"):
             raise ServerError("Flower's SuperLink did not take the run; see fedtune server logs")
-        return int(answer.run_id)
+        return int(response.run_id)
 
-    def get_run_status(self, number: int) -> FlowerRunStatus:
+    def get_run_status(self, flower_run_id: int) -> FlowerRunStatus:
         """How a run stands."""
         with _reached():
-            found = self._client.ListRuns(ListRunsRequest(run_id=number)).run_dict[number].status
+            found = self._client.ListRuns(ListRunsRequest(run_id=flower_run_id)).run_dict[flower_run_id].status
         return FlowerRunStatus(found.status, found.sub_status, found.details)
 
-    def stop_run(self, number: int) -> None:
+    def stop_run(self, flower_run_id: int) -> None:
         """End a run, unless it has ended."""
-        if self.get_run_status(number).status != "finished":
+        if self.get_run_status(flower_run_id).status != "finished":
             with _reached():
-                self._client.StopRun(StopRunRequest(run_id=number))
+                self._client.StopRun(StopRunRequest(run_id=flower_run_id))
 
     def register_node(self, public_key: bytes, name: str) -> int:
         """Let a device in by its public key as PEM; its node number."""

@@ -4,11 +4,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
+from fedtune.flower.train_messages import TRAIN_REQUEST, make_request_record
 from fedtune.wire.client_update import TrainRequest
 from fedtune.wire.protocol_codes import LACKS_BASE
 
@@ -16,31 +16,28 @@ __all__ = ["lacks_base", "make_train_messages", "stream_replies"]
 
 
 def make_train_messages(
-    clients: Sequence[int], nodes: Sequence[int], order: TrainRequest, payload: bytes | Path
+    clients: Sequence[int], nodes: Sequence[int], request: TrainRequest, payload: bytes | Path
 ) -> dict[int, Message]:
-    """The order to each client; client i lives on the i-th node. All share one copy of the state."""
+    """Make a message with the train request for each client; client i is on node ``nodes[i]``. All share one state."""
     state = _state(payload)
     return {
         client: Message(
-            RecordDict({**state, "order": ConfigRecord(_fields(replace(order, client=client)))}),
+            RecordDict({**state, TRAIN_REQUEST: make_request_record(_list_fields(replace(request, client=client)))}),
             nodes[client],
             MessageType.TRAIN,
-            group_id=str(order.round),
+            group_id=str(request.round),
         )
         for client in clients
     }
 
 
-def _fields(order: TrainRequest) -> dict[str, Any]:
-    """What travels of an order; fields that a device may not know yet, only where they say something."""
-    return {name: value for name, value in asdict(order).items() if name not in _ONLY_IF_WANTED or value}
-
-
-_ONLY_IF_WANTED = {"scoring", "base", "held"}
+def _list_fields(request: TrainRequest) -> dict[str, str | int]:
+    """The fields of a request that travel: without those that are None or False."""
+    return {name: value for name, value in asdict(request).items() if value is not None and value is not False}
 
 
 def lacks_base(reply: Message) -> bool:
-    """Whether a device says that it does not hold the base weights that its order counts on."""
+    """Whether a device says that it does not hold the base weights that its train request is based on."""
     return reply.has_error() and reply.error.reason == LACKS_BASE
 
 
@@ -62,7 +59,7 @@ def stream_replies(
 
     What is not here by then is late, also where waiting for it is what took the time: clients in turn in this process.
     Nothing comes from a client whose message could not be sent, since its device has been removed; ``removed`` is told
-    of it. A reply to nothing that was sent is passed over. A device that lacks the base weights its order counts on is
+    of it. A reply to nothing that was sent is passed over. A device that lacks the base weights of its request is
     sent what ``again`` gives.
     """
     end = float("inf") if deadline is None else time.monotonic() + deadline
@@ -87,6 +84,6 @@ def stream_replies(
 def _push(grid: Grid, messages: Mapping[int, Message], removed: Callable[[int], None]) -> dict[str, int]:
     """Send messages; whose they are, by the numbers of those that were sent."""
     sent = list(zip(grid.push_messages(messages.values()), messages, strict=True))
-    for client in (client for number, client in sent if not number):
+    for client in (client for message_id, client in sent if not message_id):
         removed(client)
-    return {number: client for number, client in sent if number}
+    return {message_id: client for message_id, client in sent if message_id}

@@ -7,7 +7,7 @@ because an earlier process of the same device still counts as online.
 import datetime
 import time
 from base64 import b64encode
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -176,7 +176,9 @@ class FleetClient:
                 return response.object_content
             time.sleep(0.1)
 
-    def push_update(self, claim: bytes, payload: bytes, report: Mapping[str, float], seconds: float) -> None:
+    def push_update(
+        self, claim: bytes, payload: bytes, report: Mapping[str, float | Sequence[float]], seconds: float
+    ) -> None:
         """Send deltas for a message that was taken."""
         self._push(claim, train_messages.make_update_record(payload, report), None, seconds)
 

@@ -117,13 +117,13 @@ class GuardedGrid(Grid):
                 messages_list=[message_to_proto(remove_content_from_message(message)) for message in sent],
                 message_object_trees=[get_object_tree(message) for message in sent],
             )
-            answer = self._grid._runtime_client.PushMessages(request)
+            response = self._grid._runtime_client.PushMessages(request)
             objects = {name: found for one in nested for name, found in one.items()}
-            lost = self._push_objects(objects, set(answer.objects_to_push), answer.session_id)
-        for message, own, number in zip(sent, nested, answer.message_ids, strict=True):
-            if number and lost & own.keys():
-                self._lost[number] = message.metadata
-        return list(answer.message_ids)
+            lost = self._push_objects(objects, set(response.objects_to_push), response.session_id)
+        for message, own, message_id in zip(sent, nested, response.message_ids, strict=True):
+            if message_id and lost & own.keys():
+                self._lost[message_id] = message.metadata
+        return list(response.message_ids)
 
     def _push_objects(self, objects: Mapping[str, InflatableObject], wanted: set[str], session: str) -> set[str]:
         """Store objects; the identifiers of those that the SuperLink did not take."""
@@ -145,36 +145,36 @@ class GuardedGrid(Grid):
         asked = set(message_ids)
         self._forget_all_but(asked)
         early = asked & self._lost.keys()
-        replies = [self._early(number) for number in sorted(early)]
-        answer = self._grid._runtime_client.PullMessages(
+        replies = [self._early(message_id) for message_id in sorted(early)]
+        response = self._grid._runtime_client.PullMessages(
             PullAppMessagesRequest(message_ids=sorted(asked - early - self._arriving.keys()))
         )
-        for proto, tree in zip(answer.messages_list, answer.message_object_trees, strict=True):
+        for proto, tree in zip(response.messages_list, response.message_object_trees, strict=True):
             metadata = message_from_proto(proto).metadata
             self._arriving[metadata.reply_to_message_id] = _Arriving(metadata, _ordered(tree))
-        found = [(number, self._reply(self._arriving[number])) for number in list(self._arriving)]
-        for number, reply in found:
+        found = [(message_id, self._reply(self._arriving[message_id])) for message_id in list(self._arriving)]
+        for message_id, reply in found:
             if reply is not None:
-                self._confirm(self._arriving.pop(number))
+                self._confirm(self._arriving.pop(message_id))
                 replies.append(reply)
         return replies
 
     def _forget_all_but(self, asked: set[str]) -> None:
         """Nobody waits for other replies any more."""
-        for number in self._arriving.keys() - asked:
-            self._confirm(self._arriving.pop(number))
-        for number in self._lost.keys() - asked:
-            del self._lost[number]
+        for message_id in self._arriving.keys() - asked:
+            self._confirm(self._arriving.pop(message_id))
+        for message_id in self._lost.keys() - asked:
+            del self._lost[message_id]
 
-    def _early(self, number: str) -> Message:
-        metadata = self._lost.pop(number)
+    def _early(self, message_id: str) -> Message:
+        metadata = self._lost.pop(message_id)
         return _refusal(
             Metadata(
                 run_id=metadata.run_id,
                 message_id="",
                 src_node_id=metadata.dst_node_id,
                 dst_node_id=metadata.src_node_id,
-                reply_to_message_id=number,
+                reply_to_message_id=message_id,
                 group_id=metadata.group_id,
                 created_at=metadata.created_at,
                 ttl=metadata.ttl,
@@ -210,12 +210,12 @@ class GuardedGrid(Grid):
         """An object's content, empty while it is not there."""
         request = PullObjectRequest(node=self._grid.node, run_id=self.run.run_id, object_id=name)
         try:
-            answer = self._grid._runtime_client.PullObject(request)
+            response = self._grid._runtime_client.PullObject(request)
         except httpx.HTTPStatusError as error:
             raise ReplyError("a part of its reply cannot be read") from error
-        if not answer.object_found:
+        if not response.object_found:
             raise ReplyError("a part of its reply is missing: it did not send it to the end")
-        return answer.object_content if answer.object_available else b""
+        return response.object_content if response.object_available else b""
 
     def _confirm(self, reply: _Arriving) -> None:
         """Let the SuperLink delete a reply."""

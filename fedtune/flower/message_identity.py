@@ -16,7 +16,7 @@ def set_node_identity(node: int, run: int = 1) -> None:
     TaskIdentity.node_id = node
 
 
-def set_message_id(message: Message, number: str) -> str:
+def set_message_id(message: Message, message_id: str) -> str:
     """Give a message the number that replies will refer to."""
-    message.metadata.__dict__["_message_id"] = number
-    return number
+    message.metadata.__dict__["_message_id"] = message_id
+    return message_id

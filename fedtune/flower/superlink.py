@@ -19,7 +19,7 @@ from fedtune.flower.control_client import ControlClient
 from fedtune.flower.unix_socket import ADDRESS, private_folder
 from fedtune.logs import Log, copy_output_to_log
 from fedtune.parent_watchdog import make_parent_environment
-from fedtune.tracking.compaction import shrink, trim_log
+from fedtune.tracking.compaction import shrink_database, trim_log
 
 __all__ = ["SuperLink"]
 
@@ -60,7 +60,7 @@ class SuperLink:
         """Start it and wait until it answers; ServerError when it does not."""
         options = ["--simulation", os.getcwd()] if self._simulation else []
         self.socket.unlink(missing_ok=True)
-        shrink(self._folder / "superlink.sqlite")
+        shrink_database(self._folder / "superlink.sqlite")
         self._process = subprocess.Popen(
             make_isolated_command("fedtune.flower.superlink_child", str(self.socket), _DATABASE, *options),
             env=_QUIET | make_child_environment(self._folder) | make_parent_environment(),

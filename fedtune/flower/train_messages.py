@@ -1,16 +1,42 @@
-"""What an order and an answer look like inside Flower's messages; light: a device's own process imports it."""
+"""Train requests and client updates inside Flower's messages. A device's own process imports this without torch."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-__all__ = ["make_update_record", "read_shared_state", "read_train_request", "state_file"]
+from fedtune.wire.protocol_version import PROTOCOL_VERSION, check_protocol_version
+
+__all__ = [
+    "TRAIN_REQUEST",
+    "make_request_record",
+    "make_update_record",
+    "read_shared_state",
+    "read_train_request",
+    "state_file",
+]
+
+TRAIN_REQUEST = "train_request"
+_OF_VERSION_1 = "order"
+"""What a server of protocol 1 calls the record. A device of protocol 1 that finds no order says that it is too old."""
+
+
+def make_request_record(fields: Mapping[str, str | int]) -> ConfigRecord:
+    """The fields of a train request with the protocol's version."""
+    return ConfigRecord({"protocol": PROTOCOL_VERSION, **fields})
 
 
 def read_train_request(content: RecordDict) -> dict[str, str | int]:
-    """The fields of the order in a message; KeyError when it carries none."""
-    return {key: value for key, value in content.config_records["order"].items() if isinstance(value, str | int)}
+    """Return the fields of the train request in a message.
+
+    Raise DeviceError if the server speaks another protocol, KeyError if the message carries no request.
+    """
+    records = content.config_records
+    if TRAIN_REQUEST not in records and _OF_VERSION_1 in records:
+        check_protocol_version(1)
+    fields = {key: value for key, value in records[TRAIN_REQUEST].items() if isinstance(value, str | int)}
+    check_protocol_version(int(fields.pop("protocol")))
+    return fields
 
 
 def read_shared_state(content: RecordDict) -> bytes:

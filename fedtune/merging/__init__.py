@@ -1,12 +1,6 @@
-"""How results come together: one file is one published merge step; they work on deltas, tensor by tensor."""
+"""Merge steps turn the deltas of several models into one delta. Each step is one file in a folder of its family."""
 
-from fedtune.merging._by_activity import (
-    ActivationRelaxStep,
-    CalibrationRequest,
-    build_calibration_request,
-    find_dominated_weights,
-)
-from fedtune.merging._differences import compute_cosine_matrix, compute_norm_preserving_scale, count_opposing_signs
+from fedtune.merging._delta_comparison import compute_cosine_matrix, compute_norm_preserving_scale, count_opposing_signs
 from fedtune.merging._increments import (
     Increment,
     Increments,
@@ -14,7 +8,7 @@ from fedtune.merging._increments import (
     join_increments,
     split_increments,
 )
-from fedtune.merging._measured import StatisticsFile
+from fedtune.merging._pair_ranks import pad_to_rank, truncate_to_rank
 from fedtune.merging._pipeline import (
     Merged,
     MergePipeline,
@@ -26,7 +20,6 @@ from fedtune.merging._pipeline import (
     merge_round,
     merge_row_chunks,
 )
-from fedtune.merging._ranks import pad_to_rank, truncate_to_rank
 from fedtune.merging._staleness import compute_staleness_weight
 from fedtune.merging._step import (
     ActivationStatistics,
@@ -40,6 +33,13 @@ from fedtune.merging._step import (
     RowReader,
     Shape,
     StatisticsReader,
+)
+from fedtune.merging.combine._statistics_file import StatisticsFile
+from fedtune.merging.relax._activation_step import (
+    ActivationRelaxStep,
+    CalibrationRequest,
+    build_calibration_request,
+    find_dominated_weights,
 )
 
 __all__ = [

@@ -1,9 +1,9 @@
 """Low-rank increments of base weights: a round's sum of products in fp32 factors, added with the same bits everywhere.
 
-The factors are those of the sum's own singular value decomposition, so that they tell of single clients no more than
+The factors come from the singular value decomposition of the sum, so that they reveal no more about single clients than
 the dense sum does. The product of two fp32 numbers is exact in double precision, and the products are added rank by
-rank, never by a matrix product whose order is a library's secret: whoever holds the weight before a round and the
-increment computes the weight after it, bit for bit.
+rank, not by a matrix product, whose order of additions may differ between libraries. The weight before a round and the
+increment therefore give the weight after it, bit for bit.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedtune.merging._factors import LowRankFactors
-from fedtune.merging._small_svd import compute_core
+from fedtune.merging._factor_svd import compute_core
+from fedtune.merging._low_rank_factors import LowRankFactors
 from fedtune.wire.client_update import iter_row_chunks
 
 __all__ = [
@@ -43,9 +43,9 @@ Increments = Mapping[str, Increment]
 
 
 def make_increment(factors: LowRankFactors) -> Increment:
-    """The product in fp32 factors, which share its singular values evenly; values that are rounding only are left out.
+    """The product as fp32 factors, which share its singular values evenly, without those that are only rounding errors.
 
-    The factors' rounding is about 1e-7 of the product, whose own sum with the weight is rounded to fp32 anyway.
+    The rounding of the factors is about 1e-7 of the product, and the sum with the weight is rounded to fp32 anyway.
     """
     q1, core, q2 = compute_core(factors)
     u, s, vh = torch.linalg.svd(core)
@@ -90,7 +90,7 @@ def join_increments(steps: Sequence[Increments]) -> dict[str, Tensor]:
 
 
 def split_increments(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[dict[str, Increment]]]:
-    """What travelled: the tensors of the state, and the increments round by round.
+    """The tensors of the state, and the increments of each round, from the tensors that were sent.
 
     KeyError for an increment that lacks a side.
     """

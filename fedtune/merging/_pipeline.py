@@ -1,4 +1,4 @@
-"""How results come together: align -> combine -> relax -> renormalise, tensor by tensor and piece by piece."""
+"""The merge pipeline: align -> combine -> relax -> renormalise, one tensor and one row chunk at a time."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -8,9 +8,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fedtune.errors import RecipeError
+from fedtune.merging._batch_norm_statistics import compute_variance_of_means
 from fedtune.merging._increments import Increment
-from fedtune.merging._pairs import LowRankPairCombineStep, measure_pair_errors, merge_low_rank_pairs
-from fedtune.merging._statistics import compute_variance_of_means
 from fedtune.merging._step import (
     AlignStep,
     BoundCombine,
@@ -21,7 +20,12 @@ from fedtune.merging._step import (
     RenormaliseStep,
     Shape,
 )
-from fedtune.merging.linear import Linear
+from fedtune.merging.combine.linear_combinations.linear import Linear
+from fedtune.merging.combine.low_rank._low_rank_pair_step import (
+    LowRankPairCombineStep,
+    measure_pair_errors,
+    merge_low_rank_pairs,
+)
 from fedtune.recipe.schema import Unit
 from fedtune.recipe.unit_registry import build_unit
 from fedtune.wire.client_update import ClientUpdate, iter_row_chunks
@@ -44,7 +48,7 @@ _ORDER = (AlignStep, CombineStep, RelaxStep, RenormaliseStep)
 
 
 class MergePipeline(NamedTuple):
-    """The steps of a merge, each kind in the order given; exactly one combines."""
+    """The steps of a merge by kind, in the order given; exactly one combines."""
 
     align: tuple[AlignStep, ...]
     combine: CombineStep
@@ -58,7 +62,7 @@ class MergePipeline(NamedTuple):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What must be in the evidence."""
+        """What the context must contain."""
         return frozenset[str]().union(*(step.needs for step in self.steps))
 
 
@@ -80,15 +84,15 @@ def build_pipeline(units: Sequence[Unit]) -> MergePipeline:
 
 
 def bind_combine(
-    combine: CombineStep, shapes: Mapping[str, Shape], operands: Sequence[MergeInput], evidence: MergeContext
+    combine: CombineStep, shapes: Mapping[str, Shape], merge_inputs: Sequence[MergeInput], context: MergeContext
 ) -> BoundCombine:
-    """The step and operands for work tensor by tensor; RecipeError unless their number and knobs suit the step."""
-    _check_count(combine, len(operands))
-    for operand in operands:
-        if operand.overrides:
-            own = {**combine.model_dump(), **operand.overrides}
+    """The step and the inputs for each tensor; RecipeError unless their number and overrides fit the step."""
+    _check_count(combine, len(merge_inputs))
+    for merge_input in merge_inputs:
+        if merge_input.overrides:
+            own = {**combine.model_dump(), **merge_input.overrides}
             build_unit("fedtune.merging", Unit(name=combine.name, settings=own), "merge")
-    return combine.bind(shapes, operands, evidence)
+    return combine.bind(shapes, merge_inputs, context)
 
 
 def _check_count(combine: CombineStep, count: int) -> None:
@@ -104,26 +108,26 @@ def _check_count(combine: CombineStep, count: int) -> None:
 
 
 def merge_row_chunks(
-    pipeline: MergePipeline, name: str, shape: Shape, operands: Sequence[MergeInput], evidence: MergeContext
+    pipeline: MergePipeline, name: str, shape: Shape, merge_inputs: Sequence[MergeInput], context: MergeContext
 ) -> Iterator[tuple[int, int, Tensor]]:
     """First row, last row (exclusive) and the merged, relaxed delta of each piece of one tensor."""
-    thinned = pipeline.combine.sparsifies and name.endswith((_MEAN, _VARIANCE))
-    combine = Linear() if thinned else pipeline.combine
-    for (start, stop), delta in zip(iter_row_chunks(shape), combine.combine(name, shape, operands), strict=True):
+    is_statistic = pipeline.combine.sparsifies and name.endswith((_MEAN, _VARIANCE))
+    combine = Linear() if is_statistic else pipeline.combine
+    for (start, stop), delta in zip(iter_row_chunks(shape), combine.combine(name, shape, merge_inputs), strict=True):
         for step in pipeline.relax:
-            delta = step.relax(name, start, delta, evidence)
+            delta = step.relax(name, start, delta, context)
         yield start, stop, delta
 
 
-def build_client_inputs(combine: CombineStep, contributions: Sequence[ClientUpdate]) -> list[MergeInput]:
-    """Contributions of a round in client order, so that bits do not depend on who answered first."""
-    ordered = sorted(contributions, key=lambda contribution: contribution.client)
-    weights = combine.weights([contribution.num_examples for contribution in ordered])
+def build_client_inputs(combine: CombineStep, client_updates: Sequence[ClientUpdate]) -> list[MergeInput]:
+    """The client updates of a round in client order, so that bits do not depend on who replied first."""
+    ordered = sorted(client_updates, key=lambda update: update.client)
+    weights = combine.compute_client_weights([update.num_examples for update in ordered])
     return [MergeInput(one.read_rows, weight) for one, weight in zip(ordered, weights, strict=True)]
 
 
 class Merged(NamedTuple):
-    """The next shared state, and the low-rank increments that made its base weights, by the weight's name."""
+    """The next shared state, and the low-rank increments that were added to base weights, by the weight's name."""
 
     state: dict[str, Tensor]
     increments: dict[str, Increment]
@@ -133,68 +137,68 @@ def merge_client_updates(
     pipeline: MergePipeline,
     state: Mapping[str, Tensor],
     names: Iterable[str],
-    contributions: Sequence[ClientUpdate],
-    evidence: MergeContext = MergeContext(),  # noqa: B008 - an immutable value
+    client_updates: Sequence[ClientUpdate],
+    context: MergeContext = MergeContext(),  # noqa: B008 - an immutable value
 ) -> dict[str, Tensor]:
     """The next shared state: ``state`` with the merged delta added to the named tensors, then renormalised.
 
-    Each tensor is merged over the contributions that hold it, whose weights are theirs alone; one that none holds
-    stays.
+    Each tensor is merged over the client updates that contain it, with weights over these alone. A tensor that no
+    update contains stays as it is.
     """
-    return merge_round(pipeline, state, names, contributions, evidence).state
+    return merge_round(pipeline, state, names, client_updates, context).state
 
 
 def merge_round(
     pipeline: MergePipeline,
     state: Mapping[str, Tensor],
     names: Iterable[str],
-    contributions: Sequence[ClientUpdate],
-    evidence: MergeContext,
+    client_updates: Sequence[ClientUpdate],
+    context: MergeContext,
 ) -> Merged:
-    """``merge_client_updates``, and the increments of base weights; none where these are renormalised afterwards."""
+    """``merge_client_updates`` with the increments of base weights; without them if the merge renormalises."""
     merged = Merged(dict(state), {})
-    for named, senders in _group_by_senders(names, contributions):
-        after = _merge_over(pipeline, merged.state, named, senders, evidence)
+    for named, senders in _group_by_senders(names, client_updates):
+        after = _merge_over(pipeline, merged.state, named, senders, context)
         merged = Merged(after.state, merged.increments | after.increments)
     return merged
 
 
 def _group_by_senders(
-    names: Iterable[str], contributions: Sequence[ClientUpdate]
+    names: Iterable[str], client_updates: Sequence[ClientUpdate]
 ) -> Iterator[tuple[list[str], list[ClientUpdate]]]:
-    """Names in order, together where the same contributions hold them."""
-    held = [one.list_tensor_names() for one in contributions]
+    """Names in order, grouped by the client updates that contain them."""
+    held = [one.list_tensor_names() for one in client_updates]
     groups: dict[tuple[bool, ...], list[str]] = {}
     for name in names:
         groups.setdefault(tuple(name in found for found in held), []).append(name)
     for holds, named in groups.items():
         if any(holds):
-            yield named, list(compress(contributions, holds))
+            yield named, list(compress(client_updates, holds))
 
 
 def _merge_over(
     pipeline: MergePipeline,
     state: Mapping[str, Tensor],
     named: Sequence[str],
-    contributions: Sequence[ClientUpdate],
-    evidence: MergeContext,
+    client_updates: Sequence[ClientUpdate],
+    context: MergeContext,
 ) -> Merged:
-    operands: Sequence[MergeInput] = build_client_inputs(pipeline.combine, contributions)
+    merge_inputs: Sequence[MergeInput] = build_client_inputs(pipeline.combine, client_updates)
     for step in pipeline.align:
-        operands = step.align(state, operands, evidence)
+        merge_inputs = step.align(state, merge_inputs, context)
     shapes = {name: tuple(state[name].shape) for name in named}
-    chosen = pipeline.combine  # what is settled may be another step, e.g. a sum with the coefficients that were found
-    combine, operands = bind_combine(chosen, shapes, operands, evidence)
+    chosen = pipeline.combine  # binding may give another step, e.g. a sum with the coefficients that were computed
+    combine, merge_inputs = bind_combine(chosen, shapes, merge_inputs, context)
     pipeline = pipeline._replace(combine=combine)
-    paired, increments = merge_low_rank_pairs(pipeline.combine, state, named, operands, evidence)
+    paired, increments = merge_low_rank_pairs(pipeline.combine, state, named, merge_inputs, context)
     merged = {**state, **paired}
     for name in (name for name in named if name not in paired):
-        merged[name] = _merge_one(pipeline, state[name], name, operands, evidence)
+        merged[name] = _merge_one(pipeline, state[name], name, merge_inputs, context)
         if name.endswith(_VARIANCE) and chosen.adds_variance_of_means:
-            merged[name] += _spread(name, state[name], operands)
+            merged[name] += _compute_variance_of_means(name, state[name], merge_inputs)
     for mend in pipeline.renormalise:
-        ends = [(operand.weight, _build_endpoint(state, named, operand)) for operand in operands]
-        merged |= mend.renormalise(merged, ends, evidence)
+        ends = [(merge_input.weight, _build_endpoint(state, named, merge_input)) for merge_input in merge_inputs]
+        merged |= mend.renormalise(merged, ends, context)
     return Merged(merged, {} if pipeline.renormalise else increments)
 
 
@@ -202,42 +206,42 @@ def measure_averaging_errors(
     pipeline: MergePipeline,
     state: Mapping[str, Tensor],
     names: Iterable[str],
-    contributions: Sequence[ClientUpdate],
-    evidence: MergeContext,
+    client_updates: Sequence[ClientUpdate],
+    context: MergeContext,
 ) -> dict[str, float]:
-    """Figures of a round before it is merged: relative errors of averaging low-rank pairs, by name.
+    """Relative errors of averaging low-rank pairs, by name, measured before a round is merged.
 
-    One that is not finite is left out: beside a mean of zero no error has a size.
+    Errors that are not finite are left out: relative to a mean of zero, an error has no size.
     """
     figures: dict[str, float] = {}
-    for named, senders in _group_by_senders(names, contributions):
+    for named, senders in _group_by_senders(names, client_updates):
         figures |= measure_pair_errors(
-            pipeline.combine, state, named, build_client_inputs(pipeline.combine, senders), evidence
+            pipeline.combine, state, named, build_client_inputs(pipeline.combine, senders), context
         )
     return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
 def _merge_one(
-    pipeline: MergePipeline, before: Tensor, name: str, operands: Sequence[MergeInput], evidence: MergeContext
+    pipeline: MergePipeline, before: Tensor, name: str, merge_inputs: Sequence[MergeInput], context: MergeContext
 ) -> Tensor:
     after = before.clone()
     rows = after if after.dim() else after.unsqueeze(0)
-    for start, stop, delta in merge_row_chunks(pipeline, name, tuple(before.shape), operands, evidence):
+    for start, stop, delta in merge_row_chunks(pipeline, name, tuple(before.shape), merge_inputs, context):
         rows[start:stop] += delta.reshape(rows[start:stop].shape)
     return after
 
 
-def _spread(variance: str, before: Tensor, operands: Sequence[MergeInput]) -> Tensor:
-    """What the clients' different means add to a batch norm's variance."""
+def _compute_variance_of_means(variance: str, before: Tensor, merge_inputs: Sequence[MergeInput]) -> Tensor:
+    """The variance between the clients' means, which belongs to the variance of a batch norm."""
     mean = variance.removesuffix(_VARIANCE) + _MEAN
-    means = [operand.read_rows(mean, 0, len(before)) for operand in operands]
-    return compute_variance_of_means([operand.weight for operand in operands], means)
+    means = [merge_input.read_rows(mean, 0, len(before)) for merge_input in merge_inputs]
+    return compute_variance_of_means([merge_input.weight for merge_input in merge_inputs], means)
 
 
-def _build_endpoint(state: Mapping[str, Tensor], names: Sequence[str], operand: MergeInput) -> dict[str, Tensor]:
-    """The whole state of one model: the base and its delta."""
+def _build_endpoint(state: Mapping[str, Tensor], names: Sequence[str], merge_input: MergeInput) -> dict[str, Tensor]:
+    """The whole state of one model: the base plus its delta."""
     end = dict(state)
     for name in names:
         height = len(state[name]) if state[name].dim() else 1
-        end[name] = state[name] + operand.read_rows(name, 0, height).reshape(state[name].shape)
+        end[name] = state[name] + merge_input.read_rows(name, 0, height).reshape(state[name].shape)
     return end

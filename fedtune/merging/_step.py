@@ -1,4 +1,4 @@
-"""The shape of merge steps: frozen settings with one behaviour each, all of them on deltas to a common base."""
+"""Base classes of merge steps, and the values that steps receive. All steps work on deltas to a common base."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +36,7 @@ class RowReader(Protocol):
 
 
 class StatisticsReader(RowReader, Protocol):
-    """What was measured on one model's data, by tensor name; read like deltas."""
+    """Reads statistics that were measured on one model's data, by tensor name, like deltas."""
 
     def __contains__(self, name: object, /) -> bool:
         """Whether the tensor was measured."""
@@ -44,7 +44,7 @@ class StatisticsReader(RowReader, Protocol):
 
 
 class MergeInput(NamedTuple):
-    """One model's part in a merge: its delta, its weight, and knobs of its own that go before the step's."""
+    """One model in a merge: its delta, its weight, and settings for this model alone, which override the step's."""
 
     read_rows: RowReader
     weight: float
@@ -53,7 +53,7 @@ class MergeInput(NamedTuple):
 
 
 class ActivationStatistics(NamedTuple):
-    """How active the input channels of the layer that owns a weight are; ``axis`` of the weight counts them.
+    """The mean activation of a layer's input channels; ``axis`` is the axis of the layer's weight that lists them.
 
     ``mean_abs`` [channels], or [out, channels of its group] for the rows of a grouped convolution's weight.
     """
@@ -63,11 +63,11 @@ class ActivationStatistics(NamedTuple):
 
 
 class MergeContext(NamedTuple):
-    """What was measured on data, by whoever runs the merge; steps say in ``needs`` what they cannot do without.
+    """What steps need besides the merge inputs; ``needs`` of a step names what it cannot do without.
 
-    ``activity`` is by tensor name and of the base. ``model`` is the architecture, whose weights steps may overwrite;
-    ``batches`` are inputs to it. ``draw`` numbers the merges of a run, so that each draws its own random masks.
-    ``pairs`` are the low-rank pairs among the tensors.
+    ``activation_statistics`` are those of the base, by tensor name. ``model`` is the architecture; steps may overwrite
+    its weights. ``calibration_batches`` are inputs to the model. ``low_rank_pairs`` are the pairs among the tensors.
+    ``round_number`` makes each merge of a run draw its own random masks; it is 0 outside a run.
     """
 
     activation_statistics: Mapping[str, ActivationStatistics] = {}
@@ -78,25 +78,26 @@ class MergeContext(NamedTuple):
 
 
 class AlignStep(NamedUnit, ABC):
-    """Permutes units of models so that they correspond; functions stay what they were."""
+    """Permutes the units of each model so that they correspond; each model still computes the same function."""
 
     @property
     def needs(self) -> frozenset[str]:
-        """What must be in the evidence, as the step is set."""
+        """What the context must contain for these settings."""
         return frozenset()
 
     @abstractmethod
-    def align(self, base: Tensors, operands: Sequence[MergeInput], evidence: MergeContext) -> list[MergeInput]:
-        """The operands with their deltas taken after the permutation, in the same order."""
+    def align(self, base: Tensors, merge_inputs: Sequence[MergeInput], context: MergeContext) -> list[MergeInput]:
+        """The merge inputs with the deltas of the permuted models, in the same order."""
 
 
 class CombineStep(NamedUnit, ABC):
-    """Makes one delta out of those of several models, ``fewest`` at least and ``most`` at most.
+    """Combines the deltas of several models into one delta. ``min_models`` and ``max_models`` limit their number.
 
-    Running statistics of batch norms are no task vectors: steps that drop or stretch entries are ``thinning`` and leave
-    them to the mean. ``pooled`` variances also hold the spread of the models' means, whatever the models. Steps whose
-    entries win by sign or size are ``picks``: what they make of B, with A common, is no merge of the products B A.
-    Of one that ``averages`` nothing comes but the sum of weight times delta.
+    Set ``sparsifies`` when the step drops or rescales entries; batch-norm running statistics are then averaged instead.
+    Set ``selects_entries`` when entries win by sign or size. Such a step cannot merge one LoRA factor alone, because
+    entries of a factor are not entries of the product. Set ``averages`` when the result is exactly the weighted sum of
+    the deltas. Clear ``adds_variance_of_means`` when a merged batch-norm variance must not include the spread between
+    the means of the models.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -109,34 +110,34 @@ class CombineStep(NamedUnit, ABC):
     update_kind: ClassVar[UpdateKind] = "tensors"
 
     @property
-    def needed(self) -> int:
-        """The fewest models that the step, as it is set, can merge."""
+    def required_models(self) -> int:
+        """The smallest number of models that the step can merge with its settings."""
         return self.min_models
 
-    def weights(self, examples: Sequence[int]) -> list[float]:
+    def compute_client_weights(self, num_examples: Sequence[int]) -> list[float]:
         """One weight per client of a federated round, in client order: shares of the examples unless a step differs."""
-        return [count / sum(examples) for count in examples]
+        return [count / sum(num_examples) for count in num_examples]
 
     def bind(
-        self, shapes: Mapping[str, Shape], operands: Sequence[MergeInput], evidence: MergeContext
+        self, shapes: Mapping[str, Shape], merge_inputs: Sequence[MergeInput], context: MergeContext
     ) -> "BoundCombine":
-        """The step and the operands that go through the tensors one by one, when only whole models can tell them."""
-        return BoundCombine(self, operands)
+        """The step and the inputs to use for each tensor, in steps that must read whole models first."""
+        return BoundCombine(self, merge_inputs)
 
-    def with_overrides(self, operand: MergeInput) -> Self:
-        """The settings that hold for one model: its knobs go before the step's."""
-        return self.model_copy(update=operand.overrides)
+    def with_overrides(self, merge_input: MergeInput) -> Self:
+        """The settings for one model: its overrides replace the step's."""
+        return self.model_copy(update=merge_input.overrides)
 
     @abstractmethod
-    def combine(self, name: str, shape: Shape, operands: Sequence[MergeInput]) -> Iterator[Tensor]:
-        """The merged delta of one tensor, fp32, piece by piece as ``pieces(shape)`` cuts it."""
+    def combine(self, name: str, shape: Shape, merge_inputs: Sequence[MergeInput]) -> Iterator[Tensor]:
+        """The merged delta of one tensor, fp32, in the chunks of ``iter_row_chunks(shape)``."""
 
 
 class BoundCombine(NamedTuple):
-    """A combining step and its operands, after all that had to be said of whole models."""
+    """A combine step and its inputs, after whole models were read where the step needs it."""
 
     combine: CombineStep
-    operands: Sequence[MergeInput]
+    merge_inputs: Sequence[MergeInput]
 
 
 class RelaxStep(NamedUnit, ABC):
@@ -144,21 +145,21 @@ class RelaxStep(NamedUnit, ABC):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What must be in the evidence, as the step is set."""
+        """What the context must contain for these settings."""
         return frozenset()
 
     @abstractmethod
-    def relax(self, name: str, start: int, delta: Tensor, evidence: MergeContext) -> Tensor:
+    def relax(self, name: str, start: int, delta: Tensor, context: MergeContext) -> Tensor:
         """The rows of a merged delta that begin with row ``start``, relaxed."""
 
 
 class RenormaliseStep(NamedUnit, ABC):
-    """Mends the activations of a merged model by statistics of those it was made of; folded into the weights."""
+    """Corrects the activations of a merged model by statistics of the input models, in its weights."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"model", "batches"})
 
     @abstractmethod
     def renormalise(
-        self, merged: Tensors, ends: Sequence[tuple[float, Tensors]], evidence: MergeContext
+        self, merged: Tensors, ends: Sequence[tuple[float, Tensors]], context: MergeContext
     ) -> dict[str, Tensor]:
         """The tensors that change; ``ends`` are the weights (they sum to one) and states of the aligned models."""

@@ -9,8 +9,16 @@ import torch
 from torch import Tensor
 
 from fedtune.errors import ModelError
-from fedtune.merging import CombineStep, MergeContext, MergeInput, MergePipeline, bind_combine, merge_row_chunks
-from fedtune.merging.mean import Mean
+from fedtune.merging import (
+    BoundCombine,
+    CombineStep,
+    MergeContext,
+    MergeInput,
+    MergePipeline,
+    bind_combine,
+    merge_row_chunks,
+)
+from fedtune.merging.combine.mean import Mean
 from fedtune.offline_merge.chat_templates import resolve_chat_template
 from fedtune.offline_merge.merge_config import MergeConfig
 from fedtune.offline_merge.model_inputs import BaseReader, OfflineSteps, align_inputs, build_model_inputs, build_steps
@@ -110,7 +118,7 @@ def _try_settings(merge: PreparedMerge) -> None:
             measured = any(part.statistics is not None for part in parts)
             settled = bind_combine(step, dict.fromkeys(targets if measured else [name], (1,)), zeros, MergeContext())
             if not measured:
-                list(settled.combine.combine(name, (1,), settled.operands))
+                list(settled.combine.combine(name, (1,), settled.merge_inputs))
 
 
 def _zero(name: str, start: int, stop: int) -> Tensor:  # noqa: ARG001 - read like a delta
@@ -139,16 +147,9 @@ def write_merged_tensors(
     return found[merged[0]] if merged else []
 
 
-class _BoundStep(NamedTuple):
-    """A step and its inputs for all tensors, of a method that reads whole models first."""
-
-    combine: CombineStep
-    inputs: Sequence[MergeInput]
-
-
 def _bind_whole_models(
     merge: PreparedMerge, found: Mapping[str, Sequence[MergeInput]], context: MergeContext
-) -> _BoundStep | None:
+) -> BoundCombine | None:
     """Bind a method that reads whole models; None for a method that merges each tensor by itself."""
     first = next((target for target in merge.output_tensors if not target.is_copied and not target.averaged), None)
     if first is None:
@@ -156,9 +157,7 @@ def _bind_whole_models(
     step = _step(merge, first)
     shapes = {target.name: target.form.shape for target in merge.output_tensors if not target.is_copied}
     bound = bind_combine(step, shapes, found[first.name], context)
-    if bound.combine == step and bound.operands is found[first.name]:
-        return None
-    return _BoundStep(bound.combine, bound.operands)
+    return None if bound.combine == step and bound.merge_inputs is found[first.name] else bound
 
 
 def _step(merge: PreparedMerge, target: OutputTensor) -> CombineStep:
@@ -169,14 +168,14 @@ def _merge_rows(
     merge: PreparedMerge,
     target: OutputTensor,
     parts: Sequence[MergeInput],
-    bound: _BoundStep | None,
+    bound: BoundCombine | None,
     context: MergeContext,
 ) -> Iterator[tuple[int, int, Tensor]]:
     if target.is_copied:
         yield from _copied(merge, target)
         return
     step = _step(merge, target) if bound is None else bound.combine
-    parts = parts if bound is None else bound.inputs
+    parts = parts if bound is None else bound.merge_inputs
     if target.averaged or (merge.is_delta_merge and target.base_tensor is None):  # a head the base has not
         step, parts = Mean(), shares_of(parts)
     pipeline = MergePipeline((), step, (), ())

@@ -1,7 +1,14 @@
-"""Published units by name: one file in a folder is one unit, found by listing the folder, never by import order."""
+"""Published units by name. Units are found by listing folders, so that only the unit that is asked for is imported.
+
+Each file of a package, or of a folder inside it, publishes one unit under its own name. Names of files and folders with
+a leading underscore do not count: they help units.
+"""
 
 import importlib
 import pkgutil
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin
 
@@ -12,7 +19,17 @@ from fedtune.errors import RecipeError
 from fedtune.recipe.schema import SettingsModel, Unit
 from fedtune.recipe.validation_errors import explain_validation_error, suggest_nearest
 
-__all__ = ["NamedUnit", "build_unit", "describe_unit_settings", "list_unit_names", "read_unit_card"]
+__all__ = [
+    "NamedUnit",
+    "build_unit",
+    "describe_unit_settings",
+    "find_unit_modules",
+    "list_unit_names",
+    "read_unit_card",
+]
+
+_QUALIFIER = re.compile(r"\b(\w+\.)+(?=[A-Z])")
+"""The module in front of the name of a class."""
 
 
 class NamedUnit(SettingsModel):
@@ -22,14 +39,33 @@ class NamedUnit(SettingsModel):
 
 
 def list_unit_names(package: str) -> list[str]:
-    """The published names in a package: its modules' file names with dashes; private modules are not units."""
-    folder = importlib.import_module(package).__path__
-    return sorted(found.name.replace("_", "-") for found in pkgutil.iter_modules(folder) if found.name[0] != "_")
+    """The names of all units that a package publishes, sorted."""
+    return sorted(find_unit_modules(package))
+
+
+def find_unit_modules(package: str) -> dict[str, str]:
+    """The module of each unit, by the unit's name; RecipeError when two files publish the same name."""
+    found: dict[str, str] = {}
+    for module in _iter_public_modules(package, importlib.import_module(package).__path__):
+        name = module.rpartition(".")[2].replace("_", "-")
+        if name in found:
+            raise RecipeError(f"{found[name]} and {module} both publish {name!r}; rename one of the files")
+        found[name] = module
+    return found
+
+
+def _iter_public_modules(package: str, folders: Sequence[str]) -> Iterator[str]:
+    """Names of modules, those of inner folders too; nothing is imported."""
+    for folder in folders:
+        for _, name, is_package in pkgutil.iter_modules([folder]):
+            if not name.startswith("_"):
+                module = f"{package}.{name}"
+                yield from _iter_public_modules(module, [str(Path(folder, name))]) if is_package else [module]
 
 
 def build_unit(package: str, unit: Unit, where: str) -> Any:
     """The unit a recipe names, validated; RecipeError names what is near or allowed. ``where`` is the recipe's key."""
-    chosen = _class(package, unit.name, where)
+    chosen = _import_unit_class(package, unit.name, where)
     try:
         return chosen.model_validate(unit.settings)
     except ValidationError as error:
@@ -38,27 +74,27 @@ def build_unit(package: str, unit: Unit, where: str) -> Any:
 
 def read_unit_card(package: str, name: str) -> str:
     """The docstring of the module that publishes a unit."""
-    _class(package, name, package.rsplit(".", 1)[-1])
-    return importlib.import_module(f"{package}.{name.replace('-', '_')}").__doc__ or ""
-
-
-def _class(package: str, name: str, where: str) -> type[NamedUnit]:
-    known = list_unit_names(package)
-    if name not in known:
-        raise RecipeError(f"{where}: there is no {name!r}; {suggest_nearest(name, known)}")
-    module = importlib.import_module(f"{package}.{name.replace('-', '_')}")
-    [found] = [item for item in vars(module).values() if _publishes(item, module.__name__)]
-    return found  # type: ignore[no-any-return]
-
-
-def _publishes(item: object, module: str) -> bool:
-    return isinstance(item, type) and issubclass(item, NamedUnit) and item.__module__ == module
+    unit_class = _import_unit_class(package, name, package.rpartition(".")[2])
+    return importlib.import_module(unit_class.__module__).__doc__ or ""
 
 
 def describe_unit_settings(package: str, name: str) -> list[str]:
     """Describe the settings of a unit, one line each: name, type or choices, default and meaning."""
-    fields = _class(package, name, package.rsplit(".", 1)[-1]).model_fields
+    fields = _import_unit_class(package, name, package.rpartition(".")[2]).model_fields
     return [_describe_setting(key, field) for key, field in fields.items()]
+
+
+def _import_unit_class(package: str, name: str, where: str) -> type[NamedUnit]:
+    modules = find_unit_modules(package)
+    if name not in modules:
+        raise RecipeError(f"{where}: there is no {name!r}; {suggest_nearest(name, sorted(modules))}")
+    module = importlib.import_module(modules[name])
+    [found] = [item for item in vars(module).values() if _is_unit_of(item, module.__name__)]
+    return found  # type: ignore[no-any-return]
+
+
+def _is_unit_of(item: object, module: str) -> bool:
+    return isinstance(item, type) and issubclass(item, NamedUnit) and item.__module__ == module
 
 
 def _describe_setting(key: str, field: FieldInfo) -> str:
@@ -77,4 +113,4 @@ def _describe_type(annotation: Any) -> str:
         return "null"
     if isinstance(annotation, type) and not get_args(annotation):
         return annotation.__name__
-    return str(annotation).replace("typing.", "")
+    return _QUALIFIER.sub("", str(annotation))

@@ -1,4 +1,4 @@
-"""Which device takes which place in a run."""
+"""Devices are assigned to the clients of a run."""
 
 import json
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ __all__ = ["assign_devices"]
 
 
 def assign_devices(recipe: Recipe, devices: Sequence[DeviceRecord]) -> list[Assignment]:
-    """A seat for each client, in order of the devices' names as they are given.
+    """Return an assignment for each client, in the order of the devices as they are given.
 
     Where device classes have settings of their own, devices that allow the most memory take the places of the classes
     that do, and those with as much go by name.
@@ -19,13 +19,14 @@ def assign_devices(recipe: Recipe, devices: Sequence[DeviceRecord]) -> list[Assi
     if any(device.overridden_settings for device in recipe.devices):
         clients.sort(key=lambda client: -recipe.get_device_class(client).memory)
         chosen.sort(key=lambda device: -_memory(device))
-    seats = [
-        Assignment(client=client, device=one.name, node=one.node) for client, one in zip(clients, chosen, strict=True)
+    assignments = [
+        Assignment(client=client, device_name=one.name, node_id=one.node_id)
+        for client, one in zip(clients, chosen, strict=True)
     ]
-    return sorted(seats, key=lambda seat: seat.client)
+    return sorted(assignments, key=lambda assignment: assignment.client)
 
 
 def _memory(device: DeviceRecord) -> int:
     """Bytes it allows its trainer, by its own word."""
-    told = json.loads(device.profile).get("memory")
-    return told if isinstance(told, int) else 0
+    memory = json.loads(device.profile).get("memory")
+    return memory if isinstance(memory, int) else 0

@@ -21,9 +21,9 @@ _STEM = "increments-"
 
 
 class Logged(NamedTuple):
-    """What round ``number`` added: the digests of the base before and after it, and the file."""
+    """What round ``round_number`` added: the digests of the base before and after it, and the file."""
 
-    number: int
+    round_number: int
     before: str
     after: str
     path: Path
@@ -43,20 +43,20 @@ class BaseLog:
         found = (_read(path) for path in sorted(folder.glob(f"{_STEM}*.safetensors")))
         self._logged = [one for one in found if one is not None]
 
-    def save(self, number: int, before: str, after: str, increments: Increments) -> None:
+    def save(self, round_number: int, before: str, after: str, increments: Increments) -> None:
         """Keep a round's increments; the file is whole once this returns."""
-        self.forget(number)
-        path = self._folder / f"{_STEM}{number:04d}.safetensors"
+        self.forget(round_number)
+        path = self._folder / f"{_STEM}{round_number:04d}.safetensors"
         with replace_file_atomically(path) as beside:
             told = {"before": before, "after": after}
             safetensors.torch.save_file(join_increments([increments]), beside, metadata=told)
-        self._logged.append(Logged(number, before, after, path))
+        self._logged.append(Logged(round_number, before, after, path))
 
-    def forget(self, number: int) -> None:
-        """Drop round ``number`` and later ones: they were not committed, or were taken back."""
-        for one in (one for one in self._logged if one.number >= number):
+    def forget(self, round_number: int) -> None:
+        """Drop round ``round_number`` and later ones: they were not committed, or were taken back."""
+        for one in (one for one in self._logged if one.round_number >= round_number):
             one.path.unlink(missing_ok=True)
-        self._logged = [one for one in self._logged if one.number < number]
+        self._logged = [one for one in self._logged if one.round_number < round_number]
 
     def trim(self, most: int) -> None:
         """Drop the oldest files while the others alone have ``most`` bytes or more."""
@@ -69,9 +69,9 @@ class BaseLog:
                 return
             total += self._logged[place].path.stat().st_size
 
-    def get_digest_before(self, number: int) -> str:
-        """The digest of the base that round ``number`` began with; "" where its file is not there."""
-        return next((one.before for one in self._logged if one.number == number), "")
+    def get_digest_before(self, round_number: int) -> str | None:
+        """The digest of the base that round ``round_number`` began with; None where its file is not there."""
+        return next((one.before for one in self._logged if one.round_number == round_number), None)
 
     def list_rounds_between(self, before: str, after: str) -> list[Logged] | None:
         """The newest rounds, in order, if they lead from one base to another; None when they do not."""

@@ -24,48 +24,51 @@ class Bases:
     What a client holds is told from the committed rounds alone, so that a resumed run sends what it would have sent.
     """
 
-    def __init__(self, shop: RunContext, folder: Path, start: State, done: Sequence[RoundRecord]) -> None:
-        pairs = techniques.list_low_rank_pairs(shop.techniques, shop.model)
+    def __init__(self, context: RunContext, folder: Path, start: State, done: Sequence[RoundRecord]) -> None:
+        pairs = techniques.list_low_rank_pairs(context.techniques, context.model)
         self.names = [pair.base for pair in pairs if pair.base is not None and mask_name(pair.base) not in start]
         self._log = BaseLog(folder)
         self._log.forget(done[-1].number + 1 if done else 0)
         self._start = self._digest(start)
-        self._digests: dict[int, str] = {}
+        self._digests: dict[int, str | None] = {}
         self._merged: dict[int, int] = {}
         for record in done:
-            self._note(record.number, record.contributions)
+            self._note(record.number, record.client_records)
         self._bytes = sum(start[name].nbytes for name in self.names)
         self._log.trim(self._bytes)
 
-    def digest(self, number: int, state: State) -> str:
-        """Of the base in ``state``, which round ``number`` begins with; "" where there is none to keep track of."""
-        if number not in self._digests:
-            self._digests[number] = self._digest(state)
-        return self._digests[number]
+    def digest(self, round_number: int, state: State) -> str | None:
+        """The digest of the base in ``state``, with which a round begins; None if the base is not tracked."""
+        if round_number not in self._digests:
+            self._digests[round_number] = self._digest(state)
+        return self._digests[round_number]
 
-    def get_held_digest(self, client: int) -> str:
-        """The digest of the base that a client holds; "" where that cannot be told."""
+    def get_held_digest(self, client: int) -> str | None:
+        """The digest of the base that a client holds; None where that cannot be told."""
         if not self.names:
-            return ""
+            return None
         return self._log.get_digest_before(self._merged[client]) if client in self._merged else self._start
 
-    def increments(self, held: str, base: str) -> list[dict[str, Increment]] | None:
+    def increments(self, held: str, base: str | None) -> list[dict[str, Increment]] | None:
         """Round by round what leads from a base that is held to the one of now; None without a way."""
-        chain = self._log.list_rounds_between(held, base) if held else None
+        chain = None if base is None else self._log.list_rounds_between(held, base)
         return None if chain is None else [one.increments for one in chain]
 
-    def record_merge(self, number: int, before: State, after: State, increments: Increments) -> None:
+    def record_merge(self, round_number: int, before: State, after: State, increments: Increments) -> None:
         """Keep what a round added to the base, which is about to be committed."""
         if increments:
-            self._log.save(number, self.digest(number, before), self._digest(after), increments)
+            began, ended = self.digest(round_number, before), self._digest(after)
+            assert began is not None  # increments are of base weights, whose digest is kept
+            assert ended is not None
+            self._log.save(round_number, began, ended, increments)
 
-    def record_commit(self, number: int, records: Sequence[ClientRecord]) -> None:
+    def record_commit(self, round_number: int, records: Sequence[ClientRecord]) -> None:
         """A round has been committed."""
-        self._note(number, records)
+        self._note(round_number, records)
         self._log.trim(self._bytes)
 
-    def _note(self, number: int, records: Sequence[ClientRecord]) -> None:
-        self._merged |= dict.fromkeys((one.client for one in records if one.status == "merged"), number)
+    def _note(self, round_number: int, records: Sequence[ClientRecord]) -> None:
+        self._merged |= dict.fromkeys((one.client for one in records if one.status == "merged"), round_number)
 
-    def _digest(self, state: State) -> str:
-        return checkpoint.hash_tensors({name: state[name] for name in self.names}) if self.names else ""
+    def _digest(self, state: State) -> str | None:
+        return checkpoint.hash_tensors({name: state[name] for name in self.names}) if self.names else None

@@ -51,52 +51,52 @@ class ClassPayload:
         return values + _HEADER + sum(_HEADER_ENTRY + 6 * len(name) for name in forms)
 
 
-def make_class_payload(shop: RunContext, part: RunContext, state: State, number: int) -> ClassPayload:
-    """Of round ``number``, for clients that train with ``part``, which may be the whole workshop itself."""
-    wire = encode_masked_state(state if part is shop else _narrowed(shop, part, state))
-    expected = {name: tuple(wire[name].shape) for name in list_tensors_of_round(part, number)}
-    extras = techniques.declare_extra_payload(part.techniques, part.model, number)
+def make_class_payload(context: RunContext, part: RunContext, state: State, round_number: int) -> ClassPayload:
+    """Make a round's payload for clients that train with ``part``, which may be ``context`` itself."""
+    wire = encode_masked_state(state if part is context else _narrowed(context, part, state))
+    expected = {name: tuple(wire[name].shape) for name in list_tensors_of_round(part, round_number)}
+    extras = techniques.declare_extra_payload(part.techniques, part.model, round_number)
     return ClassPayload(wire, expected, extras | declare_uploaded_statistics(part.model, part.recipe, expected))
 
 
 class RoundPayloads:
-    """What each client is sent and asked for in round ``number``; clients of one device class share it."""
+    """What each client is sent and asked for in round ``round_number``; clients of one device class share it."""
 
-    def __init__(self, shop: RunContext, state: State, number: int) -> None:
-        self.number, self.state = number, state
-        self._shop = shop
+    def __init__(self, context: RunContext, state: State, round_number: int) -> None:
+        self.round_number, self.state = round_number, state
+        self._context = context
         self._made: dict[int, ClassPayload] = {}
 
     def get_for_client(self, client: int) -> ClassPayload:
         """A client's, made when the first of its class is asked for."""
-        part = self._shop.for_client(client)
+        part = self._context.for_client(client)
         if id(part) not in self._made:
-            self._made[id(part)] = make_class_payload(self._shop, part, self.state, self.number)
+            self._made[id(part)] = make_class_payload(self._context, part, self.state, self.round_number)
         return self._made[id(part)]
 
 
-def list_trainable_tensors(shop: RunContext, number: int) -> list[str]:
+def list_trainable_tensors(context: RunContext, round_number: int) -> list[str]:
     """Names of the tensors that any class trains, and so sends back, in a round."""
-    named = dict.fromkeys(list_tensors_of_round(shop, number))
-    for part in shop.by_device_class.values():
-        named |= dict.fromkeys(list_tensors_of_round(part, number))
+    named = dict.fromkeys(list_tensors_of_round(context, round_number))
+    for part in context.by_device_class.values():
+        named |= dict.fromkeys(list_tensors_of_round(part, round_number))
     return list(named)
 
 
-def pad_update_to_shared_rank(shop: RunContext, part: RunContext, sent: ClientUpdate) -> None:
+def pad_update_to_shared_rank(context: RunContext, part: RunContext, sent: ClientUpdate) -> None:
     """Bring the low-rank pairs of a contribution to the shared rank, in its file."""
-    if part is not shop:
+    if part is not context:
         deltas = decode_tensors(sent.path.read_bytes())
         write_bytes_atomically(
-            sent.path, pack(merging.pad_to_rank(deltas, get_tensor_shapes(shop.model), *_pairs(shop, part)))
+            sent.path, pack(merging.pad_to_rank(deltas, get_tensor_shapes(context.model), *_pairs(context, part)))
         )
 
 
-def _narrowed(shop: RunContext, part: RunContext, state: State) -> dict[str, Tensor]:
-    return merging.truncate_to_rank(state, get_received_shapes(shop, part), *_pairs(shop, part))
+def _narrowed(context: RunContext, part: RunContext, state: State) -> dict[str, Tensor]:
+    return merging.truncate_to_rank(state, get_received_shapes(context, part), *_pairs(context, part))
 
 
-def _pairs(shop: RunContext, part: RunContext) -> tuple[list[LowRankPair], list[LowRankPair]]:
-    return techniques.list_low_rank_pairs(shop.techniques, shop.model), techniques.list_low_rank_pairs(
+def _pairs(context: RunContext, part: RunContext) -> tuple[list[LowRankPair], list[LowRankPair]]:
+    return techniques.list_low_rank_pairs(context.techniques, context.model), techniques.list_low_rank_pairs(
         part.techniques, part.model
     )

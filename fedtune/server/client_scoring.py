@@ -1,6 +1,7 @@
 """Clients score the state a round ended with on what they hold out, whether or not the round asked them to train."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from flwr.app import Message
@@ -26,7 +27,7 @@ from fedtune.training import RunContext
 from fedtune.untrusted import clean_text
 from fedtune.wire.client_update import FEWEST, HoldoutMetrics
 
-__all__ = ["draw_scorers", "score_by_clients"]
+__all__ = ["ClientScoring", "draw_scorers"]
 
 State = Mapping[str, Tensor]
 
@@ -37,54 +38,53 @@ A device that has not trained yet loads model and data first.
 """
 
 
-def score_by_clients(
-    grid: Grid, shop: RunContext, run: str, sending: Sending, crew: RunClients, state: State, number: int, took: float
-) -> tuple[ClientScore, ...]:
-    """Figures of the shared state by each client that ``evaluation.clients`` asks for after round ``number``.
+@dataclass(frozen=True)
+class ClientScoring:
+    """Asks the clients of one run to score a shared state on what they hold out."""
 
-    ``took`` is how many seconds the round has taken. Devices that are away are not asked, nor waited for after the
-    deadline; whoever gives no figures is told to the watcher, with the reason.
-    """
-    clients = draw_scorers(shop.recipe, _connected(grid, crew))
-    if not clients:
-        return ()
-    answers = _ask(grid, shop, run, sending, crew, clients, state, number, took)
-    reasons = {
-        f"client {one} ({crew.device_names[one]})": said for one, said in answers.items() if isinstance(said, str)
-    }
-    if reasons:
-        emit_event(Unscored(number, len(clients), reasons))
-    scored = [(client, said) for client, said in answers.items() if isinstance(said, HoldoutMetrics)]
-    metrics = shop.recipe.evaluation.metrics
-    return tuple(one for client, score in scored for one in figures_of(client, "shared", score, metrics))
+    grid: Grid
+    context: RunContext
+    run_id: str
+    sending: Sending
 
+    def score_by_clients(
+        self, clients: RunClients, state: State, round_number: int, round_seconds: float
+    ) -> tuple[ClientScore, ...]:
+        """Return the scores of the clients that ``evaluation.clients`` names, after a round that took some seconds.
 
-def _ask(
-    grid: Grid,
-    shop: RunContext,
-    run: str,
-    sending: Sending,
-    crew: RunClients,
-    clients: Sequence[int],
-    state: State,
-    number: int,
-    took: float,
-) -> dict[int, HoldoutMetrics | str]:
-    """The score of each client, or why there is none, in client order."""
-    answers: dict[int, HoldoutMetrics | str] = dict.fromkeys(clients, NO_REPLY_BEFORE_DEADLINE)
+        Devices that are away are not asked, and none is waited for after the deadline. An event names the clients
+        that sent no scores, with the reasons.
+        """
+        scorers = draw_scorers(self.context.recipe, _list_connected_clients(self.grid, clients))
+        if not scorers:
+            return ()
+        deadline = _choose_deadline(self.context.recipe, clients, round_seconds)
+        found = self._request_scores(clients, scorers, RoundPayloads(self.context, state, round_number), deadline)
+        reasons = {
+            f"client {one} ({clients.devices[one].label})": said for one, said in found.items() if isinstance(said, str)
+        }
+        if reasons:
+            emit_event(Unscored(round_number, len(scorers), reasons))
+        scored = [(client, said) for client, said in found.items() if isinstance(said, HoldoutMetrics)]
+        metrics = self.context.recipe.evaluation.metrics
+        return tuple(one for client, score in scored for one in figures_of(client, "shared", score, metrics))
 
-    def note_removed(client: int) -> None:
-        answers[client] = DEVICE_REMOVED
+    def _request_scores(
+        self, clients: RunClients, scorers: Sequence[int], payloads: RoundPayloads, deadline: float | None
+    ) -> dict[int, HoldoutMetrics | str]:
+        """The score of each client, or why there is none, in client order."""
+        found: dict[int, HoldoutMetrics | str] = dict.fromkeys(scorers, NO_REPLY_BEFORE_DEADLINE)
 
-    with open_spool(run, number) as spool:
-        folder = spool if crew.shares_disk else None
-        downloads = Downloads(RoundPayloads(shop, state, number), sending.bases, folder, deployed=False)
-        messages = sending.scoring_messages(clients, crew, downloads)
-        for client, reply in stream_replies(
-            grid, messages, _deadline(shop.recipe, crew, took), crew.poll, note_removed
-        ):
-            answers[client] = _read(reply)
-    return answers
+        def note_removed(client: int) -> None:
+            found[client] = DEVICE_REMOVED
+
+        with open_spool(self.run_id, payloads.round_number) as spool:
+            folder = spool if clients.shares_disk else None
+            downloads = Downloads(payloads, self.sending.bases, folder, deployed=False)
+            messages = self.sending.scoring_messages(scorers, clients, downloads)
+            for client, reply in stream_replies(self.grid, messages, deadline, clients.poll, note_removed):
+                found[client] = _read(reply)
+        return found
 
 
 def draw_scorers(recipe: Recipe, among: Sequence[int]) -> list[int]:
@@ -102,19 +102,19 @@ def draw_scorers(recipe: Recipe, among: Sequence[int]) -> list[int]:
     return sorted([client for client in ranked if client in there][:wanted])
 
 
-def _connected(grid: Grid, crew: RunClients) -> list[int]:
-    """The clients that may be asked, without devices that are away."""
-    if not crew.deployed:
-        return list(crew.eligible)
-    there = set(grid.get_node_ids())
-    return [client for client in crew.eligible if crew.node_ids[client] in there]
+def _list_connected_clients(grid: Grid, clients: RunClients) -> list[int]:
+    """The eligible clients, without devices that are away."""
+    if not clients.deployed:
+        return list(clients.eligible)
+    connected = set(grid.get_node_ids())
+    return [client for client in clients.eligible if clients.node_ids[client] in connected]
 
 
-def _deadline(recipe: Recipe, crew: RunClients, took: float) -> float | None:
-    """Seconds to wait; no end in a simulation: its deadlines are in simulated time, and every client answers."""
-    if not crew.deployed:
+def _choose_deadline(recipe: Recipe, clients: RunClients, round_seconds: float) -> float | None:
+    """Seconds to wait. None in a simulation, whose deadlines are in simulated time: every client replies."""
+    if not clients.deployed:
         return None
-    return recipe.federation.deadline or max(_LEAST_SECONDS, took)
+    return recipe.federation.deadline or max(_LEAST_SECONDS, round_seconds)
 
 
 def _read(reply: Message) -> HoldoutMetrics | str:
@@ -125,4 +125,4 @@ def _read(reply: Message) -> HoldoutMetrics | str:
         score = read_score(reply.content.metric_records.get("report"))
     except ClientUpdateError as error:
         return f"refused: {clean_text(error)}"
-    return score if score.num_predictions else f"it holds out fewer than {FEWEST} examples"
+    return score or f"it holds out fewer than {FEWEST} examples"

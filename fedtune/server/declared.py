@@ -11,27 +11,27 @@ from fedtune.training import RunContext
 __all__ = ["most_examples"]
 
 
-def most_examples(shop: RunContext, store: Store, run: str, client: int) -> int:
+def most_examples(context: RunContext, store: Store, run: str, client: int) -> int:
     """The most that an honest report of client number ``client`` can count.
 
     With ``train.local_steps`` that is a number of the recipe. With ``train.local_epochs`` it follows from the examples
     that a simulated client holds, or that a device declared in its profile before it sent its update; where a device
     has declared none, from the largest declared by any device of the run.
     """
-    recipe = shop.recipe.get_client_recipe(client)
+    recipe = context.recipe.get_client_recipe(client)
     if recipe.privacy is not None and recipe.privacy.noise_added_by == "clients":
         return 1
     if recipe.train.local_steps:
         return min(MOST_EXAMPLES, recipe.train.local_steps * recipe.train.batch_size)
-    seats = store.access.list_assignments(run)
-    held = _declared(store, seats, client) if seats else len(shop.client_rows[client])
+    assignments = store.access.list_assignments(run)
+    held = _declared(store, assignments, client) if assignments else len(context.client_rows[client])
     return min(MOST_EXAMPLES, held * (recipe.train.local_epochs or 1))
 
 
-def _declared(store: Store, seats: Sequence[Assignment], client: int) -> int:
-    profiles = {device.name: json.loads(device.profile) for device in store.access.devices()}
-    told = {seat.client: _count(profiles.get(seat.device)) for seat in seats}
-    return told[client] or max(told.values()) or MOST_EXAMPLES
+def _declared(store: Store, assignments: Sequence[Assignment], client: int) -> int:
+    profiles = {device.name: json.loads(device.profile) for device in store.access.list_devices()}
+    declared = {assignment.client: _count(profiles.get(assignment.device_name)) for assignment in assignments}
+    return declared[client] or max(declared.values()) or MOST_EXAMPLES
 
 
 def _count(profile: Any) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fedtune.errors import ServerError
 from fedtune.files import write_bytes_atomically
-from fedtune.server.server_home import ServerSettings, read_server_settings
+from fedtune.server.server_settings import ServerSettings, read_server_settings
 from fedtune.shipped import fill_template
 from fedtune.systemd_units import service, service_home
 from fedtune.wheel import write_wheel
@@ -34,7 +34,7 @@ def _fill_container_file(settings: ServerSettings, wheel: str) -> str:
     """The container's server has a home of its own, which is made with the names and the port of this one."""
     return fill_template(
         "server/Dockerfile",
-        names=" ".join(f"--hostname {shlex.quote(name)}" for name in settings.names),
+        names=" ".join(f"--hostname {shlex.quote(name)}" for name in settings.hostnames),
         port=settings.address[1],
         python=f"{sys.version_info.major}.{sys.version_info.minor}",
         wheel=wheel,

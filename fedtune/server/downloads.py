@@ -22,12 +22,12 @@ __all__ = ["Download", "Downloads"]
 
 @dataclass(frozen=True)
 class Download:
-    """A payload, or its file; the bytes it counts; and what the order says of base weights, see ``Order``."""
+    """A payload, or its file; the bytes it counts; and the digests of base weights, see ``TrainRequest``."""
 
     payload: bytes | Path
     size: int
-    base: str = ""
-    held: str = ""
+    base_digest: str | None = None
+    held_digest: str | None = None
 
 
 class Downloads:
@@ -37,14 +37,14 @@ class Downloads:
     """
 
     def __init__(self, parts: RoundPayloads, bases: Bases, folder: Path | None, deployed: bool) -> None:
-        self.parts, self.number = parts, parts.number
+        self.parts, self.round_number = parts, parts.round_number
         self._bases, self._folder, self._deployed = bases, folder, deployed
-        self._made: dict[tuple[int, str], Download] = {}
+        self._made: dict[tuple[int, str | None], Download] = {}
 
     def get_for_client(self, client: int, whole: bool = False) -> Download:
         """A client's; ``whole`` for one that turned out not to hold the base it should."""
         part = self.parts.get_for_client(client)
-        held = "" if whole else self._bases.get_held_digest(client)
+        held = None if whole else self._bases.get_held_digest(client)
         key = id(part), held
         if key not in self._made:
             self._made[key] = (self._smaller(part, held) if held else None) or self._whole(part)
@@ -53,7 +53,7 @@ class Downloads:
     def _whole(self, part: ClassPayload) -> Download:
         payload = pack(part.wire) if self._folder is None else _file(part.wire, self._folder)
         size = payload.stat().st_size if isinstance(payload, Path) else len(payload)
-        return Download(payload, size, self._base() if self._deployed else "")
+        return Download(payload, size, self._base() if self._deployed else None)
 
     def _smaller(self, part: ClassPayload, held: str) -> Download | None:
         """The state with increments in place of the base, if there are any and they are fewer bytes."""
@@ -66,11 +66,11 @@ class Downloads:
         if size >= packed_size(part.wire):
             return None
         if not self._deployed:
-            return Download(self._made.setdefault((id(part), ""), self._whole(part)).payload, size)
+            return Download(self._made.setdefault((id(part), None), self._whole(part)).payload, size)
         return Download(pack(tensors), size, self._base(), held)
 
-    def _base(self) -> str:
-        return self._bases.digest(self.number, self.parts.state)
+    def _base(self) -> str | None:
+        return self._bases.digest(self.round_number, self.parts.state)
 
 
 def _file(wire: State, folder: Path) -> Path:

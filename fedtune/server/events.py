@@ -79,7 +79,7 @@ Event = RunStarted | RoundStarted | ReplyReceived | Scoring | Unscored | RoundEn
 
 
 _NAMED = 5
-"""So many refused clients are named in a round's line; the store has them all."""
+"""So many rejected clients are named in a round's line; the store has them all."""
 
 
 def format_run_start(event: RunStarted) -> str:
@@ -89,13 +89,13 @@ def format_run_start(event: RunStarted) -> str:
 
 def format_round(record: RoundRecord) -> str:
     """A round in one line: who answered, losses, the validation figure, seconds."""
-    merged = [sent for sent in record.contributions if sent.status == "merged"]
-    words = [f"{len(merged)}/{len(record.contributions)} clients"] if record.contributions else ["before training"]
+    merged = [sent for sent in record.client_records if sent.status == "merged"]
+    words = [f"{len(merged)}/{len(record.client_records)} clients"] if record.client_records else ["before training"]
     if any(sent.tells_loss for sent in merged):  # not where all withhold it
         words.append(f"train loss {compute_train_loss(merged):.4f}")
-    words += [f"{m.part} {m.name} {m.value:.4f}" for m in record.metrics if _shown(m.part, m.domain, m.name)]
-    refused = [f"{sent.device} (client {sent.client})" for sent in record.contributions if sent.status == "refused"]
-    words += [f"refused {', '.join(refused[:_NAMED])}"] if refused else []
+    words += [f"{m.split} {m.name} {m.value:.4f}" for m in record.metrics if _shown(m.split, m.domain, m.name)]
+    rejected = [f"{sent.device} (client {sent.client})" for sent in record.client_records if sent.status == "rejected"]
+    words += [f"rejected {', '.join(rejected[:_NAMED])}"] if rejected else []
     words.append(f"{record.seconds:.1f} s")
     return "  ".join(words) + (f"  FAILED: {record.reason}" if record.status == "failed" else "")
 
@@ -108,9 +108,11 @@ def describe_unscored_clients(event: Unscored) -> str:
     return f"round {event.number}  {many}: {'; '.join(named)}{more}"
 
 
-def _shown(part: str, domain: str, name: str) -> bool:
+def _shown(split: str, domain: str, name: str) -> bool:
     return (
-        part in ("validation", "own", "privacy") and domain == "all" and name in ("accuracy", "perplexity", "epsilon")
+        split in ("validation", "local", "privacy")
+        and domain == "all"
+        and name in ("accuracy", "perplexity", "epsilon")
     )
 
 

@@ -10,7 +10,7 @@ __all__ = ["average_holdout_metrics", "client_scores", "figures_of"]
 
 def average_holdout_metrics(contributions: Sequence[ClientUpdate]) -> tuple[MetricRecord, ...]:
     """Means by predictions, of the model as the round began it; nothing when no client held anything out."""
-    scores = [one.holdout_metrics for one in contributions]
+    scores = [one.holdout_metrics for one in contributions if one.holdout_metrics is not None]
     total = sum(score.num_predictions for score in scores)
     if not total:
         return ()
@@ -18,7 +18,7 @@ def average_holdout_metrics(contributions: Sequence[ClientUpdate]) -> tuple[Metr
         "accuracy": sum(score.num_predictions * score.accuracy for score in scores) / total,
         "loss": sum(score.num_predictions * score.loss for score in scores) / total,
     }
-    return tuple(MetricRecord(part="own", domain="all", name=name, value=value) for name, value in means.items())
+    return tuple(MetricRecord(split="local", domain="all", name=name, value=value) for name, value in means.items())
 
 
 def client_scores(contributions: Sequence[ClientUpdate], metrics: Sequence[str]) -> tuple[ClientScore, ...]:
@@ -29,17 +29,16 @@ def client_scores(contributions: Sequence[ClientUpdate], metrics: Sequence[str])
     return tuple(
         figure
         for one in contributions
-        for moment, score in (("before", one.holdout_metrics), ("after", one.trained))
+        for moment, score in (("before", one.holdout_metrics), ("after", one.trained_metrics))
+        if score is not None
         for figure in figures_of(one.client, moment, score, metrics)
     )
 
 
 def figures_of(client: int, moment: str, score: HoldoutMetrics, metrics: Sequence[str]) -> list[ClientScore]:
-    """A client's figures at one moment; none where it held nothing out."""
-    if not score.num_predictions:
-        return []
+    """A client's figures at one moment."""
     figures = {"loss": score.loss, "accuracy": score.accuracy} | dict(zip(metrics, score.more, strict=False))
     return [
-        ClientScore(client=client, moment=moment, name=name, value=value, predictions=score.num_predictions)
+        ClientScore(client=client, moment=moment, name=name, value=value, num_predictions=score.num_predictions)
         for name, value in figures.items()
     ]

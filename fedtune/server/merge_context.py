@@ -1,4 +1,4 @@
-"""What a round's merge is told of activations: measured here on validation inputs, or added up from clients."""
+"""A round's merge context holds activation statistics, measured on validation inputs or uploaded by clients."""
 
 from collections.abc import Collection, Mapping, Sequence
 
@@ -18,34 +18,36 @@ __all__ = ["make_merge_context"]
 
 
 def make_merge_context(
-    shop: RunContext,
+    context: RunContext,
     pipeline: MergePipeline,
     state: Mapping[str, Tensor],
-    number: int,
+    round_number: int,
     names: Collection[str],
     contributions: Sequence[ClientUpdate],
 ) -> MergeContext:
-    """Figures of the model as round ``number`` started it from ``state``, for the ``names`` trained in the round."""
-    asked = merging.build_calibration_request(pipeline.steps)
-    if asked is None:
-        return MergeContext(round_number=number)
-    batches = _validation(shop, asked) if asked.calibrate_on == "server" or "batches" in pipeline.needs else []
+    """Build a round's merge context for the ``names`` trained in it; the round started from ``state``."""
+    request = merging.build_calibration_request(pipeline.steps)
+    if request is None:
+        return MergeContext(round_number=round_number)
+    batches = _validation(context, request) if request.calibrate_on == "server" or "batches" in pipeline.needs else []
     if "activity" not in pipeline.needs:
-        return MergeContext(model=shop.model, calibration_batches=batches, round_number=number)
-    if asked.calibrate_on == "clients":
-        extras = declare_uploaded_statistics(shop.model, shop.recipe, names)
+        return MergeContext(model=context.model, calibration_batches=batches, round_number=round_number)
+    if request.calibrate_on == "clients":
+        extras = declare_uploaded_statistics(context.model, context.recipe, names)
         ordered = sorted(contributions, key=lambda one: one.client)
-        found = sum_uploaded_statistics(shop.model, names, [one.read_tensors(extras) for one in ordered])
+        found = sum_uploaded_statistics(context.model, names, [one.read_tensors(extras) for one in ordered])
     else:
-        set_model_state(shop.model, state)
-        with use_cpu_threads(shop.recipe.train.threads):
-            found = measure_activation_statistics(shop.model, batches, shop.techniques)
-    return MergeContext(activation_statistics=found, model=shop.model, calibration_batches=batches, round_number=number)
+        set_model_state(context.model, state)
+        with use_cpu_threads(context.recipe.train.threads):
+            found = measure_activation_statistics(context.model, batches, context.techniques)
+    return MergeContext(
+        activation_statistics=found, model=context.model, calibration_batches=batches, round_number=round_number
+    )
 
 
-def _validation(shop: RunContext, asked: CalibrationRequest) -> list[dict[str, Tensor]]:
+def _validation(context: RunContext, request: CalibrationRequest) -> list[dict[str, Tensor]]:
     """Inputs without labels, the same in every round."""
     chosen = sample_rows(
-        np.arange(len(shop.validation)), asked.calibration_examples, derive_seed(shop.recipe.seed, "activity")
+        np.arange(len(context.validation)), request.calibration_examples, derive_seed(context.recipe.seed, "activity")
     )
-    return list(iter_inputs(shop.validation, chosen, shop.recipe.evaluation.batch_size))
+    return list(iter_inputs(context.validation, chosen, context.recipe.evaluation.batch_size))

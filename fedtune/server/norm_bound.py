@@ -5,7 +5,7 @@ adapters of different ranks and masked weights compare. One above ``federation.n
 refused. The yardstick is the median size of the round, or of an earlier round where that was larger: once most clients
 have little left to learn, the one that still has may send what all sent at the start. Updates of zeros do not count,
 and of fewer than three updates the median is no yardstick; while there is none, an update is refused only where its
-size is above 10,000, which no weight of a network reaches. Each round's median is in the store (part ``updates``,
+size is above 10,000, which no weight of a network reaches. Each round's median is in the store (split ``updates``,
 name ``median_rms``), so that a resumed run compares with the same.
 The default, 50: honest clients of logistic regression whose data differ 450 to 1 in size, one epoch of SGD, reached 33.
 Use when: always. A generous factor leaves honest updates alone, whose bits it does not touch.
@@ -30,7 +30,7 @@ _COHORT = 3
 """Of fewer updates the median is no yardstick."""
 _LARGEST = 1e4
 """Above this an update's size is no weight's, whatever it is compared with."""
-_PART, _NAME = "updates", "median_rms"
+_SPLIT, _NAME = "updates", "median_rms"
 
 
 def median_size(sizes: Iterable[float]) -> float:
@@ -65,7 +65,7 @@ class NormBound:
         """The records and contributions of a round, those beyond the bound refused; ``values`` counts a client's."""
         if self._factor is None:
             return list(records), list(contributions)
-        sizes = {one.client: _size(one.norm, values(one.client)) for one in records if one.status == "merged"}
+        sizes = {one.client: _size(one.update_norm, values(one.client)) for one in records if one.status == "merged"}
         unit = yardstick(list(sizes.values()), self._earlier)
         limit = min(unit * self._factor, max(_LARGEST, self._earlier * self._factor))
         refused = {client: self._why(size, unit) for client, size in sizes.items() if size > limit}
@@ -78,7 +78,7 @@ class NormBound:
         if not self._median:
             return ()
         self._earlier = max(self._earlier, self._median)
-        return (MetricRecord(part=_PART, domain="all", name=_NAME, value=self._median),)
+        return (MetricRecord(split=_SPLIT, domain="all", name=_NAME, value=self._median),)
 
     def _why(self, size: float, unit: float) -> str:
         if unit < math.inf and size > unit * (self._factor or math.inf):
@@ -92,11 +92,11 @@ class NormBound:
 def _refused(record: ClientRecord, refused: Mapping[int, str]) -> ClientRecord:
     if record.client not in refused:
         return record
-    return replace(record, status="refused", reason=refused[record.client], examples=0)
+    return replace(record, status="rejected", reason=refused[record.client], num_examples=0)
 
 
 def _is_median(metric: MetricRecord) -> bool:
-    return (metric.part, metric.name) == (_PART, _NAME)
+    return (metric.split, metric.name) == (_SPLIT, _NAME)
 
 
 def _size(norm: float, values: int) -> float:

@@ -33,5 +33,5 @@ class Presence:
         return [
             device
             for device in devices
-            if int(device.node) in online and now - self._heard.get(device.name, -math.inf) < _SILENT_SECONDS
+            if int(device.node_id) in online and now - self._heard.get(device.name, -math.inf) < _SILENT_SECONDS
         ]

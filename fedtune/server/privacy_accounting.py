@@ -35,7 +35,7 @@ class Spending:
         self._recipe = recipe
         self._charged: Counter[int] = Counter()
         for record in done:
-            self._charge((record.status, record.contributions))
+            self._charge((record.status, record.client_records))
 
     def compute_epsilon_after_round(self, asked: RoundOutcome) -> tuple[MetricRecord, ...]:
         """Epsilon with one more round, which is about to be committed; nothing without privacy."""
@@ -43,7 +43,7 @@ class Spending:
             return ()
         self._charge(asked)
         value = compute_epsilon(self._recipe, max(self._charged.values(), default=0))
-        return (MetricRecord(part="privacy", domain="all", name="epsilon", value=value),)
+        return (MetricRecord(split="privacy", domain="all", name="epsilon", value=value),)
 
     def _charge(self, asked: RoundOutcome) -> None:
         if self._recipe.privacy is not None:

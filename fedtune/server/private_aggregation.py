@@ -15,15 +15,17 @@ from fedtune.merging import MergeContext, MergePipeline, RelaxStep
 from fedtune.privacy import NormalStream, compute_max_update_norm, compute_mean_noise_std, load_or_create_noise_key
 from fedtune.recipe.schema import Recipe
 from fedtune.wire.client_update import ClientUpdate
+from fedtune.wire.update_checks import NormLimit
 
 __all__ = ["append_noise_step", "get_norm_limit", "weight_clients_equally"]
 
 
-def get_norm_limit(recipe: Recipe, shapes: Iterable[tuple[int, ...]]) -> tuple[float | None, str]:
-    """The norm above which a contribution is refused, and the recipe's key that says so."""
+def get_norm_limit(recipe: Recipe, shapes: Iterable[tuple[int, ...]]) -> NormLimit:
+    """The norm above which an update of these shapes is refused."""
     if recipe.privacy is None:
-        return recipe.federation.max_update_norm, "federation.max_update_norm"
-    return compute_max_update_norm(recipe.privacy, sum(math.prod(shape) for shape in shapes)), "privacy.clipping_norm"
+        return NormLimit(recipe.federation.max_update_norm, "federation.max_update_norm")
+    largest = compute_max_update_norm(recipe.privacy, sum(math.prod(shape) for shape in shapes))
+    return NormLimit(largest, "privacy.clipping_norm")
 
 
 def weight_clients_equally(recipe: Recipe, contributions: Sequence[ClientUpdate]) -> list[ClientUpdate]:
@@ -48,7 +50,7 @@ class NoiseStep(RelaxStep):
 
 
 def append_noise_step(
-    recipe: Recipe, pipeline: MergePipeline, run: str, number: int, contributions: Sequence[ClientUpdate]
+    recipe: Recipe, pipeline: MergePipeline, run: str, round_number: int, contributions: Sequence[ClientUpdate]
 ) -> MergePipeline:
     """The merge, with noise for the mean of these contributions at its end where the server is to add it.
 
@@ -60,6 +62,8 @@ def append_noise_step(
     content = hashlib.sha256("".join(hash_file(one.path) for one in contributions).encode()).hexdigest()
     each = compute_mean_noise_std(recipe.privacy, len(contributions))
     noise = NoiseStep(
-        noise_std=each, secret=load_or_create_noise_key(paths.get_runs_folder() / run), purpose=(run, number, content)
+        noise_std=each,
+        secret=load_or_create_noise_key(paths.get_runs_folder() / run),
+        purpose=(run, round_number, content),
     )
     return pipeline._replace(relax=(*pipeline.relax, noise))

@@ -29,7 +29,7 @@ class _Profile(BaseModel):
 
 
 def read_profile(sent: Any, who: str) -> str:
-    """A device's profile as JSON to be stored; RefusedError (400) that names the field which does not hold."""
+    """A device's profile as JSON to be stored; RequestRefusedError (400) that names the field which does not hold."""
     try:
         profile = _Profile.model_validate(sent)
     except ValidationError as error:

@@ -2,7 +2,7 @@
 
 from fedtune.recipe.schema import Recipe
 from fedtune.tracking import Store
-from fedtune.tracking.pruning import prune
+from fedtune.tracking.pruning import prune_run_checkpoints
 
 __all__ = ["prune_checkpoints"]
 
@@ -13,4 +13,4 @@ def prune_checkpoints(store: Store, run: str, recipe: Recipe) -> None:
     if keep == "all":
         return
     last = keep.last if late is None else max(keep.last, late.max_staleness + 2)
-    prune(store, run, keep.model_copy(update={"last": last}))
+    prune_run_checkpoints(store, run, keep.model_copy(update={"last": last}))

@@ -13,7 +13,7 @@ from fedtune.tracking import Access, ClientRecord, RoundRecord
 __all__ = ["REFUSALS", "Quarantine"]
 
 REFUSALS = 3
-"""So many updates refused in a row, and a device is quarantined."""
+"""So many updates rejected in a row, and a device is quarantined."""
 
 
 class Quarantine:
@@ -23,21 +23,25 @@ class Quarantine:
         self._access, self._run = access, run
         self._refused: Counter[int] = Counter()
         for record in done:
-            self._count(record.contributions)
+            self._count(record.client_records)
 
     def judge(self, records: Sequence[ClientRecord]) -> None:
         """Quarantine the devices for which a committed round made the last drop."""
         faulty = [record for record in self._count(records) if self._refused[record.client] >= REFUSALS]
-        devices = {seat.client: seat.device for seat in self._access.list_assignments(self._run)} if faulty else {}
+        devices = (
+            {assignment.client: assignment.device_name for assignment in self._access.list_assignments(self._run)}
+            if faulty
+            else {}
+        )
         for record in faulty:
             if record.client in devices:
-                self._access.quarantine(devices[record.client], f"{REFUSALS} refused in a row: {record.reason}")
+                self._access.quarantine_device(devices[record.client], f"{REFUSALS} rejected in a row: {record.reason}")
 
     def _count(self, records: Sequence[ClientRecord]) -> list[ClientRecord]:
         """Go on with the rows; the records that lengthen one."""
         for record in records:
             if record.status in ("merged", "unused"):
                 self._refused[record.client] = 0
-        refused = [record for record in records if record.status == "refused"]
+        refused = [record for record in records if record.status == "rejected"]
         self._refused.update(record.client for record in refused)
         return refused

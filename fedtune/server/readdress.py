@@ -10,28 +10,31 @@ import yaml
 from fedtune.errors import ServerError
 from fedtune.files import write_bytes_atomically
 from fedtune.recipe.yaml_text import YamlError, load
-from fedtune.server.server_home import ServerHome, ServerSettings, check_settings, open_server_home
+from fedtune.server.server_home import ServerHome, open_server_home
+from fedtune.server.server_settings import RENAMED_KEYS, ServerSettings, check_server_settings
 
 __all__ = ["readdress"]
 
 
-def readdress(names: list[str], listen: str | None) -> str:
-    """Put the names first among those the server has, and where it listens in place of before; its new URL.
+def readdress(hostnames: list[str], listen: str | None) -> str:
+    """Put the names before those the server has, change where it listens, and return its new URL.
 
-    Names from before stay in the certificate, so that devices which still reach it by them go on doing so.
+    The earlier names stay in the certificate, so that devices can still reach the server by them.
     """
     place = open_server_home()
     before = place.settings
     wanted: dict[str, object] = {
-        "names": list(dict.fromkeys([*names, *before.names])),
+        "hostnames": list(dict.fromkeys([*hostnames, *before.hostnames])),
         "listen": listen or before.listen,
     }
     told = before.model_dump() | wanted
-    moved = replace(place, settings=check_settings(told, "the options"))
+    moved = replace(place, settings=check_server_settings(told, "the options"))
     path = place.folder / "server.yaml"
     text = _rewritten(path, wanted)
     if not _says(text, moved.settings):  # an anchor that something else refers to, for one
-        raise ServerError(f"{path} is written in a way that cannot be changed in place; change listen and names in it")
+        raise ServerError(
+            f"{path} is written in a way that cannot be changed in place; change listen and hostnames in it"
+        )
     moved.renew_certificate()  # refuses what is no name, before anything else is written
     write_bytes_atomically(path, text.encode())
     _rename(moved)
@@ -39,15 +42,16 @@ def readdress(names: list[str], listen: str | None) -> str:
 
 
 def _rewritten(path: Path, wanted: Mapping[str, object]) -> str:
-    """The text of a YAML file with other values; the rest of it, comments too, is as it was."""
+    """The text of a YAML file with other values and present names of keys; the rest, comments too, is as it was."""
     text = path.read_text(encoding="utf-8")
     root = yaml.compose(text)
     if not isinstance(root, yaml.MappingNode):
-        raise ServerError(f"{path} has no settings; write at least listen and names")
-    found = {key.value: value for key, value in root.value}
-    spans = [(found[key].start_mark.index, _end(found[key]), value) for key, value in wanted.items() if key in found]
-    for start, end, value in sorted(spans, key=lambda span: -span[0]):
-        text = f"{text[:start]}{json.dumps(value)}{text[end:]}"
+        raise ServerError(f"{path} has no settings; write at least listen and hostnames")
+    found = {RENAMED_KEYS.get(key.value, key.value): (key, value) for key, value in root.value}
+    spans = [(*_span(found[key][1]), json.dumps(value)) for key, value in wanted.items() if key in found]
+    spans += [(*_span(key), new) for new, (key, _) in found.items() if key.value != new]
+    for start, end, written in sorted(spans, reverse=True):
+        text = f"{text[:start]}{written}{text[end:]}"
     lacking = [f"{key}: {json.dumps(value)}\n" for key, value in wanted.items() if key not in found]
     return (text if text.endswith("\n") or not lacking else text + "\n") + "".join(lacking)
 
@@ -55,9 +59,14 @@ def _rewritten(path: Path, wanted: Mapping[str, object]) -> str:
 def _says(text: str, settings: ServerSettings) -> bool:
     """Whether a YAML text means just these settings."""
     try:
-        return check_settings(load(text), "server.yaml") == settings
+        return check_server_settings(load(text), "server.yaml") == settings
     except (YamlError, ServerError):
         return False
+
+
+def _span(node: yaml.Node) -> tuple[int, int]:
+    """Where a key or a value stands in its text."""
+    return node.start_mark.index, _end(node)
 
 
 def _end(node: yaml.Node) -> int:

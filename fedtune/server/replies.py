@@ -1,6 +1,6 @@
-"""What becomes of a reply: a checked contribution spooled to disk, or a record of why there is none."""
+"""A reply becomes a checked client update on disk, or a record that says why there is none."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flwr.app import Error, Message
@@ -10,111 +10,127 @@ from fedtune.files import write_bytes_atomically
 from fedtune.merging import compute_staleness_weight
 from fedtune.recipe.federation import Asynchronous
 from fedtune.server.class_payloads import ClassPayload
+from fedtune.server.client_device import ClientDevice
 from fedtune.server.reports import MOST_EXAMPLES, read_report
 from fedtune.tracking import ClientRecord
 from fedtune.untrusted import clean_text
 from fedtune.wire.client_update import ClientUpdate
 from fedtune.wire.error_codes import DECLINED_PREFIX, REFUSED
 from fedtune.wire.protocol_codes import parse_problem
-from fedtune.wire.update_checks import check
+from fedtune.wire.update_checks import NO_NORM_LIMIT, NormLimit, check_client_update
 
 _LONGEST_REASON = 400
 """Characters that are kept of why an update is refused: it may quote names that its device chose."""
 
-__all__ = ["make_missing_record", "read_error", "receive_update", "scale_by_staleness"]
+__all__ = ["ExpectedReply", "make_missing_record", "read_error", "receive_update", "scale_by_staleness"]
 
 
-def receive_update(
-    reply: Message,
-    client: int,
-    device: str,
-    part: ClassPayload,
-    max_norm: float | None,
-    spool: Path,
-    limit: str = "federation.max_update_norm",
-    most_examples: int = MOST_EXAMPLES,
-    bytes_down: int = 0,
-) -> tuple[ClientRecord, ClientUpdate | None]:
-    """The record of a reply, and the contribution when it is one that may be merged; ``limit`` is max_norm's key.
+@dataclass(frozen=True)
+class ExpectedReply:
+    """What the server expects of one client in a round.
 
-    ``most_examples`` is what the client can have trained on in the round, ``bytes_down`` what it was sent. Nothing of a
-    payload that is larger than the round expects is read or written.
+    ``most_examples`` is the number the client can have trained on; ``bytes_down`` is what it was sent.
+    """
+
+    client: int
+    device: ClientDevice
+    payload: ClassPayload
+    norm_limit: NormLimit = NO_NORM_LIMIT
+    most_examples: int = MOST_EXAMPLES
+    bytes_down: int = 0
+
+
+def receive_update(reply: Message, expected: ExpectedReply, spool: Path) -> tuple[ClientRecord, ClientUpdate | None]:
+    """Return the record of a reply, and the update if it may be merged.
+
+    Nothing of a payload that is larger than the round expects is read or written.
     """
     if reply.has_error():
-        return _absent(client, device, *read_error(reply.error), bytes_down), None
-    path = spool / f"client-{client:06d}.safetensors"
+        return _make_absent_record(expected, *read_error(reply.error)), None
+    path = spool / f"client-{expected.client:06d}.safetensors"
     try:
-        payload = _payload(reply, part.most_bytes)
-        report = read_report(reply.content.metric_records.get("report"), most_examples)
+        payload = _payload(reply, expected.payload.most_bytes)
+        report = read_report(reply.content.metric_records.get("report"), expected.most_examples)
         write_bytes_atomically(path, payload)
-        norm = check(path, part.expected_shapes, part.extra_payload_specs, max_norm, limit)
+        norm = check_client_update(
+            path, expected.payload.expected_shapes, expected.payload.extra_payload_specs, expected.norm_limit
+        )
     except ClientUpdateError as error:
         path.unlink(missing_ok=True)
-        return _absent(client, device, "refused", clean_text(error, _LONGEST_REASON), bytes_down), None
+        return _make_absent_record(expected, "rejected", clean_text(error, _LONGEST_REASON)), None
     record = ClientRecord(
-        client=client,
-        device=device,
+        client=expected.client,
+        device_class=expected.device.device_class,
+        device_name=expected.device.device_name,
         status="merged",
-        reason=f"in micro-batches of {report.micro_batch}, to fit its memory" if report.micro_batch else "",
-        examples=report.examples,
-        bytes_down=bytes_down,
+        reason=f"in micro-batches of {report.micro_batch_size}, to fit its memory" if report.micro_batch_size else "",
+        num_examples=report.num_examples,
+        bytes_down=expected.bytes_down,
         bytes_up=path.stat().st_size,
         seconds=report.seconds,
-        saved_bytes=report.saved_bytes,
-        peak_rss=report.peak_rss,
-        norm=norm,
-        loss=report.loss,
+        activation_memory=report.activation_memory,
+        peak_memory=report.peak_memory,
+        update_norm=norm,
+        train_loss=report.loss,
     )
-    return record, ClientUpdate(client, report.examples, path, report.local_metrics, report.trained)
+    return record, ClientUpdate(
+        expected.client, report.num_examples, path, report.holdout_metrics, report.trained_metrics
+    )
 
 
 def scale_by_staleness(
-    record: ClientRecord, sent: ClientUpdate | None, tau: int | None, late: Asynchronous | None
+    record: ClientRecord, update: ClientUpdate | None, staleness: int | None, asynchronous: Asynchronous | None
 ) -> tuple[ClientRecord, ClientUpdate | None]:
-    """Both with how late they are: ``tau`` rounds, by which a delta is scaled."""
-    if tau is None or late is None:
-        return record, sent
-    scaled = replace(sent, scale=compute_staleness_weight(tau, late.staleness_exponent)) if sent is not None else None
-    return replace(record, staleness=tau), scaled
+    """Return both with their staleness in rounds, by which the delta is scaled; as they are if none can be stale."""
+    if staleness is None or asynchronous is None:
+        return record, update
+    weight = compute_staleness_weight(staleness, asynchronous.staleness_exponent)
+    scaled = None if update is None else replace(update, scale=weight)
+    return replace(record, staleness=staleness), scaled
 
 
 def read_error(error: Error) -> tuple[str, str]:
-    """Status and reason; a device declines before it trains when its budget cannot hold what it is asked."""
-    told = error.reason or ""
+    """Return status and reason. A device declines before it trains if its memory budget is too small."""
+    sent = error.reason or ""
     if error.code == REFUSED:
-        return "refused", clean_text(told)
-    status = "declined" if told.startswith(DECLINED_PREFIX) else "error"
-    reason = told.removeprefix(DECLINED_PREFIX)
+        return "rejected", clean_text(sent)
+    status = "declined" if sent.startswith(DECLINED_PREFIX) else "error"
+    reason = sent.removeprefix(DECLINED_PREFIX)
     if problem := parse_problem(reason):
         return status, problem.remote_sentence
     shown = clean_text(reason)
     return status, shown if status == "declined" else f"code {error.code}: {shown}"
 
 
-def make_missing_record(client: int, device: str, bytes_down: int, reason: str) -> ClientRecord:
-    """The record of a client that did not answer in time."""
-    return _absent(client, device, "missing", reason, bytes_down)
+def make_missing_record(client: int, device: ClientDevice, bytes_down: int, reason: str) -> ClientRecord:
+    """The record of a client that sent no reply in time."""
+    return _make_empty_record(client, device, "missing", reason, bytes_down)
 
 
-def _absent(client: int, device: str, status: str, reason: str, bytes_down: int) -> ClientRecord:
+def _make_absent_record(expected: ExpectedReply, status: str, reason: str) -> ClientRecord:
+    return _make_empty_record(expected.client, expected.device, status, reason, expected.bytes_down)
+
+
+def _make_empty_record(client: int, device: ClientDevice, status: str, reason: str, bytes_down: int) -> ClientRecord:
     return ClientRecord(
         client=client,
-        device=device,
+        device_class=device.device_class,
+        device_name=device.device_name,
         status=status,
         reason=reason,
-        examples=0,
+        num_examples=0,
         bytes_down=bytes_down,
         bytes_up=0,
         seconds=0.0,
-        saved_bytes=0,
-        peak_rss=0,
-        norm=0.0,
-        loss=0.0,
+        activation_memory=0,
+        peak_memory=0,
+        update_norm=0.0,
+        train_loss=0.0,
     )
 
 
 def _payload(reply: Message, most: int) -> bytes:
-    """Taken out of the reply: messages hold themselves in a cycle, and would keep it until the next collection."""
+    """Take the payload out of the reply: messages refer to themselves, and would keep it until the next collection."""
     record = reply.content.array_records.get("delta")
     if record is None or list(record) != ["safetensors"]:
         raise ClientUpdateError("the reply carries no deltas; update the client")

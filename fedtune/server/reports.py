@@ -32,23 +32,23 @@ _Bytes = Annotated[int, Field(ge=0, le=_MOST_BYTES)]
 
 
 class _Bounded(BaseModel):
-    """The fields of :class:`Report` with what is plausible for each; NaN only for a loss that is not told."""
+    """The fields of :class:`ClientReport` with what is plausible for each; NaN only for a loss that is not told."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-    examples: int = Field(ge=1, le=MOST_EXAMPLES)
+    num_examples: int = Field(ge=1, le=MOST_EXAMPLES)
     loss: _Loss
     seconds: float = Field(ge=0, le=_MOST_SECONDS, allow_inf_nan=False)
-    saved_bytes: _Bytes
-    peak_rss: _Bytes
-    own_predictions: int = Field(ge=0, le=_MOST_BYTES)
-    own_loss: float = Field(ge=-_MOST_LOSS, le=_MOST_LOSS, allow_inf_nan=False)
-    own_accuracy: float = Field(ge=0, le=1, allow_inf_nan=False)
-    micro_batch: int = Field(ge=0, le=MOST_EXAMPLES)
-    own_more: list[_Loss] = Field(max_length=_MOST_FIGURES)
-    own_after: list[_Loss] = Field(max_length=_MOST_FIGURES)
+    activation_memory: _Bytes
+    peak_memory: _Bytes
+    num_holdout_predictions: int = Field(ge=0, le=_MOST_BYTES)
+    holdout_loss: float = Field(ge=-_MOST_LOSS, le=_MOST_LOSS, allow_inf_nan=False)
+    holdout_accuracy: float = Field(ge=0, le=1, allow_inf_nan=False)
+    micro_batch_size: int | None = Field(None, ge=1, le=MOST_EXAMPLES)
+    extra_holdout_metrics: list[_Loss] = Field(max_length=_MOST_FIGURES)
+    trained_holdout_metrics: list[_Loss] = Field(max_length=_MOST_FIGURES)
 
-    @field_validator("own_after")
+    @field_validator("trained_holdout_metrics")
     @classmethod
     def _whole(cls, figures: list[float]) -> list[float]:
         if len(figures) == 1:
@@ -59,26 +59,29 @@ class _Bounded(BaseModel):
 class _OfScoring(_Bounded):
     """The report of a client that was asked only to score, and so has trained on nothing."""
 
-    examples: int = Field(ge=0, le=0)
+    num_examples: int = Field(ge=0, le=0)
 
 
 def read_report(record: MetricRecord | None, most_examples: int = MOST_EXAMPLES) -> ClientReport:
-    """The report in a reply; ContributionError unless it has every field, each in its bounds.
+    """The report in a reply; ClientUpdateError unless it has every field, each in its bounds.
 
     ``most_examples`` is what the client can have trained on in the round.
     """
     bounded = _checked(record, _Bounded)
-    if bounded.examples > most_examples:
+    if bounded.num_examples > most_examples:
         raise ClientUpdateError(
-            f"its report counts {bounded.examples} examples, but of what the device declared it can have trained on "
-            f"{most_examples} at most"
+            f"its report counts {bounded.num_examples} examples, but of what the device declared it can have trained "
+            f"on {most_examples} at most"
         )
     return ClientReport(**bounded.model_dump())
 
 
-def read_score(record: MetricRecord | None) -> HoldoutMetrics:
-    """The score in the reply of a client that was asked only to score; ContributionError as ``read_report``."""
-    return ClientReport(**_checked(record, _OfScoring).model_dump()).local_metrics
+def read_score(record: MetricRecord | None) -> HoldoutMetrics | None:
+    """Return the score in the reply of a client that was asked only to score; None if it holds out too few examples.
+
+    Raise ClientUpdateError as ``read_report`` does.
+    """
+    return ClientReport(**_checked(record, _OfScoring).model_dump()).holdout_metrics
 
 
 def _checked(record: MetricRecord | None, kind: type[_Bounded]) -> _Bounded:

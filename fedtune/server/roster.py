@@ -28,79 +28,90 @@ class Roster:
     def __init__(self, store: Store, run: str, recipe: Recipe, grid: Grid) -> None:
         self._store, self._run, self._recipe, self._grid = store, run, recipe, grid
         self._quorum = recipe.federation.quorum
-        self.seated = bool(store.access.list_assignments(run))
+        self.has_devices = bool(store.access.list_assignments(run))
 
     def assemble(self) -> RunClients:
-        """The crew, as soon as enough of it are enrolled and connected."""
-        if self.seated:
+        """Return the clients as soon as enough of their devices are enrolled and connected."""
+        if self.has_devices:
             self.wait()
         return wait_for_clients(
-            self._grid, self._recipe, self._seats(), removed=self.list_removed_clients if self.seated else tuple
+            self._grid,
+            self._recipe,
+            self._list_assignments(),
+            removed=self.list_removed_clients if self.has_devices else tuple,
         )
 
     def list_removed_clients(self) -> list[int]:
         """The clients whose device is not enrolled now."""
-        there = {(device.name, device.node) for device in self._store.access.devices()}
-        return [seat.client for seat in self._seats() if (seat.device, seat.node) not in there]
+        there = {(device.name, device.node_id) for device in self._store.access.list_devices()}
+        return [
+            assignment.client
+            for assignment in self._list_assignments()
+            if (assignment.device_name, assignment.node_id) not in there
+        ]
 
     def _quarantined(self) -> set[int]:
-        """The clients whose device gets no orders until an operator releases it."""
-        out = {device.name for device in self._store.access.devices() if device.quarantined}
-        return {seat.client for seat in self._seats() if seat.device in out}
+        """The clients whose device gets no train requests until an operator releases it."""
+        out = {device.name for device in self._store.access.list_devices() if device.quarantine_reason}
+        return {assignment.client for assignment in self._list_assignments() if assignment.device_name in out}
 
     def wait(self) -> list[Assignment]:
-        """All seats whose device may be asked, as soon as enough of those are connected for a round."""
-        said = ""
+        """Return the assignments of eligible devices, as soon as enough are connected for a round."""
+        said: str | None = None
         while True:
-            seats, removed, out = self._seats(), set(self.list_removed_clients()), self._quarantined()
-            there = [seat for seat in seats if seat.client not in removed | out]
-            gone = [seat for seat in seats if seat.client in removed]
-            lacking = self._lacking(there, gone, [seat for seat in seats if seat.client in out - removed])
+            assignments, removed, out = self._list_assignments(), set(self.list_removed_clients()), self._quarantined()
+            there = [assignment for assignment in assignments if assignment.client not in removed | out]
+            gone = [assignment for assignment in assignments if assignment.client in removed]
+            lacking = self._lacking(
+                there, gone, [assignment for assignment in assignments if assignment.client in out - removed]
+            )
             if lacking != said:
-                self._store.set_run_reason(self._run, lacking)
-            if not lacking:
+                self._store.set_run_reason(self._run, lacking or "")
+            if lacking is None:
                 return there
             said = lacking
             time.sleep(_LOOK_SECONDS)
 
-    def refresh_devices(self, crew: RunClients, asking: RoundScheduler) -> RunClients:
-        """The crew with the devices as they are enrolled now; ``asking`` hears whom the next round may ask."""
-        if not self.seated:
-            return crew
+    def refresh_devices(self, clients: RunClients, scheduler: RoundScheduler) -> RunClients:
+        """Return the clients with the devices as they are enrolled now; tell the scheduler which are eligible."""
+        if not self.has_devices:
+            return clients
         there = self.wait()
-        nodes = [int(seat.node) for seat in self._seats()]
-        moved = {client for client, node in enumerate(nodes) if node != crew.node_ids[client]}
-        eligible = [seat.client for seat in there]
-        asking.admit(eligible, moved)
-        return replace(crew, node_ids=nodes, eligible=eligible)
+        nodes = [int(assignment.node_id) for assignment in self._list_assignments()]
+        moved = {client for client, node in enumerate(nodes) if node != clients.node_ids[client]}
+        eligible = [assignment.client for assignment in there]
+        scheduler.admit(eligible, moved)
+        return replace(clients, node_ids=nodes, eligible=eligible)
 
-    def _seats(self) -> list[Assignment]:
+    def _list_assignments(self) -> list[Assignment]:
         return self._store.access.list_assignments(self._run)
 
     def _lacking(
         self, there: Sequence[Assignment], gone: Sequence[Assignment], quarantined: Sequence[Assignment]
-    ) -> str:
-        """Why no round can succeed now, and the mend; nothing when one can."""
+    ) -> str | None:
+        """Why no round can succeed now, and the mend; None when one can."""
         if len(there) < self._quorum and quarantined:
             return (
                 f"waits: {_names(quarantined, 'is', 'are')} quarantined, and too few devices are left for "
                 f"federation.quorum {self._quorum}; see fedtune server devices, mend it, then fedtune server release "
-                f"{quarantined[0].device}"
+                f"{quarantined[0].device_name}"
             )
         if len(there) < self._quorum:
             return (
                 f"waits: {_names(gone, 'was', 'were')} removed, and too few devices are left for federation.quorum "
-                f"{self._quorum}; enrol again under the same name (fedtune server create-token {gone[0].device}), or "
-                "stop the run and submit it with a lower quorum"
+                f"{self._quorum}; enrol again under the same name (fedtune server create-token {gone[0].device_name}), "
+                "or stop the run and submit it with a lower quorum"
             )
         connected = set(self._grid.get_node_ids())
-        away = [seat for seat in there if int(seat.node) not in connected]
+        away = [assignment for assignment in there if int(assignment.node_id) not in connected]
         if len(there) - len(away) < self._quorum:
             return f"waits for devices: {_names(away, 'is', 'are')} away, and federation.quorum is {self._quorum}"
-        return ""
+        return None
 
 
-def _names(seats: Sequence[Assignment], one: str, many: str) -> str:
+def _names(assignments: Sequence[Assignment], one: str, many: str) -> str:
     """Some of the devices and the verb for one of them or for many."""
-    names = ", ".join(seat.device for seat in seats[:_NAMED]) + (", ..." if len(seats) > _NAMED else "")
-    return f"{names} {one if len(seats) == 1 else many}"
+    names = ", ".join(assignment.device_name for assignment in assignments[:_NAMED]) + (
+        ", ..." if len(assignments) > _NAMED else ""
+    )
+    return f"{names} {one if len(assignments) == 1 else many}"

@@ -10,25 +10,25 @@ from fedtune.errors import ClientUpdateError, RecipeError
 from fedtune.recipe.schema import Recipe
 from fedtune.tracking import ClientRecord
 
-__all__ = ["MERGE_ERRORS", "mark_updates_unused", "require_finite", "shortage", "with_refusals"]
+__all__ = ["MERGE_ERRORS", "explain_shortage", "mark_updates_unused", "require_finite", "with_refusals"]
 
 MERGE_ERRORS = (ArithmeticError, ClientUpdateError, RecipeError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
 """Updates that do not hold, too few for the merge, or values it cannot compute with. Other errors end the run."""
 
 
 def require_finite(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The state; ContributionError when a value of it is not finite."""
+    """The state; ClientUpdateError when a value of it is not finite."""
     for name, tensor in state.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise ClientUpdateError(f"it gave values in {name} that are not finite; the state stays as it was")
     return state
 
 
-def shortage(records: Sequence[ClientRecord], recipe: Recipe) -> str:
-    """Why a round has too few updates, or nothing."""
+def explain_shortage(records: Sequence[ClientRecord], recipe: Recipe) -> str | None:
+    """Why a round has too few updates; None if it has enough."""
     usable = sum(record.status == "merged" for record in records)
     if usable >= recipe.federation.quorum:
-        return ""
+        return None
     return with_refusals(f"{usable} usable contributions, quorum {recipe.federation.quorum}", records)
 
 

@@ -5,7 +5,7 @@ random number is derived from the seed and the place it is used.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,24 +18,31 @@ from fedtune.errors import RunError
 from fedtune.server import scoring
 from fedtune.server.bases import Bases
 from fedtune.server.class_payloads import RoundPayloads, list_trainable_tensors, pad_update_to_shared_rank
-from fedtune.server.client_scoring import score_by_clients
+from fedtune.server.client_scoring import ClientScoring
 from fedtune.server.downloads import Downloads
-from fedtune.server.events import ReplyReceived, RoundEnded, RoundStarted, RunStarted, emit_event
+from fedtune.server.events import ReplyReceived, RoundStarted, RunStarted, emit_event
 from fedtune.server.federated_evaluation import average_holdout_metrics, client_scores
 from fedtune.server.merge_context import make_merge_context
 from fedtune.server.private_aggregation import append_noise_step, get_norm_limit, weight_clients_equally
 from fedtune.server.pruning import prune_checkpoints
-from fedtune.server.replies import make_missing_record, receive_update, scale_by_staleness
+from fedtune.server.replies import ExpectedReply, make_missing_record, receive_update, scale_by_staleness
 from fedtune.server.roster import Roster
-from fedtune.server.round_failures import MERGE_ERRORS, mark_updates_unused, require_finite, shortage, with_refusals
+from fedtune.server.round_commit import RoundResult, commit_round, get_checkpoint_path
+from fedtune.server.round_failures import (
+    MERGE_ERRORS,
+    explain_shortage,
+    mark_updates_unused,
+    require_finite,
+    with_refusals,
+)
 from fedtune.server.run_clients import RunClients
 from fedtune.server.safeguards import Safeguards
 from fedtune.server.scheduling.factory import make_round_scheduler
-from fedtune.server.scheduling.round_scheduler import RoundScheduler
 from fedtune.server.sending import Sending
+from fedtune.server.server_run import ServerRun
 from fedtune.server.spool import open_spool, sweep
-from fedtune.tracking import CheckpointRecord, ClientRecord, ClientScore, MetricRecord, RoundRecord, Store
-from fedtune.tracking.pruning import remove_pruned, with_checkpoint
+from fedtune.tracking import ClientRecord, MetricRecord, RoundRecord, Store
+from fedtune.tracking.pruning import find_checkpointed_round, remove_pruned_checkpoints
 from fedtune.training import RunContext, get_model_state
 from fedtune.training.model_counts import check_model_counts
 from fedtune.untrusted import clean_text
@@ -46,215 +53,185 @@ from fedtune.wire.stored_state import StoredState
 __all__ = ["run_rounds"]
 
 SharedState = Mapping[str, Tensor]
-AskScores = Callable[[RunClients, SharedState, int, float], tuple[ClientScore, ...]]
-"""Asks clients to score a state after a round that has taken so many seconds."""
 
 
-def run_rounds(grid: Grid, shop: RunContext, store: Store, run: str) -> None:
-    """Carry a run from its last committed round to its end; RoundError when not one round could be completed."""
-    recipe = shop.recipe
-    done = store.rounds(run)
+def run_rounds(grid: Grid, context: RunContext, store: Store, run_id: str) -> None:
+    """Carry a run from its last committed round to its end; raise RunError if no round at all was completed."""
+    recipe = context.recipe
+    done = store.rounds(run_id)
     first = done[-1].number + 1 if done else 1
     check_model_counts(recipe, merging.build_pipeline(recipe.merge))
-    emit_event(RunStarted(run, first, recipe.federation.rounds, scoring.to_score(shop, first if done else 0)))
-    sweep(run)
-    remove_pruned(done)
-    state = _resumed(run, done) if done else _start(shop, store, run)
-    prune_checkpoints(store, run, recipe)
-    roster = Roster(store, run, recipe, grid)
-    crew = roster.assemble()
-    asking = make_round_scheduler(grid, shop, crew, roster.seated, partial(store.get_last_requested_rounds, run))
-    guards = Safeguards(shop, store, run, done)
-    sending = Sending(shop, run, Bases(shop, paths.get_runs_folder() / run, _earlier(run, 1), done))
-    ask_scores = partial(score_by_clients, grid, shop, run, sending)
-    for number in range(first, recipe.federation.rounds + 1):
+    emit_event(RunStarted(run_id, first, recipe.federation.rounds, scoring.to_score(context, first if done else 0)))
+    sweep(run_id)
+    remove_pruned_checkpoints(done)
+    state = _read_last_state(run_id, done) if done else _commit_start(context, store, run_id)
+    prune_checkpoints(store, run_id, recipe)
+    roster = Roster(store, run_id, recipe, grid)
+    clients = roster.assemble()
+    scheduler = make_round_scheduler(
+        grid, context, clients, partial(store.get_last_requested_rounds, run_id), on_devices=roster.has_devices
+    )
+    sending = Sending(
+        context, run_id, Bases(context, paths.get_runs_folder() / run_id, _read_start_state(run_id, 1), done)
+    )
+    guards, asked_scores = Safeguards(context, store, run_id, done), ClientScoring(grid, context, run_id, sending)
+    run = ServerRun(run_id, context, store, scheduler, guards, sending, asked_scores)
+    for round_number in range(first, recipe.federation.rounds + 1):
         ended: SharedState | None = None
         while ended is None:
-            crew = roster.refresh_devices(crew, asking)
-            ended = _round(shop, store, run, crew, asking, guards, sending, ask_scores, state, number)
+            clients = roster.refresh_devices(clients, scheduler)
+            ended = _run_round(run, clients, state, round_number)
         state = ended
-        prune_checkpoints(store, run, recipe)
-    if not any(record.status == "completed" and record.number for record in store.rounds(run)):
-        raise RunError("no round got enough usable contributions; see the reasons in: fedtune runs show " + run)
+        prune_checkpoints(store, run_id, recipe)
+    if not any(record.status == "completed" and record.number for record in store.rounds(run_id)):
+        raise RunError("no round got enough usable contributions; see the reasons in: fedtune runs show " + run_id)
 
 
-def _resumed(run: str, done: Sequence[RoundRecord]) -> SharedState:
+def _read_last_state(run_id: str, done: Sequence[RoundRecord]) -> SharedState:
     """The state of the last checkpoint among the committed rounds, verified."""
-    last = with_checkpoint(run, done).checkpoint
+    last = find_checkpointed_round(run_id, done).checkpoint
     assert last is not None
     checkpoint.read_checkpoint(paths.get_runs_folder() / last.path, last.sha256)
     return StoredState(paths.get_runs_folder() / last.path)
 
 
-def _start(shop: RunContext, store: Store, run: str) -> SharedState:
+def _commit_start(context: RunContext, store: Store, run_id: str) -> SharedState:
     """Commit the state before training as round 0."""
     started = time.perf_counter()
-    state = get_model_state(shop.model, shop.shared_names)
-    metrics = scoring.validation(shop, state, 0)
-    return _commit(store, run, 0, state, started, (), metrics)
+    state = get_model_state(context.model, context.shared_names)
+    metrics = scoring.validation(context, state, 0)
+    return commit_round(store, run_id, 0, RoundResult(state, started, metrics=metrics))
 
 
-def _round(
-    shop: RunContext,
-    store: Store,
-    run: str,
-    crew: RunClients,
-    asking: RoundScheduler,
-    guards: Safeguards,
-    sending: Sending,
-    ask_scores: AskScores,
-    state: SharedState,
-    number: int,
-) -> SharedState | None:
-    """One round to its commit: the next state, the old one if it failed; None if a removal spoilt it: begin it anew."""
-    started = time.perf_counter()
-    with open_spool(run, number) as spool:
-        records, contributions = _gather(shop, run, crew, asking, guards, sending, state, number, spool)
-        short = shortage(records, shop.recipe)
-        if short and {record.client for record in records} & set(crew.removed()):
+def _run_round(run: ServerRun, clients: RunClients, state: SharedState, round_number: int) -> SharedState | None:
+    """Run a round to its commit and return the next state, which is the old one if the round failed.
+
+    None means that the round must start again, since it failed because a device was removed.
+    """
+    started, context, run_id = time.perf_counter(), run.context, run.run_id
+    with open_spool(run_id, round_number) as spool:
+        records, updates = _gather_updates(run, clients, state, round_number, spool)
+        failure = explain_shortage(records, context.recipe)
+        if failure and {record.client for record in records} & set(clients.removed()):
             return None
         figures: tuple[MetricRecord, ...] = ()
-        if not short:
+        if not failure:
             try:
-                merged, figures = _merged(shop, state, run, number, contributions)
+                merged, figures = _merged(context, state, run_id, round_number, updates)
                 require_finite(merged.state)
-                sending.bases.record_merge(number, state, *merged)
+                run.sending.bases.record_merge(round_number, state, *merged)
                 state = merged.state
-                figures += guards.bound.record_median_norm()
+                figures += run.safeguards.bound.record_median_norm()
             except MERGE_ERRORS as error:
-                short = with_refusals(f"the merge failed: {clean_text(error)}", records)
-        if short:
+                failure = with_refusals(f"the merge failed: {clean_text(error)}", records)
+        if failure:
             records = mark_updates_unused(records)
     metrics = (
         figures
-        + average_holdout_metrics(contributions)
-        + _evaluate(shop, state, run, number)
-        + _simulated(asking.seconds())
+        + average_holdout_metrics(updates)
+        + _evaluate(context, state, run_id, round_number)
+        + _simulated_seconds(run.scheduler.seconds())
     )
-    metrics += guards.spending.compute_epsilon_after_round(("failed" if short else "completed", records))
-    told = client_scores(contributions, shop.recipe.evaluation.metrics)
-    if scoring.scored_after(shop, number):
-        told += ask_scores(crew, state, number, time.perf_counter() - started)
-    state = _commit(store, run, number, state, started, records, metrics, short, told)
-    guards.record_commit(records)
-    sending.bases.record_commit(number, records)
+    metrics += run.safeguards.spending.compute_epsilon_after_round(("failed" if failure else "completed", records))
+    scores = client_scores(updates, context.recipe.evaluation.metrics)
+    if scoring.scored_after(context, round_number):
+        scores += run.scoring.score_by_clients(clients, state, round_number, time.perf_counter() - started)
+    result = RoundResult(state, started, tuple(records), metrics, failure, scores)
+    state = commit_round(run.store, run_id, round_number, result)
+    run.safeguards.record_commit(records)
+    run.sending.bases.record_commit(round_number, records)
     return state
 
 
-def _simulated(seconds: float | None) -> tuple[MetricRecord, ...]:
-    return () if seconds is None else (MetricRecord(part="simulation", domain="all", name="seconds", value=seconds),)
+def _simulated_seconds(seconds: float | None) -> tuple[MetricRecord, ...]:
+    return () if seconds is None else (MetricRecord(split="simulation", domain="all", name="seconds", value=seconds),)
 
 
 def _merged(
-    shop: RunContext, state: SharedState, run: str, number: int, contributions: Sequence[ClientUpdate]
+    context: RunContext, state: SharedState, run_id: str, round_number: int, updates: Sequence[ClientUpdate]
 ) -> tuple[merging.Merged, tuple[MetricRecord, ...]]:
-    """The state after a round's contributions, as techniques revise it by what else was sent; figures of the merge."""
-    pipeline = append_noise_step(shop.recipe, merging.build_pipeline(shop.recipe.merge), run, number, contributions)
-    found, names = find_masks(state), list_trainable_tensors(shop, number)
-    told = make_merge_context(shop, pipeline, state, number, names, contributions)
-    told = told._replace(low_rank_pairs=techniques.list_low_rank_pairs(shop.techniques, shop.model))
-    errors = merging.measure_averaging_errors(pipeline, select_active_values(state, found), names, contributions, told)
-    figures = (MetricRecord(part="merge", domain="all", name=name, value=value) for name, value in errors.items())
-    merged, increments = merging.merge_round(pipeline, select_active_values(state, found), names, contributions, told)
-    extras = techniques.declare_extra_payload(shop.techniques, shop.model, number)
-    weights = pipeline.combine.weights([one.num_examples for one in contributions])
-    answers = [
-        techniques.ExtraPayload(weight, one.read_tensors(extras))
-        for weight, one in zip(weights, contributions, strict=True)
+    """Merge a round's updates and let techniques revise the result; return the next state and figures of the merge."""
+    pipeline = append_noise_step(
+        context.recipe, merging.build_pipeline(context.recipe.merge), run_id, round_number, updates
+    )
+    masks, names = find_masks(state), list_trainable_tensors(context, round_number)
+    merge_context = make_merge_context(context, pipeline, state, round_number, names, updates)
+    pairs = techniques.list_low_rank_pairs(context.techniques, context.model)
+    merge_context = merge_context._replace(low_rank_pairs=pairs)
+    active = select_active_values(state, masks)
+    errors = merging.measure_averaging_errors(pipeline, active, names, updates, merge_context)
+    figures = (MetricRecord(split="merge", domain="all", name=name, value=value) for name, value in errors.items())
+    merged, increments = merging.merge_round(pipeline, active, names, updates, merge_context)
+    extras = techniques.declare_extra_payload(context.techniques, context.model, round_number)
+    weights = pipeline.combine.compute_client_weights([one.num_examples for one in updates])
+    payloads = [
+        techniques.ExtraPayload(weight, one.read_tensors(extras)) for weight, one in zip(weights, updates, strict=True)
     ]
-    revised = techniques.after_aggregation(shop.techniques, restore_dense_tensors(merged, found), number, answers)
+    dense = restore_dense_tensors(merged, masks)
+    revised = techniques.after_aggregation(context.techniques, dense, round_number, payloads)
     leads = all(revised[name] is merged[name] for name in increments)  # from the weights before to those after
     return merging.Merged(revised, increments if leads else {}), tuple(figures)
 
 
-def _gather(
-    shop: RunContext,
-    run: str,
-    crew: RunClients,
-    asking: RoundScheduler,
-    guards: Safeguards,
-    sending: Sending,
-    state: SharedState,
-    number: int,
-    spool: Path,
+def _gather_updates(
+    run: ServerRun, clients: RunClients, state: SharedState, round_number: int, spool: Path
 ) -> tuple[list[ClientRecord], list[ClientUpdate]]:
-    """Ask clients; what each of them sent, and what of it may be merged, in client order."""
-    folder, federation = spool if crew.shares_disk else None, shop.recipe.federation
+    """Send train requests and receive the updates; return all records, and what may be merged, in client order."""
+    context, scheduler, federation = run.context, run.scheduler, run.context.recipe.federation
+    folder = spool if clients.shares_disk else None
 
-    def of(began_with: SharedState, begun: int) -> Downloads:
-        return Downloads(RoundPayloads(shop, began_with, begun), sending.bases, folder, crew.deployed)
+    def make_downloads(start: SharedState, start_round: int) -> Downloads:
+        payloads = RoundPayloads(context, start, start_round)
+        return Downloads(payloads, run.sending.bases, folder, deployed=clients.deployed)
 
-    parts = (downloads := of(state, number)).parts
+    parts = (downloads := make_downloads(state, round_number)).parts
     records: dict[int, ClientRecord] = {}
-    contributions: list[ClientUpdate] = []
+    updates: list[ClientUpdate] = []
 
-    def send(clients: Sequence[int], begun: int) -> dict[int, Message]:
-        return sending.messages(clients, crew, downloads if begun == number else of(_earlier(run, begun), begun))
+    def send(chosen: Sequence[int], start_round: int) -> dict[int, Message]:
+        current = start_round == round_number
+        sent = downloads if current else make_downloads(_read_start_state(run.run_id, start_round), start_round)
+        return run.sending.messages(chosen, clients, sent)
 
-    emit_event(RoundStarted(number, asking.begin_round(number)))
-    for client, reply in asking.stream_replies(send, partial(len, contributions)):
-        device, part = crew.device_names[client], parts.get_for_client(client)
-        most, limit = get_norm_limit(shop.recipe, part.expected_shapes.values())
-        examples, down = guards.examples(client), sending.count_bytes_sent(client, downloads)
-        received = receive_update(reply, client, device, part, most, spool, limit, examples, down)
-        records[client], sent = scale_by_staleness(*received, asking.get_staleness(client), federation.asynchronous)
-        if sent:
-            pad_update_to_shared_rank(shop, shop.for_client(client), sent)
-            contributions.append(sent)
-        emit_event(ReplyReceived(number, records[client]))
-    for client, reason in crew.explain_missing_clients(asking.list_missing_clients(records)).items():
-        records[client] = make_missing_record(
-            client, crew.device_names[client], sending.count_bytes_sent(client, downloads), reason
+    emit_event(RoundStarted(round_number, scheduler.begin_round(round_number)))
+    for client, reply in scheduler.stream_replies(send, partial(len, updates)):
+        payload = parts.get_for_client(client)
+        expected = ExpectedReply(
+            client,
+            clients.devices[client],
+            payload,
+            get_norm_limit(context.recipe, payload.expected_shapes.values()),
+            run.safeguards.examples(client),
+            run.sending.count_bytes_sent(client, downloads),
         )
-        emit_event(ReplyReceived(number, records[client]))
-    ordered = sorted(weight_clients_equally(shop.recipe, contributions), key=lambda sent: sent.client)
-    told = [records[client] for client in sorted(records)]
-    return guards.bound.refuse_large_updates(told, ordered, lambda client: parts.get_for_client(client).values)
-
-
-def _earlier(run: str, number: int) -> SharedState:
-    """The state that an earlier round began with."""
-    return StoredState(paths.get_runs_folder() / _checkpoint_path(run, number - 1))
-
-
-def _evaluate(shop: RunContext, state: SharedState, run: str, number: int) -> tuple[MetricRecord, ...]:
-    """Validation every so many rounds; after the last one the test part too, for the start and for the end."""
-    metrics = scoring.validation(shop, state, number) if scoring.scored_after(shop, number) else ()
-    if number == shop.recipe.federation.rounds:
-        start = StoredState(paths.get_runs_folder() / _checkpoint_path(run, 0))
-        metrics += scoring.test(shop, start, state)
-    return metrics
-
-
-def _checkpoint_path(run: str, number: int) -> str:
-    return f"{run}/round-{number:04d}.safetensors"
-
-
-def _commit(
-    store: Store,
-    run: str,
-    number: int,
-    state: SharedState,
-    started: float,
-    records: Sequence[ClientRecord],
-    metrics: tuple[MetricRecord, ...],
-    failure: str = "",
-    told: tuple[ClientScore, ...] = (),
-) -> SharedState:
-    """Put the checkpoint on disk, then the whole round into the store in one transaction; the state as it is there."""
-    path = _checkpoint_path(run, number)
-    sha256 = checkpoint.write_checkpoint(paths.get_runs_folder() / path, state)
-    saved = CheckpointRecord(path=path, sha256=sha256, bytes=(paths.get_runs_folder() / path).stat().st_size)
-    record = RoundRecord(
-        number=number,
-        status="failed" if failure else "completed",
-        reason=failure,
-        seconds=time.perf_counter() - started,
-        contributions=tuple(records),
-        metrics=metrics,
-        checkpoint=saved,
-        client_scores=told,
+        received = receive_update(reply, expected, spool)
+        records[client], update = scale_by_staleness(
+            *received, scheduler.get_staleness(client), federation.asynchronous
+        )
+        if update:
+            pad_update_to_shared_rank(context, context.for_client(client), update)
+            updates.append(update)
+        emit_event(ReplyReceived(round_number, records[client]))
+    for client, reason in clients.explain_missing_clients(scheduler.list_missing_clients(records)).items():
+        sent_bytes = run.sending.count_bytes_sent(client, downloads)
+        records[client] = make_missing_record(client, clients.devices[client], sent_bytes, reason)
+        emit_event(ReplyReceived(round_number, records[client]))
+    ordered = sorted(weight_clients_equally(context.recipe, updates), key=lambda one: one.client)
+    in_order = [records[client] for client in sorted(records)]
+    return run.safeguards.bound.refuse_large_updates(
+        in_order, ordered, lambda client: parts.get_for_client(client).values
     )
-    store.commit_round(run, record)
-    emit_event(RoundEnded(record))
-    return StoredState(paths.get_runs_folder() / path)
+
+
+def _read_start_state(run_id: str, round_number: int) -> SharedState:
+    """The state that a round began with."""
+    return StoredState(paths.get_runs_folder() / get_checkpoint_path(run_id, round_number - 1))
+
+
+def _evaluate(context: RunContext, state: SharedState, run_id: str, round_number: int) -> tuple[MetricRecord, ...]:
+    """Validation every so many rounds; after the last one the test part too, for the start and for the end."""
+    metrics = scoring.validation(context, state, round_number) if scoring.scored_after(context, round_number) else ()
+    if round_number == context.recipe.federation.rounds:
+        start = StoredState(paths.get_runs_folder() / get_checkpoint_path(run_id, 0))
+        metrics += scoring.test(context, start, state)
+    return metrics

@@ -1,4 +1,4 @@
-"""Who the clients of a run are: all nodes of a simulation, or the devices that took their seats when it began."""
+"""The clients of a run are all nodes of a simulation, or the devices that were assigned when it began."""
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -9,6 +9,7 @@ from flwr.serverapp import Grid
 from fedtune.errors import RunError
 from fedtune.flower.guarded_grid import GuardedGrid
 from fedtune.recipe.schema import Recipe
+from fedtune.server.client_device import ClientDevice
 from fedtune.server.scheduling.round_scheduler import DEVICE_REMOVED
 from fedtune.server.selection import list_eligible_clients
 from fedtune.tracking import Assignment
@@ -29,14 +30,14 @@ def _any_size(most: int) -> None:
 
 @dataclass(frozen=True)
 class RunClients:
-    """Node and name of each client, by its number, and seconds between two looks for replies.
+    """Node and device of each client, by its number, and seconds between two looks for replies.
 
     With ``shares_disk`` clients read the server's files: they are processes of one simulation. ``deployed`` ones are
     devices. ``expect`` is told the most bytes that a reply may have.
     """
 
     node_ids: Sequence[int]
-    device_names: Sequence[str]
+    devices: Sequence[ClientDevice]
     poll: float = 0.01
     shares_disk: bool = False
     removed: Callable[[], Collection[int]] = tuple
@@ -57,26 +58,32 @@ class RunClients:
 def wait_for_clients(
     grid: Grid,
     recipe: Recipe,
-    seats: Sequence[Assignment],
+    assignments: Sequence[Assignment],
     patience: float = _PATIENCE,
     removed: Callable[[], Collection[int]] = tuple,
 ) -> RunClients:
-    """The crew once it is connected; RoundError when too few are for a round after ``patience`` seconds.
+    """Return the clients once they are connected; raise RunError if too few are after ``patience`` seconds.
 
-    Without seats, every node of the grid is a client. With them, devices that are away join when they come back, and
-    those of the clients ``removed`` tells are not waited for.
+    Without assignments, every node of the grid is a client. With them, devices that are away join when they come back.
+    Devices of the clients that ``removed`` returns are not waited for.
     """
-    if not seats:
+    classes = [recipe.get_device_class(client).name for client in range(recipe.num_clients)]
+    if not assignments:
         nodes = _wait(grid, None, recipe.num_clients, recipe.num_clients, patience)
-        names = [recipe.get_device_class(client).name for client in range(recipe.num_clients)]
         shares_disk = bool(getattr(grid, "shares_disk", False))
-        return RunClients(nodes, names, shares_disk=shares_disk, eligible=list_eligible_clients(recipe))
+        return RunClients(
+            nodes,
+            [ClientDevice(name) for name in classes],
+            shares_disk=shares_disk,
+            eligible=list_eligible_clients(recipe),
+        )
     gone = set(removed())
-    wanted = {int(seat.node) for seat in seats if seat.client not in gone}
+    wanted = {int(assignment.node_id) for assignment in assignments if assignment.client not in gone}
     _wait(grid, wanted, len(wanted), recipe.federation.quorum, patience)
-    nodes, names = [int(seat.node) for seat in seats], [seat.device for seat in seats]
+    nodes = [int(assignment.node_id) for assignment in assignments]
+    devices = [ClientDevice(classes[assignment.client], assignment.device_name) for assignment in assignments]
     expect = grid.expect if isinstance(grid, GuardedGrid) else _any_size
-    return RunClients(nodes, names, _REMOTE_POLL_SECONDS, removed=removed, deployed=True, expect=expect)
+    return RunClients(nodes, devices, _REMOTE_POLL_SECONDS, removed=removed, deployed=True, expect=expect)
 
 
 def _wait(grid: Grid, among: set[int] | None, wanted: int, enough: int, patience: float) -> list[int]:

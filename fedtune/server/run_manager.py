@@ -11,7 +11,7 @@ from fedtune.server.assignment import assign_devices
 from fedtune.server.presence import Presence
 from fedtune.server.selection import check_enough_enrolled_devices, is_device_eligible
 from fedtune.tracking import RunRecord, Store, is_run_active, new_run_id
-from fedtune.tracking.rollback import rollback
+from fedtune.tracking.rollback import rollback_run
 
 __all__ = ["DEVICE_ENGINE", "RunManager"]
 
@@ -28,7 +28,7 @@ class _Attempt:
     """A run as it is carried out now: its number on the SuperLink, and of which start of the SuperLink."""
 
     run: str
-    number: int
+    flower_run_id: int
     generation: int
     begun: float = field(default_factory=time.monotonic)
     seen: bool = False
@@ -54,7 +54,7 @@ class RunManager:
 
     def submit_run(self, recipe: Recipe) -> str:
         """Queue a run of a recipe; every round of it has a deadline. RecipeError when too few devices qualify."""
-        check_enough_enrolled_devices(recipe, self._store.access.devices())
+        check_enough_enrolled_devices(recipe, self._store.access.list_devices())
         federation = recipe.federation
         bounded = federation.model_copy(update={"deadline": federation.deadline or self._deadline})
         run = new_run_id(recipe.name)
@@ -85,12 +85,12 @@ class RunManager:
         self._store.reopen(run.id, "queued")  # the next tick sees it; what it counts is its own
         return run.id
 
-    def rollback(self, reference: str, number: int) -> tuple[str, int]:
+    def rollback(self, reference: str, round_number: int) -> tuple[str, int]:
         """Take a run back to a round; its id, and how many rounds are gone. StoreError while it is carried on."""
         run = self._own(reference)
         if run.status in ("queued", "running"):
             raise StoreError(f"run {run.id} is {run.status}; stop it first: fedtune runs stop {run.id}")
-        removed = rollback(self._store, run.id, number)
+        removed = rollback_run(self._store, run.id, round_number)
         self._trouble.pop(run.id, None)
         return run.id, removed
 
@@ -98,10 +98,10 @@ class RunManager:
         """A run as it is recorded: one between two starts is running, not interrupted."""
         return next((found for found in self._store.list_unfinished_runs(DEVICE_ENGINE) if found.id == run.id), run)
 
-    def run_of(self, number: int) -> str | None:
+    def run_of(self, flower_run_id: int) -> str | None:
         """The run that is carried out now under a number of the SuperLink's."""
         attempt = self._attempt
-        return attempt.run if attempt is not None and attempt.number == number else None
+        return attempt.run if attempt is not None and attempt.flower_run_id == flower_run_id else None
 
     def tick(self) -> None:
         """Look after the run that is carried out, or begin the next; to be called every moment."""
@@ -120,8 +120,8 @@ class RunManager:
         for run in self._store.list_unfinished_runs(DEVICE_ENGINE):
             if is_run_active(run.id) or self._resting(run):
                 continue
-            lacking = self._seat(run)
-            if not lacking:
+            lacking = self._assign_devices(run)
+            if lacking is None:
                 return self._start(run)
             if run.reason != lacking:
                 self._store.set_run_reason(run.id, lacking)
@@ -131,24 +131,26 @@ class RunManager:
         waits = run.status == "running" and run.id in self._trouble  # an operator who queues it again waits no longer
         return waits and time.monotonic() < self._trouble[run.id].rest_until
 
-    def _seat(self, run: RunRecord) -> str:
-        """Give devices their places in a run; what is lacking, or nothing."""
+    def _assign_devices(self, run: RunRecord) -> str | None:
+        """Assign devices to a run; return what is lacking, None if nothing is."""
         if self._store.access.list_assignments(run.id):
-            return ""
+            return None
         recipe = Recipe.model_validate_json(run.recipe)
         needed, select = recipe.num_clients, recipe.federation.selection
-        fit = [device for device in self._store.access.devices() if is_device_eligible(select, device)]
+        fit = [device for device in self._store.access.list_devices() if is_device_eligible(select, device)]
         there = self._presence.list_connected_devices(fit)
         if len(there) < needed:
             return f"waits for devices: {len(there)} of {needed} are connected"
         self._store.access.assign_clients(run.id, assign_devices(recipe, there))
-        return ""
+        return None
 
     def _start(self, run: RunRecord) -> _Attempt:
         if run.status == "queued":
             self._begin_anew(run)
-        number = self._superlink.get_control_client().start_run({"run": run.id, "store": "", "home": str(self._home)})
-        return _Attempt(run.id, number, self._superlink.start_count)
+        flower_run_id = self._superlink.get_control_client().start_run(
+            {"run": run.id, "store": "", "home": str(self._home)}
+        )
+        return _Attempt(run.id, flower_run_id, self._superlink.start_count)
 
     def _begin_anew(self, run: RunRecord) -> None:
         """A queued run is a running one from now on, and its earlier failures are forgotten."""
@@ -162,36 +164,36 @@ class RunManager:
         )
         if run is None:
             if self._store.run(attempt.run).status == "interrupted":
-                self._superlink.get_control_client().stop_run(attempt.number)
+                self._superlink.get_control_client().stop_run(attempt.flower_run_id)
             self._trouble.pop(attempt.run, None)
             return None
         if (
             run.status == "queued"
         ):  # stopped and resumed since the last tick: its process never heard of it, and goes on
             self._begin_anew(run)
-        cause = self._loss(attempt, working)
-        if not cause:
+        cause = self._explain_loss(attempt, working=working)
+        if cause is None:
             attempt.seen |= working
             return attempt
         self._give_up_attempt(attempt, run, cause)
         return None
 
-    def _loss(self, attempt: _Attempt, working: bool) -> str:
-        """Why an attempt will come to nothing, or nothing."""
+    def _explain_loss(self, attempt: _Attempt, *, working: bool) -> str | None:
+        """Why an attempt is lost; None while it is not."""
         if attempt.generation != self._superlink.start_count:
             return "the SuperLink died"
-        found = self._superlink.get_control_client().get_run_status(attempt.number)
+        found = self._superlink.get_control_client().get_run_status(attempt.flower_run_id)
         if found.status == "finished":
             return found.details or f"the server's process {found.outcome}"
         late = time.monotonic() - attempt.begun > _PENDING_SECONDS
         if found.status == "pending" and (late or not self._superlink.is_superexec_alive()):
             self._superlink.stop()
             return "the SuperLink did not start the run"
-        return "the server's process was killed" if attempt.seen and not working else ""
+        return "the server's process was killed" if attempt.seen and not working else None
 
     def _give_up_attempt(self, attempt: _Attempt, run: RunRecord, cause: str) -> None:
         if attempt.generation == self._superlink.start_count:
-            self._superlink.get_control_client().stop_run(attempt.number)
+            self._superlink.get_control_client().stop_run(attempt.flower_run_id)
         trouble = self._trouble.get(run.id, _Trouble(run.rounds_completed))
         starts = 1 if run.rounds_completed > trouble.rounds else trouble.starts + 1
         if starts >= _ATTEMPTS:

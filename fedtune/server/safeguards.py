@@ -15,15 +15,15 @@ __all__ = ["Safeguards"]
 class Safeguards:
     """Those of one run; ``done`` are its committed rounds, which a resumed run goes on from."""
 
-    def __init__(self, shop: RunContext, store: Store, run: str, done: Sequence[RoundRecord]) -> None:
-        self._shop, self._store, self._run = shop, store, run
-        self.bound = NormBound(shop.recipe, done)
-        self.spending = Spending(shop.recipe, done)
+    def __init__(self, context: RunContext, store: Store, run: str, done: Sequence[RoundRecord]) -> None:
+        self._context, self._store, self._run = context, store, run
+        self.bound = NormBound(context.recipe, done)
+        self.spending = Spending(context.recipe, done)
         self._quarantine = Quarantine(store.access, run, done)
 
     def examples(self, client: int) -> int:
         """The most examples that a client's report may count."""
-        return most_examples(self._shop, self._store, self._run, client)
+        return most_examples(self._context, self._store, self._run, client)
 
     def record_commit(self, records: Sequence[ClientRecord]) -> None:
         """A round has been committed."""

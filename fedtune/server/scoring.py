@@ -15,51 +15,55 @@ __all__ = ["scored_after", "test", "to_score", "validation"]
 State = Mapping[str, Tensor]
 
 
-def scored_after(shop: RunContext, number: int) -> bool:
+def scored_after(context: RunContext, round_number: int) -> bool:
     """Whether the validation part is scored after a round; after the last one it is, and whole."""
-    return number % shop.recipe.evaluation.every_n_rounds == 0 or number == shop.recipe.federation.rounds
+    return (
+        round_number % context.recipe.evaluation.every_n_rounds == 0 or round_number == context.recipe.federation.rounds
+    )
 
 
-def to_score(shop: RunContext, first: int) -> dict[int, int]:
+def to_score(context: RunContext, first: int) -> dict[int, int]:
     """How many examples are scored after each round from ``first`` on; 0 stands for the start."""
-    if shop.local_tensors:  # the state alone is no model
+    if context.local_tensors:  # the state alone is no model
         return {}
-    rounds, whole = shop.recipe.federation.rounds, len(shop.validation)
-    some = whole if (rows := _some(shop)) is None else len(rows)
-    numbers = [number for number in range(first, rounds) if scored_after(shop, number)]
-    return dict.fromkeys(numbers, some) | {rounds: whole + 2 * len(shop.test)}
+    rounds, whole = context.recipe.federation.rounds, len(context.validation)
+    some = whole if (rows := _some(context)) is None else len(rows)
+    numbers = [round_number for round_number in range(first, rounds) if scored_after(context, round_number)]
+    return dict.fromkeys(numbers, some) | {rounds: whole + 2 * len(context.test)}
 
 
-def validation(shop: RunContext, state: State, number: int) -> tuple[MetricRecord, ...]:
+def validation(context: RunContext, state: State, round_number: int) -> tuple[MetricRecord, ...]:
     """Scores on the validation part: before the last round on as many examples as the recipe names."""
-    rows = None if number == shop.recipe.federation.rounds else _some(shop)
-    return _scores(shop, state, "validation", "validation", rows)
+    rows = None if round_number == context.recipe.federation.rounds else _some(context)
+    return _scores(context, state, "validation", "validation", rows)
 
 
-def test(shop: RunContext, start: State, state: State) -> tuple[MetricRecord, ...]:
+def test(context: RunContext, start: State, state: State) -> tuple[MetricRecord, ...]:
     """Scores on all of the test part, for the start and for the end."""
-    return _scores(shop, start, "test", "test-before", None) + _scores(shop, state, "test", "test", None)
+    return _scores(context, start, "test", "test-before", None) + _scores(context, state, "test", "test", None)
 
 
-def _some(shop: RunContext) -> list[int] | None:
+def _some(context: RunContext) -> list[int] | None:
     """The same validation examples each time, drawn from the seed; None for all."""
-    wanted, held = shop.recipe.evaluation.max_examples, len(shop.validation)
+    wanted, held = context.recipe.evaluation.max_examples, len(context.validation)
     if wanted is None or wanted >= held:
         return None
-    order = np.random.default_rng(derive_seed(shop.recipe.seed, "validation")).permutation(held)
+    order = np.random.default_rng(derive_seed(context.recipe.seed, "validation")).permutation(held)
     return sorted(order[:wanted].tolist())
 
 
-def _scores(shop: RunContext, state: State, part: str, called: str, rows: list[int] | None) -> tuple[MetricRecord, ...]:
-    if shop.local_tensors:
+def _scores(
+    context: RunContext, state: State, part: str, called: str, rows: list[int] | None
+) -> tuple[MetricRecord, ...]:
+    if context.local_tensors:
         return ()
-    set_model_state(shop.model, state)
-    examples = getattr(shop, part)
+    set_model_state(context.model, state)
+    examples = getattr(context, part)
     total = len(examples) if rows is None else len(rows)
 
     def told(done: int) -> None:
         emit_event(Scoring(called, done, total))
 
     told(0)
-    scores = evaluate_model(shop.evaluated_model, examples, rows, told)
-    return tuple(MetricRecord(part=called, domain=domain, name=name, value=value) for domain, name, value in scores)
+    scores = evaluate_model(context.evaluated_model, examples, rows, told)
+    return tuple(MetricRecord(split=called, domain=domain, name=name, value=value) for domain, name, value in scores)

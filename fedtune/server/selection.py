@@ -13,6 +13,7 @@ from fedtune.seeds import derive_seed
 from fedtune.tracking import DeviceRecord
 
 __all__ = [
+    "check_base_for_devices",
     "check_enough_eligible_clients",
     "check_enough_enrolled_devices",
     "count_cohort",
@@ -30,11 +31,11 @@ def is_eligible(select: ClientSelection, name: str, tags: Collection[str], memor
 
 
 def is_device_eligible(select: ClientSelection, device: DeviceRecord) -> bool:
-    """Whether an enrolled device may; of its own word only the memory counts, and none is told before it joins.
+    """Whether an enrolled device meets the selection criteria and is not quarantined.
 
-    One that is quarantined may not.
+    Operators set the tags. The device itself reports only its memory, which counts as 0 until it joins.
     """
-    if device.quarantined:
+    if device.quarantine_reason:
         return False
     told = json.loads(device.profile).get("memory")
     return is_eligible(select, device.name, device.tags, told if isinstance(told, int) else 0)
@@ -67,13 +68,17 @@ def check_enough_eligible_clients(recipe: Recipe) -> None:
         )
 
 
-def check_enough_enrolled_devices(recipe: Recipe, devices: Sequence[DeviceRecord]) -> None:
-    """RecipeError for a base devices cannot have, or when a recipe selects and too few devices are enrolled for it."""
+def check_base_for_devices(recipe: Recipe) -> None:
+    """Raise RecipeError for a base model that devices cannot load: they have no run store."""
     if recipe.model.source.startswith("run:"):
         raise RecipeError(
             f"model.source is {recipe.model.source}, and devices have no run store; export it, put the folder on every "
             "device and name it: path:FOLDER"
         )
+
+
+def check_enough_enrolled_devices(recipe: Recipe, devices: Sequence[DeviceRecord]) -> None:
+    """Raise RecipeError if a recipe selects devices and too few of those that are enrolled qualify."""
     select = recipe.federation.selection
     found = sum(is_device_eligible(select, device) for device in devices)
     if select.has_criteria and found < recipe.num_clients:
@@ -85,12 +90,12 @@ def check_enough_enrolled_devices(recipe: Recipe, devices: Sequence[DeviceRecord
 
 def sample_cohort(
     recipe: Recipe,
-    number: int,
+    round_number: int,
     among: Sequence[int] | None = None,
     last: Mapping[int, int] = {},
     asked: int | None = None,
 ) -> list[int]:
-    """The clients of round ``number`` in ascending order, ``among`` those that qualify, by default all.
+    """The clients of round ``round_number`` in ascending order, ``among`` those that qualify, by default all.
 
     ``last`` says for each client which round last asked it; only ``sampling: least-recent`` looks at it. ``asked`` is
     how many, by default as the recipe says.
@@ -98,14 +103,14 @@ def sample_cohort(
     there = range(recipe.num_clients) if among is None else among
     count = count_cohort(recipe, there) if asked is None else asked
     if recipe.federation.selection.sampling == "least-recent":
-        return sorted(rank_clients(recipe, number, there, last)[:count])
-    random = np.random.default_rng(derive_seed(recipe.seed, number, "sample"))
+        return sorted(rank_clients(recipe, round_number, there, last)[:count])
+    random = np.random.default_rng(derive_seed(recipe.seed, round_number, "sample"))
     return sorted(there[place] for place in random.choice(len(there), count, replace=False))
 
 
-def rank_clients(recipe: Recipe, number: int, among: Sequence[int], last: Mapping[int, int]) -> list[int]:
-    """All clients ``among`` in the order in which round ``number`` would rather have them."""
-    random = np.random.default_rng(derive_seed(recipe.seed, number, "order"))
+def rank_clients(recipe: Recipe, round_number: int, among: Sequence[int], last: Mapping[int, int]) -> list[int]:
+    """All clients ``among`` in the order in which round ``round_number`` would rather have them."""
+    random = np.random.default_rng(derive_seed(recipe.seed, round_number, "order"))
     drawn = [among[place] for place in random.permutation(len(among))]
     if recipe.federation.selection.sampling == "random":
         return drawn

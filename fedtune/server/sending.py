@@ -21,45 +21,49 @@ __all__ = ["Sending"]
 class Sending:
     """Of one run."""
 
-    def __init__(self, shop: RunContext, run: str, bases: Bases) -> None:
+    def __init__(self, context: RunContext, run: str, bases: Bases) -> None:
         self.bases, self._run = bases, run
-        self._order = TrainRequest(shop.recipe.model_dump_json(), 0, 0, json.dumps(shop.corpus.label_names), run)
+        self._request = TrainRequest(
+            context.recipe.model_dump_json(), 0, 0, run, json.dumps(context.corpus.label_names)
+        )
         self._asked: dict[int, tuple[int, int]] = {}
 
-    def messages(self, clients: Sequence[int], crew: RunClients, downloads: Downloads) -> dict[int, Message]:
+    def messages(self, clients: Sequence[int], run_clients: RunClients, downloads: Downloads) -> dict[int, Message]:
         """A message to each client, in client order; all that are sent the same share one copy of it.
 
         Who is asked for the same round again is sent the whole state.
         """
-        self._expect(clients, crew, downloads)
+        self._expect(clients, run_clients, downloads)
         shared: dict[int, tuple[Download, list[int]]] = {}
         for client in clients:
             download = self._download(client, downloads)
             shared.setdefault(id(download), (download, []))[1].append(client)
-        return _made(self._order, crew, shared.values(), downloads.number)
+        return _made(self._request, run_clients, shared.values(), downloads.round_number)
 
-    def scoring_messages(self, clients: Sequence[int], crew: RunClients, downloads: Downloads) -> dict[int, Message]:
+    def scoring_messages(
+        self, clients: Sequence[int], run_clients: RunClients, downloads: Downloads
+    ) -> dict[int, Message]:
         """The state whole to each client, which is to score it and not to train; no base is kept of it."""
-        self._expect(clients, crew, downloads)
+        self._expect(clients, run_clients, downloads)
         shared: dict[int, tuple[Download, list[int]]] = {}
         for client in clients:
-            download = replace(downloads.get_for_client(client, whole=True), base="")
+            download = replace(downloads.get_for_client(client, whole=True), base_digest=None)
             shared.setdefault(id(download.payload), (download, []))[1].append(client)
-        return _made(replace(self._order, scoring=True), crew, shared.values(), downloads.number)
+        return _made(replace(self._request, scoring=True), run_clients, shared.values(), downloads.round_number)
 
     def _download(self, client: int, downloads: Downloads) -> Download:
         """What a client is sent now, whose bytes count from here on."""
         begun, before = self._asked.get(client, (0, 0))
-        again = begun == downloads.number
+        again = begun == downloads.round_number
         download = downloads.get_for_client(client, whole=again)
-        self._asked[client] = downloads.number, download.size + (before if again else 0)
+        self._asked[client] = downloads.round_number, download.size + (before if again else 0)
         return download
 
-    def _expect(self, clients: Sequence[int], crew: RunClients, downloads: Downloads) -> None:
+    def _expect(self, clients: Sequence[int], run_clients: RunClients, downloads: Downloads) -> None:
         """Let the answers be as large as they may."""
         most = max((downloads.parts.get_for_client(client).most_bytes for client in clients), default=0)
-        crew.expect(most)
-        if crew.deployed:
+        run_clients.expect(most)
+        if run_clients.deployed:
             raise_reply_limit(paths.get_runs_folder() / self._run, most + OVERHEAD)
 
     def count_bytes_sent(self, client: int, downloads: Downloads) -> int:
@@ -69,11 +73,11 @@ class Sending:
 
 
 def _made(
-    order: TrainRequest, crew: RunClients, shared: Iterable[tuple[Download, Sequence[int]]], number: int
+    request: TrainRequest, run_clients: RunClients, shared: Iterable[tuple[Download, Sequence[int]]], round_number: int
 ) -> dict[int, Message]:
-    """The order of round ``number`` to each client, with the download it shares."""
+    """The request of round ``round_number`` to each client, with the download it shares."""
     found: dict[int, Message] = {}
     for download, own in shared:
-        one = replace(order, round=number, base=download.base, held=download.held)
-        found |= make_train_messages(own, crew.node_ids, one, download.payload)
+        one = replace(request, round=round_number, base_digest=download.base_digest, held_digest=download.held_digest)
+        found |= make_train_messages(own, run_clients.node_ids, one, download.payload)
     return dict(sorted(found.items()))

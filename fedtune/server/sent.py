@@ -16,7 +16,7 @@ _DIGITS = 20
 
 
 def read_json(body: bytes) -> Any:
-    """The value in a body, None where it is empty; RefusedError (400) for what is no JSON, too deep or not finite."""
+    """The value in a body, None if it is empty; RequestRefusedError (400) unless it is flat, finite JSON."""
     if not body:
         return None
     try:

@@ -35,9 +35,9 @@ def main(grid: Grid, context: Context) -> None:
 def run_to_completion(grid: Grid, store: Store, run: str) -> None:
     """Coordinate a run and record how it ended."""
     try:
-        shop = get_run_context(store.run(run).recipe)
-        store.record_recipe(run, shop.recipe.model_dump_json())
-        run_rounds(grid, shop, store, run)
+        run_context = get_run_context(store.run(run).recipe)
+        store.record_recipe(run, run_context.recipe.model_dump_json())
+        run_rounds(grid, run_context, store, run)
     except KeyboardInterrupt:
         store.finish(run, "interrupted", "stopped by the user")
         raise

@@ -5,52 +5,17 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
 from fedtune import paths
 from fedtune.errors import ServerError
 from fedtune.files import write_bytes_atomically
-from fedtune.recipe.validation_errors import explain_validation_error
-from fedtune.recipe.yaml_text import YamlError, load
 from fedtune.server import certificate_authority
+from fedtune.server.server_settings import ServerSettings, check_server_settings, read_server_settings
 from fedtune.shipped import fill_template
 
-__all__ = [
-    "ServerHome",
-    "ServerSettings",
-    "check_settings",
-    "create_server_home",
-    "exists",
-    "open_server_home",
-    "read_server_settings",
-]
+__all__ = ["ServerHome", "create_server_home", "exists", "open_server_home"]
 
 _RENEW = timedelta(days=60)
 """Before the end of the server's certificate: a server that is up renews it then, and one that is down has time."""
-
-
-class ServerSettings(BaseModel):
-    """What server.yaml says."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    listen: str = Field("127.0.0.1:8443", pattern=r"^\S+:\d{1,5}$")
-    names: list[str] = Field(["localhost"], min_length=1)
-    store: str | None = None
-    deadline: float = Field(3600, gt=0)
-    body_limit: int = Field(1 << 26, ge=1 << 20)
-    connections: int = Field(256, ge=1)
-
-    @property
-    def address(self) -> tuple[str, int]:
-        """Host and port to listen on."""
-        host, _, port = self.listen.rpartition(":")
-        return host.strip("[]"), int(port)
-
-    def get_public_url(self) -> str:
-        """What devices and operators connect to."""
-        name = f"[{self.names[0]}]" if ":" in self.names[0] else self.names[0]
-        return f"https://{name}:{self.address[1]}"
 
 
 @dataclass(frozen=True)
@@ -107,11 +72,14 @@ class ServerHome:
             datetime.now(UTC) + _RENEW, certificate_authority.ends(self.ca_file.read_bytes()) - timedelta(seconds=1)
         )
         if not force and certificate_authority.is_certificate_valid_for(
-            self.certificate_file.read_bytes(), self.settings.names, soon
+            self.certificate_file.read_bytes(), self.settings.hostnames, soon
         ):
             return False
         signed = certificate_authority.issue_server_certificate(
-            self.ca_key_file.read_bytes(), self.ca_file.read_bytes(), self.key_file.read_bytes(), self.settings.names
+            self.ca_key_file.read_bytes(),
+            self.ca_file.read_bytes(),
+            self.key_file.read_bytes(),
+            self.settings.hostnames,
         )
         write_bytes_atomically(self.certificate_file, signed)
         return True
@@ -122,7 +90,7 @@ def exists() -> bool:
     return (paths.get_home_folder() / "server" / "server.yaml").exists()
 
 
-def create_server_home(names: list[str], listen: str) -> ServerHome:
+def create_server_home(hostnames: list[str], listen: str) -> ServerHome:
     """A new server home; ServerError when there is one already."""
     folder = paths.get_home_folder() / "server"
     if exists():
@@ -130,14 +98,14 @@ def create_server_home(names: list[str], listen: str) -> ServerHome:
             f"{folder} is a server's home already; change its address with --hostname or --listen, edit server.yaml in "
             "it, or choose another FEDTUNE_HOME"
         )
-    settings = check_settings({"names": names, "listen": listen}, "the options")
+    settings = check_server_settings({"hostnames": hostnames, "listen": listen}, "the options")
     made = ServerHome(folder, settings)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_bytes_atomically(made.ca_key_file, certificate_authority.generate_private_key())
     write_bytes_atomically(made.ca_file, certificate_authority.make_ca_certificate(made.ca_key_file.read_bytes()))
     write_bytes_atomically(made.key_file, certificate_authority.generate_private_key())
     made.renew_certificate(force=True)
-    text = fill_template("server/server.yaml", listen=listen, names=json.dumps(names))
+    text = fill_template("server/server.yaml", listen=listen, hostnames=json.dumps(hostnames))
     write_bytes_atomically(folder / "server.yaml", text.encode())
     return made
 
@@ -146,24 +114,3 @@ def open_server_home() -> ServerHome:
     """The server home of this machine; ServerError when there is none or its settings do not hold."""
     folder = paths.get_home_folder() / "server"
     return ServerHome(folder, read_server_settings(folder / "server.yaml"))
-
-
-def read_server_settings(path: Path) -> ServerSettings:
-    """What a server.yaml says; ServerError when it is not there or does not hold."""
-    try:
-        read = load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ServerError(f"there is no server in {path.parent}; make one with fedtune server init") from error
-    except UnicodeDecodeError as error:
-        raise ServerError(f"{path} is not UTF-8 text; write it again in UTF-8") from error
-    except YamlError as error:
-        raise ServerError(f"{path} {error}") from error
-    return check_settings(read if isinstance(read, dict) else {}, str(path))
-
-
-def check_settings(values: dict[str, object], origin: str) -> ServerSettings:
-    """The settings; ServerError for one that does not hold."""
-    try:
-        return ServerSettings.model_validate(values)
-    except ValidationError as error:
-        raise ServerError(explain_validation_error(error, ServerSettings, origin)) from error

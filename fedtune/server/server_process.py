@@ -1,22 +1,22 @@
-"""``fedtune server up``: one process that keeps the SuperLink, the door and the runs going until it is told to end."""
+"""``fedtune server up``: one process keeps the SuperLink, the gateway and the runs going until it is told to end."""
 
 import gc
 import os
 import signal
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 
 import uvicorn
-from starlette.applications import Starlette
 
 from fedtune import paths
 from fedtune.flower.reply_limit import read_reply_limit
 from fedtune.flower.superlink import SuperLink
 from fedtune.logs import Log, Logs
 from fedtune.server.certificates import Certificates, describe_authority_expiry
-from fedtune.server.gateway.access_api import LettingIn
-from fedtune.server.gateway.application import make_gateway
+from fedtune.server.gateway.access_api import AccessApi
+from fedtune.server.gateway.application import GatewayServices, make_gateway
 from fedtune.server.gateway.authentication import Authenticator
 from fedtune.server.gateway.connections import Connections
 from fedtune.server.gateway.device_api import DeviceApi
@@ -28,7 +28,7 @@ from fedtune.server.gateway.tls_errors import small_buffers
 from fedtune.server.gateway.uploads import Uploads
 from fedtune.server.keeping import Health, ServerMaintenance, Telling, kept_going
 from fedtune.server.presence import Presence
-from fedtune.server.recipe_check import RecipeCheck
+from fedtune.server.recipe_check_process import RecipeCheckProcess
 from fedtune.server.run_manager import RunManager
 from fedtune.server.server_home import ServerHome
 from fedtune.tracking import Store
@@ -40,48 +40,69 @@ _GARBAGE = 2000, 10, 10
 """Cut connections are cycles that hold their buffers; a command that ends soon may leave them for longer."""
 
 
-def run_server(place: ServerHome) -> None:
+def run_server(home: ServerHome) -> None:
     """Serve until a signal; ServerError when it cannot begin."""
-    if place.settings.store:
-        os.environ["FEDTUNE_STORE"] = place.settings.store  # in the environment, since arguments are seen by everybody
+    if home.settings.store:
+        os.environ["FEDTUNE_STORE"] = home.settings.store  # in the environment, since arguments are seen by everybody
     gc.set_threshold(*_GARBAGE)
     small_buffers()
     # uvicorn ends well on a signal and then raises it again: both must come as an exception, or nothing else ends well.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the terminal it was started in may go; the server stays
-    lock = hold_file_lock(place.lock_file, 0.5, f"the server in {place.folder} is up already")
-    with suppress(KeyboardInterrupt), lock, Log(place.folder / "server.log") as log:
-        place.renew_certificate()
-        _serve(place, Telling(log))
+    lock = hold_file_lock(home.lock_file, 0.5, f"the server in {home.folder} is up already")
+    with suppress(KeyboardInterrupt), lock, Log(home.folder / "server.log") as log:
+        home.renew_certificate()
+        _serve(home, Telling(log))
 
 
-def _serve(place: ServerHome, say: Telling) -> None:
+@dataclass(frozen=True)
+class _ServerParts:
+    """What runs while a server is up."""
+
+    home: ServerHome
+    store: Store
+    superlink: SuperLink
+    presence: Presence
+    manager: RunManager
+    recipe_check: RecipeCheckProcess
+    audit: AuditLog
+    health: Health
+    connections: Connections
+
+
+def _serve(home: ServerHome, log: Telling) -> None:
     with (
-        open_listening_socket(place) as listener,
+        open_listening_socket(home) as listener,
         Store.open() as store,
-        _superlink(place) as superlink,
-        closing(RecipeCheck()) as check,
+        _superlink(home) as superlink,
+        closing(RecipeCheckProcess()) as recipe_check,
     ):
         presence = Presence(lambda: superlink.get_control_client().list_online_nodes())
-        manager = RunManager(store, superlink, presence, paths.get_home_folder(), place.settings.deadline)
+        manager = RunManager(store, superlink, presence, paths.get_home_folder(), home.settings.default_deadline)
         audit, health = AuditLog(store.access), Health()
         store.compact()
-        listener.connections = connections_of(place, audit)
-        app = _door(place, store, superlink, manager, presence, audit, health, check, listener.connections)
-        config = config_of(app, place, audit, listener.connections)
+        listener.connections = connections_of(home, audit)
+        app = make_gateway(
+            _make_services(
+                _ServerParts(
+                    home, store, superlink, presence, manager, recipe_check, audit, health, listener.connections
+                )
+            )
+        )
+        config = config_of(app, home, audit, listener.connections)
         assert config.ssl is not None
-        keeper = ServerMaintenance(superlink, manager, Certificates(place, config.ssl, say), audit, health, say)
-        with kept_going(keeper):
-            say(f"up at {place.settings.get_public_url()}")
-            for sentence in describe_authority_expiry(place):
-                say(sentence)
+        maintenance = ServerMaintenance(superlink, manager, Certificates(home, config.ssl, log), audit, health, log)
+        with kept_going(maintenance):
+            log(f"up at {home.settings.get_public_url()}")
+            for sentence in describe_authority_expiry(home):
+                log(sentence)
             uvicorn.Server(config).run([listener])
-    say("stopped")
+    log("stopped")
 
 
 @contextmanager
-def _superlink(place: ServerHome) -> Iterator[SuperLink]:
-    superlink = SuperLink(place.flower_home)
+def _superlink(home: ServerHome) -> Iterator[SuperLink]:
+    superlink = SuperLink(home.flower_home)
     try:
         superlink.start()
         yield superlink
@@ -89,30 +110,28 @@ def _superlink(place: ServerHome) -> Iterator[SuperLink]:
         superlink.close()
 
 
-def _door(
-    place: ServerHome,
-    store: Store,
-    superlink: SuperLink,
-    manager: RunManager,
-    presence: Presence,
-    audit: AuditLog,
-    health: Health,
-    check: RecipeCheck,
-    connections: Connections,
-) -> Starlette:
-    guard, ca = Authenticator(store.access), place.ca_file.read_text()
-    uploads = Uploads(partial(_reply_limit, manager, place.settings.body_limit))
-    forward = ReverseProxy(guard, audit, presence, uploads, superlink.socket, place.settings.body_limit)
-    enrolment = DeviceApi(store.access, guard, audit, superlink.get_control_client, ca)
-    operating = OperatorApi(store, manager, presence, guard, audit, superlink.get_control_client, check)
-    letting = LettingIn(store.access, audit, place.settings.get_public_url(), ca)
-    logs = Logs(place.folder)
-    return make_gateway(
-        guard, audit, forward, enrolment, operating, letting, ca, health.is_healthy, logs, connections.sweep
+def _make_services(parts: _ServerParts) -> GatewayServices:
+    authenticator, ca = Authenticator(parts.store.access), parts.home.ca_file.read_text()
+    access, audit, settings = parts.store.access, parts.audit, parts.home.settings
+    uploads = Uploads(partial(_reply_limit, parts.manager, settings.body_limit))
+    control = parts.superlink.get_control_client
+    return GatewayServices(
+        authenticator=authenticator,
+        audit=audit,
+        proxy=ReverseProxy(authenticator, audit, parts.presence, uploads, parts.superlink.socket, settings.body_limit),
+        device_api=DeviceApi(access, authenticator, audit, control, ca),
+        operator_api=OperatorApi(
+            parts.store, parts.manager, parts.presence, authenticator, audit, control, parts.recipe_check
+        ),
+        access_api=AccessApi(access, audit, settings.get_public_url(), ca),
+        logs=Logs(parts.home.folder),
+        ca_certificate=ca,
+        is_healthy=parts.health.is_healthy,
+        sweep_connections=parts.connections.sweep,
     )
 
 
-def _reply_limit(manager: RunManager, otherwise: int, number: int) -> int:
+def _reply_limit(manager: RunManager, otherwise: int, flower_run_id: int) -> int:
     """Bytes a reply may have in the run that has a number on the SuperLink."""
-    run = manager.run_of(number)
+    run = manager.run_of(flower_run_id)
     return (read_reply_limit(paths.get_runs_folder() / run) if run else None) or otherwise

@@ -10,18 +10,18 @@ from fedtune import paths
 __all__ = ["open_spool", "sweep"]
 
 
-def sweep(run: str) -> None:
+def sweep(run_id: str) -> None:
     """Remove what a killed process left of its round: updates, and files that were not written to the end."""
-    for spool in (paths.get_runs_folder() / run).glob("*.spool"):
+    for spool in (paths.get_runs_folder() / run_id).glob("*.spool"):
         shutil.rmtree(spool)
-    for beside in (paths.get_runs_folder() / run).rglob(".*.part"):
+    for beside in (paths.get_runs_folder() / run_id).rglob(".*.part"):
         beside.unlink()
 
 
 @contextmanager
-def open_spool(run: str, number: int) -> Iterator[Path]:
+def open_spool(run_id: str, round_number: int) -> Iterator[Path]:
     """A folder for the updates of a round, gone when the block ends, however it does."""
-    folder = paths.get_runs_folder() / run / f"round-{number:04d}.spool"
+    folder = paths.get_runs_folder() / run_id / f"round-{round_number:04d}.spool"
     try:
         yield folder
     finally:

@@ -4,6 +4,6 @@
 """
 
 from fedtune.simulation.in_process_engine import choose_worker_count, run_in_process
-from fedtune.simulation.resolve import resolve_recipe
+from fedtune.training.resolve import resolve_recipe
 
 __all__ = ["choose_worker_count", "resolve_recipe", "run_in_process"]

@@ -23,7 +23,7 @@ _POLL_SECONDS = 0.5
 
 
 def run_on_flower_engine(recipe: Recipe, run: str, store: str) -> None:
-    """Execute a run that the store holds on Flower's engine; RoundError when Flower says that it failed.
+    """Execute a run that the store holds on Flower's engine; RunError when Flower says that it failed.
 
     The SuperLink listens on a socket that its owner alone can open. Ray listens on ports, and takes calls only from
     those that know a secret of this run.
@@ -34,8 +34,8 @@ def run_on_flower_engine(recipe: Recipe, run: str, store: str) -> None:
         superlink = SuperLink(Path(folder), simulation=True)
         try:
             superlink.start()
-            number = superlink.get_control_client().start_run(settings, cores)
-            _follow(superlink, number, recipe, run, store)
+            flower_run_id = superlink.get_control_client().start_run(settings, cores)
+            _follow(superlink, flower_run_id, recipe, run, store)
         except ServerError as error:
             raise RunError(f"{error}; try again or use --engine in-process") from error
         finally:
@@ -58,7 +58,7 @@ def _ray_with_a_secret() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _follow(superlink: SuperLink, number: int, recipe: Recipe, run: str, store: str) -> None:
+def _follow(superlink: SuperLink, flower_run_id: int, recipe: Recipe, run: str, store: str) -> None:
     """Pass on the rounds that land in the store until Flower says that the run has ended."""
     with Store.open(store) as opened:
         last = max((record.number for record in opened.rounds(run)), default=-1)
@@ -66,7 +66,7 @@ def _follow(superlink: SuperLink, number: int, recipe: Recipe, run: str, store: 
         ended = False
         while not ended:
             found = superlink.get_control_client().get_run_status(
-                number
+                flower_run_id
             )  # asked first: what was committed before the end is passed on
             ended = found.status == "finished"
             for record in opened.rounds(run, last):

@@ -17,9 +17,11 @@ _WORTH_A_POOL = 1_000_000
 """Parameters of a model from which on starting worker processes pays."""
 
 
-def run_in_process(shop: RunContext, run: str, store: str, workers: int) -> None:
+def run_in_process(run_context: RunContext, run: str, store: str, workers: int) -> None:
     """Execute a run that the store holds: clients in turn in this process, or in a pool of ``workers`` processes."""
-    crew: ClientWorkers = ProcessPoolWorkers(shop, workers) if workers > 1 else SequentialWorkers(client_app)
+    client_workers: ClientWorkers = (
+        ProcessPoolWorkers(run_context, workers) if workers > 1 else SequentialWorkers(client_app)
+    )
     try:
         config: dict[str, bool | float | int | str] = {
             "run": run,
@@ -27,14 +29,16 @@ def run_in_process(shop: RunContext, run: str, store: str, workers: int) -> None
             "home": str(paths.get_home_folder()),
             "recipe": "",
         }
-        server_app(InProcessGrid(shop.recipe.num_clients, crew), Context(1, 1, {}, RecordDict(), config))
+        server_app(
+            InProcessGrid(run_context.recipe.num_clients, client_workers), Context(1, 1, {}, RecordDict(), config)
+        )
     finally:
-        crew.close()
+        client_workers.close()
 
 
-def choose_worker_count(shop: RunContext) -> int:
+def choose_worker_count(run_context: RunContext) -> int:
     """As many processes as there are cores and clients for; one where clients are done before a pool would start."""
-    recipe = shop.recipe
-    if sum(parameter.numel() for parameter in shop.model.parameters()) < _WORTH_A_POOL:
+    recipe = run_context.recipe
+    if sum(parameter.numel() for parameter in run_context.model.parameters()) < _WORTH_A_POOL:
         return 1
     return max(1, min(recipe.cohort_size, (os.cpu_count() or 1) // recipe.train.threads))

@@ -61,21 +61,23 @@ class InProcessGrid(Grid):
         return [self._push(message) for message in messages]
 
     def _push(self, message: Message) -> str:
-        number = set_message_id(message, str(next(self._numbers)))
-        self._sent[number] = message
-        self._workers.submit(number, message, self._contexts[message.metadata.dst_node_id])
-        return number
+        message_id = set_message_id(message, str(next(self._numbers)))
+        self._sent[message_id] = message
+        self._workers.submit(message_id, message, self._contexts[message.metadata.dst_node_id])
+        return message_id
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Replies that are there, after waiting a moment for one."""
-        self._arrived |= {number: self._reply(number, answer) for number, answer in self._workers.collect_results()}
-        return [self._arrived.pop(number) for number in message_ids if number in self._arrived]
+        self._arrived |= {
+            message_id: self._reply(message_id, result) for message_id, result in self._workers.collect_results()
+        }
+        return [self._arrived.pop(message_id) for message_id in message_ids if message_id in self._arrived]
 
-    def _reply(self, number: str, answer: tuple[Message, Context] | Exception) -> Message:
-        message = self._sent.pop(number)
-        if isinstance(answer, Exception):
-            return Message(Error(code=_CLIENT_FAILED, reason=repr(answer)), reply_to=message)
-        reply, self._contexts[message.metadata.dst_node_id] = answer
+    def _reply(self, message_id: str, result: tuple[Message, Context] | Exception) -> Message:
+        message = self._sent.pop(message_id)
+        if isinstance(result, Exception):
+            return Message(Error(code=_CLIENT_FAILED, reason=repr(result)), reply_to=message)
+        reply, self._contexts[message.metadata.dst_node_id] = result
         return reply
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:

@@ -34,7 +34,7 @@ class ClientWorkers(ABC):
     """Takes messages and gives back answers, in whatever order they are done."""
 
     @abstractmethod
-    def submit(self, number: str, message: Message, context: Context) -> None:
+    def submit(self, message_id: str, message: Message, context: Context) -> None:
         """Queue a message."""
 
     @abstractmethod
@@ -57,19 +57,19 @@ class SequentialWorkers(ClientWorkers):
         self._app = app
         self._queue: deque[tuple[str, Message, Context]] = deque()
 
-    def submit(self, number: str, message: Message, context: Context) -> None:
+    def submit(self, message_id: str, message: Message, context: Context) -> None:
         """Queue a message."""
-        self._queue.append((number, message, context))
+        self._queue.append((message_id, message, context))
 
     def collect_results(self) -> list[tuple[str, ClientResult]]:
         """Run the next client."""
         if not self._queue:
             return []
-        number, message, context = self._queue.popleft()
+        message_id, message, context = self._queue.popleft()
         try:
-            return [(number, (self._app(message, context), context))]
+            return [(message_id, (self._app(message, context), context))]
         except Exception as error:
-            return [(number, error)]
+            return [(message_id, error)]
 
     def discard_pending(self) -> None:
         """Drop what is queued."""
@@ -80,7 +80,7 @@ class SequentialWorkers(ClientWorkers):
 
 
 class ProcessPoolWorkers(ClientWorkers):
-    """``processes`` workers that share the workshop's base model; when one is killed, all are replaced.
+    """``processes`` workers that share the run context's base model; when one is killed, all are replaced.
 
     Messages wait here and not in the executor: one that breaks chokes on futures that were cancelled.
     """
@@ -99,15 +99,15 @@ class ProcessPoolWorkers(ClientWorkers):
         begin = (self._shop, watched)
         return ProcessPoolExecutor(self._processes, mp_context=context, initializer=_begin, initargs=begin), lifeline
 
-    def submit(self, number: str, message: Message, context: Context) -> None:
+    def submit(self, message_id: str, message: Message, context: Context) -> None:
         """Queue a message."""
-        self._queue.append((number, message, context))
+        self._queue.append((message_id, message, context))
 
     def collect_results(self) -> list[tuple[str, ClientResult]]:
         """Answers that have come back."""
         while self._queue and len(self._futures) <= self._processes:
-            number, message, context = self._queue.popleft()
-            self._futures[self._hand_over(message, context)] = number
+            message_id, message, context = self._queue.popleft()
+            self._futures[self._hand_over(message, context)] = message_id
         done, _ = wait(self._futures, timeout=_PATIENCE, return_when=FIRST_COMPLETED)
         return [(self._futures.pop(future), _result(future)) for future in done]
 

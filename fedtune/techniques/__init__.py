@@ -1,4 +1,7 @@
-"""How it fits a device: one file is one technique. ``build_techniques`` turns a recipe's list into techniques."""
+"""Techniques make fine-tuning fit a device. Each technique is one file; a family with helpers is a folder.
+
+``build_techniques`` builds the techniques of a recipe; the other functions call their hooks in order.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -10,10 +13,14 @@ from fedtune.errors import RecipeError
 from fedtune.recipe.schema import Unit
 from fedtune.recipe.unit_registry import build_unit
 from fedtune.tasks import Task
-from fedtune.techniques._live_norm import UnfrozenBatchNorm2d, list_local_tensors, list_running_statistics
+from fedtune.techniques._layers.unfrozen_batch_norm import (
+    UnfrozenBatchNorm2d,
+    list_local_tensors,
+    list_running_statistics,
+)
+from fedtune.techniques._loss_terms import collect_loss_terms
 from fedtune.techniques._saving import refuse_saving
 from fedtune.techniques._technique import ExtraPayload, StepInfo, Technique
-from fedtune.techniques._terms import collect_loss_terms
 from fedtune.wire.client_update import LowRankPair, TensorSpec
 
 __all__ = [
@@ -39,7 +46,7 @@ __all__ = [
 
 
 def build_techniques(units: Sequence[Unit], recipe_key: str = "train.techniques") -> tuple[Technique, ...]:
-    """The techniques named ``recipe_key`` in a recipe, in order; RecipeError for settings or pairs that do not hold."""
+    """The techniques that a recipe names, in order; RecipeError for wrong settings or combinations."""
     chosen: tuple[Technique, ...] = tuple(build_unit(__name__, unit, recipe_key) for unit in units)
     present = [technique.name for technique in chosen]
     for one, other in permutations(chosen, 2):
@@ -54,17 +61,17 @@ def build_techniques(units: Sequence[Unit], recipe_key: str = "train.techniques"
 
 
 def apply_techniques(techniques: Sequence[Technique], model: nn.Module, task: Task, seed: int) -> list[str]:
-    """Freeze the model, let each technique rewrite it, and return the names of all that may be trained.
+    """Freeze the model, let each technique rewrite it, and return the names of all tensors that may be trained.
 
-    The model is left ready for round 1. Where its layers have changed, ``save_pretrained`` refuses until ``fold``.
+    The model is ready for round 1. If layers were replaced, ``save_pretrained`` refuses until ``merge_into_weights``.
     """
     plain = set(model.state_dict())
     model.requires_grad_(False)
     for technique in techniques:
         technique.rewrite_model(model, task, seed)
     shared: set[str] = set()
-    for number in (1, 2):
-        begin_round(techniques, model, number)
+    for round_number in (1, 2):
+        begin_round(techniques, model, round_number)
         shared.update(list_trainable_tensors(model))
     for technique in techniques:
         shared.update(technique.list_server_held_tensors(model))
@@ -75,28 +82,28 @@ def apply_techniques(techniques: Sequence[Technique], model: nn.Module, task: Ta
 
 
 def merge_into_weights(techniques: Sequence[Technique], model: nn.Module) -> None:
-    """Write what was learned into plain layers, which ``save_pretrained`` can save."""
+    """Merge all that was trained into plain layers, which ``save_pretrained`` can save."""
     for technique in techniques:
         technique.merge_into_weights(model)
 
 
-def begin_round(techniques: Sequence[Technique], model: nn.Module, number: int) -> None:
+def begin_round(techniques: Sequence[Technique], model: nn.Module, round_number: int) -> None:
     """Let each technique choose what is trained in round 1, 2, ..."""
     for technique in techniques:
-        technique.begin_round(model, number)
+        technique.begin_round(model, round_number)
 
 
 def begin_step(techniques: Sequence[Technique], model: nn.Module, batch: Mapping[str, Tensor], progress: float) -> None:
-    """Tell each technique the inputs of the step to come and the share 0..1 of the run that is over."""
+    """Tell each technique the inputs of the next step and the share 0..1 of the run that is completed."""
     for technique in techniques:
         technique.begin_step(model, batch, progress)
 
 
-def before_optimiser_step(techniques: Sequence[Technique], model: nn.Module, moment: StepInfo) -> float:
-    """Let each technique change the gradients of a step; the learning rate they come to."""
+def before_optimiser_step(techniques: Sequence[Technique], model: nn.Module, step_info: StepInfo) -> float:
+    """Let each technique change the gradients of a step; returns the learning rate of the step."""
     for technique in techniques:
-        moment = moment._replace(lr=technique.before_optimiser_step(model, moment))
-    return moment.lr
+        step_info = step_info._replace(lr=technique.before_optimiser_step(model, step_info))
+    return step_info.lr
 
 
 def list_low_rank_pairs(techniques: Sequence[Technique], model: nn.Module) -> list[LowRankPair]:
@@ -104,44 +111,51 @@ def list_low_rank_pairs(techniques: Sequence[Technique], model: nn.Module) -> li
     return [pair for technique in techniques for pair in technique.list_low_rank_pairs(model)]
 
 
-def declare_extra_payload(techniques: Sequence[Technique], model: nn.Module, number: int) -> dict[str, TensorSpec]:
-    """What techniques want clients to add to their contributions in a round."""
+def declare_extra_payload(
+    techniques: Sequence[Technique], model: nn.Module, round_number: int
+) -> dict[str, TensorSpec]:
+    """The tensors that techniques ask clients to add to their updates in a round."""
     return {
-        name: form for technique in techniques for name, form in technique.declare_extra_payload(model, number).items()
+        name: form
+        for technique in techniques
+        for name, form in technique.declare_extra_payload(model, round_number).items()
     }
 
 
 def compute_extra_payload(
-    techniques: Sequence[Technique], model: nn.Module, number: int, run_backward: Callable[[], None]
+    techniques: Sequence[Technique], model: nn.Module, round_number: int, run_backward: Callable[[], None]
 ) -> dict[str, Tensor]:
-    """What a client adds to its contribution; ``run_backward`` takes the gradient of one batch."""
+    """The tensors that a client adds to its update; ``run_backward`` computes the gradients of one batch."""
     return {
         name: tensor
         for technique in techniques
-        for name, tensor in technique.compute_extra_payload(model, number, run_backward).items()
+        for name, tensor in technique.compute_extra_payload(model, round_number, run_backward).items()
     }
 
 
 def after_aggregation(
-    techniques: Sequence[Technique], state: Mapping[str, Tensor], number: int, extra_payloads: Sequence[ExtraPayload]
+    techniques: Sequence[Technique],
+    state: Mapping[str, Tensor],
+    round_number: int,
+    extra_payloads: Sequence[ExtraPayload],
 ) -> dict[str, Tensor]:
-    """The merged state of a round, as techniques change it by the clients' answers."""
+    """The merged state of a round after techniques have changed it, with the extra payloads of the clients."""
     revised = dict(state)
     for technique in techniques:
-        revised = technique.after_aggregation(revised, number, extra_payloads)
+        revised = technique.after_aggregation(revised, round_number, extra_payloads)
     return revised
 
 
 @contextmanager
 def collect_metrics(techniques: Sequence[Technique], model: nn.Module) -> Iterator[Callable[[], dict[str, float]]]:
-    """Figures that techniques take while held-out examples are scored inside the block."""
+    """Metrics of techniques that are measured while held-out examples are evaluated inside the block."""
     with ExitStack() as stack:
         taken = [stack.enter_context(technique.collect_metrics(model)) for technique in techniques]
         yield lambda: {name: value for figures in taken for name, value in figures().items()}
 
 
 def list_trainable_tensors(model: nn.Module) -> list[str]:
-    """Names of what is trained now and sent: parameters in the model's order, then statistics that follow the data."""
+    """Names of the tensors that are trained and sent now: parameters in order, then updated running statistics."""
     parameters = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     kept = set(list_local_tensors(model))
     return [*(name for name in parameters if name not in kept), *list_running_statistics(model)]

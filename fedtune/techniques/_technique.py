@@ -1,4 +1,4 @@
-"""The shape every technique has: frozen settings with a few behaviours, each of which may stay silent."""
+"""The base class of all techniques, and the values that its hooks receive."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ __all__ = ["ExtraPayload", "StepInfo", "Technique", "list_head_parameters", "unf
 
 
 class StepInfo(NamedTuple):
-    """A step within a client's round: rounds count from 1, steps from 0; the run's first and present rate."""
+    """A step of a local round, with the run's first and present learning rate. Rounds count from 1, steps from 0."""
 
     round: int
     step: int
@@ -29,118 +29,120 @@ class StepInfo(NamedTuple):
 
 
 class ExtraPayload(NamedTuple):
-    """What a client added to its contribution, and the weight it has among the clients of the round."""
+    """The tensors that a client added to its update, and the client's weight in the round."""
 
     weight: float
     tensors: Mapping[str, Tensor]
 
 
 class Technique(NamedUnit):
-    """One published way to make fine-tuning fit a device; its fields are its knobs."""
+    """One published way to make fine-tuning fit a device. Its fields are its settings; every hook is optional."""
 
     selects_trainable_tensors: ClassVar[bool] = True
-    """Whether it chooses what is trained; a run needs at least one technique that does."""
+    """Whether it selects trained tensors; a run needs at least one technique that does."""
     conflicts_with: ClassVar[Mapping[str, str]] = {}
-    """Names of techniques it makes no sense with, and why: the rest of a sentence that ends there."""
+    """Techniques that it cannot be combined with, and why: the end of a sentence."""
 
     def find_conflict(self, other: "Technique") -> str | None:
-        """Why it cannot be combined with another as both are set: the rest of a sentence; None when it can."""
+        """Why both cannot be combined with their settings, as the end of a sentence; None if they can."""
         return self.conflicts_with.get(other.name)
 
     def make_quantisation_config(self) -> Any:
-        """How the frozen base is to be quantised while it is loaded: a transformers configuration, or None."""
+        """The quantisation configuration of transformers for loading the frozen base; None for no quantisation."""
         return None
 
     def rewrite_model(self, model: nn.Module, task: Task, seed: int) -> None:
-        """Rewrite the model and switch on gradients of what is trained; ModelError if the model does not fit."""
+        """Rewrite the model and unfreeze what is trained; ModelError if the model does not fit."""
 
-    def begin_round(self, model: nn.Module, number: int) -> None:
-        """Choose what is trained in round 1, 2, ... among what ``apply`` made trainable."""
+    def begin_round(self, model: nn.Module, round_number: int) -> None:
+        """Choose what is trained in round 1, 2, ... among the tensors that ``rewrite_model`` unfroze."""
 
     def begin_step(self, model: nn.Module, batch: Mapping[str, Tensor], progress: float) -> None:
-        """Before the forward pass of a step: its inputs, and the share 0..1 of all steps of the run that is over.
+        """Called before the forward pass of a step, with its inputs and the share 0..1 of the run that is completed.
 
-        Scoring calls it too, with ``progress`` 1. Terms of the loss that layers produce are handed in by ``emit``.
+        Evaluation calls it too, with ``progress`` 1. Layers add terms to the loss by ``add_loss_term``.
         """
 
-    def before_optimiser_step(self, model: nn.Module, moment: StepInfo) -> float:
-        """Between a step's backward pass and its update: change gradients, and say the learning rate to take."""
-        return moment.lr
+    def before_optimiser_step(self, model: nn.Module, step_info: StepInfo) -> float:
+        """Called after the backward pass: may change gradients; returns the learning rate of the step."""
+        return step_info.lr
 
     def list_server_held_tensors(self, model: nn.Module) -> list[str]:
-        """Names of tensors that belong to the shared state though clients do not train them."""
+        """Names of tensors that belong to the shared state, but are not trained by clients."""
         return []
 
     def has_local_tensors(self) -> bool:
-        """Whether devices keep trained tensors for themselves: what the server holds is then not a whole model."""
+        """Whether trained tensors stay on the devices, so that the server's state is not a whole model."""
         return False
 
     def has_weight_masks(self) -> bool:
-        """Whether the shared state says of each weight if it is there: all clients must then go by the same masks."""
+        """Whether the shared state contains weight masks, which all clients must then share."""
         return False
 
     def changes_per_round(self) -> bool:
-        """Whether rounds differ in what is trained or kept, so that an answer fits the round it was begun in alone."""
+        """Whether rounds differ in what is trained, so that a client update fits only the round it was trained for."""
         return self.has_weight_masks()
 
     def get_update_kind(self) -> UpdateKind:
-        """What clients train, as a merge must know it before it can be chosen."""
+        """The kind of client updates, which decides which merges are possible."""
         return "tensors"
 
     def list_low_rank_pairs(self, model: nn.Module) -> list[LowRankPair]:
-        """The low-rank pairs it put into the model."""
+        """The low-rank pairs that it added to the model."""
         return []
 
-    def declare_extra_payload(self, model: nn.Module, number: int) -> dict[str, TensorSpec]:
-        """What each client adds to its contribution in round ``number``, by name."""
+    def declare_extra_payload(self, model: nn.Module, round_number: int) -> dict[str, TensorSpec]:
+        """The tensors that each client adds to its update in this round, by name."""
         return {}
 
-    def compute_extra_payload(self, model: nn.Module, number: int, backward: Callable[[], None]) -> dict[str, Tensor]:
-        """On a client that has trained: the tensors asked for. ``backward`` takes the gradient of one batch."""
+    def compute_extra_payload(
+        self, model: nn.Module, round_number: int, run_backward: Callable[[], None]
+    ) -> dict[str, Tensor]:
+        """The tensors that a client adds after training; ``run_backward`` computes the gradients of one batch."""
         return {}
 
     def after_aggregation(
-        self, state: Mapping[str, Tensor], number: int, answers: Sequence[ExtraPayload]
+        self, state: Mapping[str, Tensor], round_number: int, extra_payloads: Sequence[ExtraPayload]
     ) -> dict[str, Tensor]:
-        """On the server, once a round is merged: the shared state in the light of the clients' answers."""
+        """Called on the server after a merge: the next shared state, given the extra payloads of the clients."""
         return dict(state)
 
     @contextmanager
     def collect_metrics(self, model: nn.Module) -> Iterator[Callable[[], dict[str, float]]]:
-        """Follow the scoring of held-out examples inside the block; the callable gives figures by name at its end."""
+        """Measure while held-out examples are evaluated inside the block; the callable returns metrics by name."""
         yield dict
 
     def make_reference(self) -> "Technique | None":
-        """What trains the same network with every activation stored, for checking gradients; None to leave it out."""
+        """The technique that trains the same network with all activations stored, to check gradients; or None."""
         return self
 
     def has_unchanged_base(self) -> bool:
-        """Whether the pretrained layers compute what they did, so that an adapter beside them says it all."""
+        """Whether pretrained layers still compute the same, so that an adapter contains all that was trained."""
         return True
 
     def make_peft_config(self, model: nn.Module, task: Task) -> "PeftConfig | None":
-        """How PEFT describes what was trained, when PEFT can carry it beside the untouched base."""
+        """The PEFT configuration of what was trained; None if a PEFT adapter cannot contain it."""
         return None
 
-    def beside(self, model: nn.Module, drawn: Sequence[str]) -> dict[str, Tensor] | None:
-        """Frozen parameters, by the names they were loaded under, as they are with what was learned beside them.
+    def compute_merged_weights(self, model: nn.Module, names: Sequence[str]) -> dict[str, Tensor] | None:
+        """Frozen parameters with the trained adapters merged, by the names they were loaded under.
 
-        ``drawn`` are those that no base holds; None when an adapter cannot carry them.
+        An exported adapter includes them if no base contains them; None if it cannot.
         """
-        return None if drawn else {}
+        return None if names else {}
 
     @final
     def merge_into_weights(self, model: nn.Module) -> None:
-        """Write what was learned into plain layers, so that the model needs nothing of this technique."""
+        """Merge what was trained into plain layers, so that the model no longer needs this technique."""
         self._fold(model)
         allow_saving(model, self.name)
 
     def _fold(self, model: nn.Module) -> None:
-        """What ``fold`` does; a technique that leaves layers plain has nothing to do."""
+        """The work of ``merge_into_weights``; nothing for a technique that does not replace layers."""
 
 
 def list_head_parameters(model: nn.Module) -> list[str]:
-    """Names of the parameters behind the backbone: the new head of a classifier."""
+    """Names of the parameters after the backbone: the new head of a classifier."""
     prefix = str(getattr(model, "base_model_prefix", ""))
     inside = f"{prefix}." if prefix and prefix in dict(model.named_children()) else None
     if inside is None:
@@ -150,7 +152,7 @@ def list_head_parameters(model: nn.Module) -> list[str]:
 
 
 def unfreeze_parameters(model: nn.Module, names: list[str]) -> None:
-    """Switch on gradients of the named parameters; ModelError when there is none to switch on."""
+    """Unfreeze the named parameters; ModelError if there are none."""
     if not names:
         raise ModelError(f"{type(model).__name__} has none of the parameters this technique trains; choose another")
     parameters = dict(model.named_parameters())

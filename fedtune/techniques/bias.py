@@ -19,8 +19,8 @@ from pydantic import Field
 from torch import nn
 
 from fedtune.tasks import Task
-from fedtune.techniques._recast import restore_plain_layers
-from fedtune.techniques._spare import has_batch_norms, make_model_efficient
+from fedtune.techniques._layers.efficient_layers import has_batch_norms, make_model_efficient
+from fedtune.techniques._layers.layer_replacement import restore_plain_layers
 from fedtune.techniques._technique import Technique, list_head_parameters, unfreeze_parameters
 
 __all__ = ["Bias"]

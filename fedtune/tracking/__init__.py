@@ -1,7 +1,7 @@
-"""The run store: what every run did, in tables any SQL database keeps."""
+"""The run store: the rounds, metrics and clients of every run, in tables of any SQL database."""
 
 from fedtune.tracking.access_control import Access
-from fedtune.tracking.database import default_url, file_url
+from fedtune.tracking.database import get_default_url, make_file_url
 from fedtune.tracking.records import (
     Assignment,
     AuditRecord,
@@ -33,8 +33,8 @@ __all__ = [
     "Store",
     "TokenRecord",
     "claim_run",
-    "default_url",
-    "file_url",
+    "get_default_url",
     "is_run_active",
+    "make_file_url",
     "new_run_id",
 ]

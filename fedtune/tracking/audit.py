@@ -1,4 +1,4 @@
-"""The audit: what a server refused and what it did. Its size is bounded, and refusals never push out what was done."""
+"""The audit: what a server refused and what it did. Its size is bounded. Refusals never displace what was done."""
 
 from datetime import UTC, datetime
 
@@ -11,40 +11,44 @@ from fedtune.untrusted import clean_text
 
 __all__ = ["AuditLog"]
 
-_DONE, _REFUSED, _OF_ONE_SOURCE = 100_000, 20_000, 500
-"""Lines that are kept: of what was done, of what was refused, and of the latter for one address or device."""
+_DONE, _REFUSED, _REFUSED_PER_SOURCE = 100_000, 20_000, 500
+"""The most lines that are kept: of what was done, of all refusals, and of the refusals of one source."""
 _PRUNE_EVERY = 50
-_WHO, _WHAT = 128, 500
+_ACTOR_LENGTH, _MESSAGE_LENGTH = 128, 500
 
 
 class AuditLog:
-    """Lines of a store's audit. Of refusals beyond the bound, those of the source with the most lines go first."""
+    """The audit table of a store. Beyond the bound, refusals of the source with the most lines are deleted first."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    def write_line(self, kind: str, who: str, what: str, source: str = "") -> int:
-        """Write a line; its number. ``source`` is the address or the device a refusal is blamed on."""
-        row = {"at": datetime.now(UTC), "kind": kind, "who": clean_text(who, _WHO), "what": clean_text(what, _WHAT)}
+    def write_line(self, outcome: str, actor: str, message: str, source: str = "") -> int:
+        """Write a line, and return its number. ``source`` is the address or the device that caused a refusal."""
+        row = {"recorded_at": datetime.now(UTC), "outcome": outcome, "actor": clean_text(actor, _ACTOR_LENGTH)}
+        row |= {"message": clean_text(message, _MESSAGE_LENGTH), "source": clean_text(source, _ACTOR_LENGTH) or None}
         with writer(self._engine) as connection:
-            made = connection.execute(insert(audit), row | {"source": clean_text(source, _WHO) or None})
+            made = connection.execute(insert(audit), row)
             [number] = made.inserted_primary_key or [0]
             if number % _PRUNE_EVERY == 0:
                 _prune(connection, source)
         return int(number)
 
-    def repeat(self, number: int, times: int) -> None:
-        """Count ``times`` more of what a line says, of which the last was now."""
+    def count_repeats(self, number: int, times: int) -> None:
+        """Add ``times`` to the count of a line. The last of them was now."""
         counted = func.coalesce(audit.c.times, 1) + times
         with writer(self._engine) as connection:
-            connection.execute(update(audit).where(audit.c.id == number).values(times=counted, last=datetime.now(UTC)))
+            repeated = update(audit).where(audit.c.id == number)
+            connection.execute(repeated.values(times=counted, last_recorded_at=datetime.now(UTC)))
 
-    def lines(self, limit: int = 100, *, since: datetime | None = None, before: int | None = None) -> list[AuditRecord]:
-        """The newest lines, newest first: those not all older than ``since``, and numbered below ``before``."""
+    def list_lines(
+        self, limit: int = 100, *, since: datetime | None = None, before: int | None = None
+    ) -> list[AuditRecord]:
+        """Return the newest lines, newest first: repeated after ``since``, and numbered below ``before``."""
         table = audit.c
-        last = func.coalesce(table.last, table.at)
-        columns = table.id, table.at, table.kind, table.who, table.what, func.coalesce(table.times, 1).label("times")
-        wanted = select(*columns, table.last).order_by(table.id.desc()).limit(limit)
+        last = func.coalesce(table.last_recorded_at, table.recorded_at)
+        columns = table.id, table.recorded_at, table.outcome, table.actor, table.message, table.last_recorded_at
+        wanted = select(*columns, func.coalesce(table.times, 1).label("times")).order_by(table.id.desc()).limit(limit)
         if since is not None:
             wanted = wanted.where(last >= since)
         if before is not None:
@@ -54,15 +58,15 @@ class AuditLog:
 
 
 def _record(row: dict[str, object]) -> AuditRecord:
-    return AuditRecord(**row | {"last": row["last"] or row["at"]})  # type: ignore[arg-type]
+    return AuditRecord(**row | {"last_recorded_at": row["last_recorded_at"] or row["recorded_at"]})  # type: ignore[arg-type]
 
 
 def _prune(connection: Connection, source: str) -> None:
-    """Bring the table back to its bounds."""
-    _keep(connection, select(audit.c.id).where(audit.c.kind == "done"), _DONE)
+    """Delete the lines beyond the bounds."""
+    _keep(connection, select(audit.c.id).where(audit.c.outcome == "done"), _DONE)
     if source:
-        _keep(connection, select(audit.c.id).where(audit.c.source == source), _OF_ONE_SOURCE)
-    refused = audit.c.kind != "done"
+        _keep(connection, select(audit.c.id).where(audit.c.source == source), _REFUSED_PER_SOURCE)
+    refused = audit.c.outcome != "done"
     beyond = connection.execute(select(func.count()).select_from(audit).where(refused)).scalar_one() - _REFUSED
     if beyond > 0:
         count = func.count()

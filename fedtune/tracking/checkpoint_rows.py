@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are on disk, as the store has it."""
+"""Which checkpoints of a run are on disk, according to the store."""
 
 from collections.abc import Sequence
 
@@ -11,18 +11,18 @@ __all__ = ["CheckpointRows"]
 
 
 class CheckpointRows:
-    """The rows of checkpoints, apart from those of their rounds."""
+    """The table of checkpoints."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    def scores(self, run_id: str) -> dict[int, dict[tuple[str, str], float]]:
-        """Rounds whose checkpoint was not pruned, each with its held-out figures by part and name."""
+    def read_scores(self, run_id: str) -> dict[int, dict[tuple[str, str], float]]:
+        """Return the rounds whose checkpoint was not pruned, each with its held-out metrics by split and name."""
         with reader(self._engine) as connection:
             return rows.read_checkpoint_scores(connection, run_id)
 
     def mark_pruned(self, run_id: str, numbers: Sequence[int]) -> list[str]:
-        """Record that the checkpoints of these rounds are gone; returns their paths."""
+        """Record that the checkpoints of these rounds are deleted, and return their paths."""
         if not numbers:
             return []
         table = tables.checkpoints

@@ -1,4 +1,4 @@
-"""How evenly a round serves its clients: the spread of what each scored on its own held-out examples."""
+"""How metrics vary between the clients of a round, each scored on its own held-out examples."""
 
 import math
 from collections import defaultdict
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fedtune.tracking.records import RoundRecord
 
-__all__ = ["MOMENTS", "Spread", "spreads"]
+__all__ = ["MOMENTS", "Spread", "compute_spreads"]
 
 MOMENTS = ("before", "after", "shared")
 """When a client scores: before and after it trains, and once more the model that the round ended with."""
@@ -16,7 +16,7 @@ _LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """One figure of a round over its clients, each counting alike; ``worst_tenth`` is the mean of that part of them."""
+    """One metric of a round over its clients, equally weighted. ``worst_tenth`` is the mean of the worst tenth."""
 
     round: int
     moment: str
@@ -27,8 +27,8 @@ class Spread:
     worst_tenth: float
 
 
-def spreads(rounds: Sequence[RoundRecord]) -> list[Spread]:
-    """By round, then ``before`` and ``after`` local training and ``shared``, then name; NaN figures do not count."""
+def compute_spreads(rounds: Sequence[RoundRecord]) -> list[Spread]:
+    """Summarise client scores by round, then ``before``, ``after`` or ``shared``, then name. NaN does not count."""
     found: dict[tuple[int, str, str], list[float]] = defaultdict(list)
     for record in rounds:
         for one in record.client_scores:

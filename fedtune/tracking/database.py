@@ -1,4 +1,4 @@
-"""A database that is safe to share: how it is opened, how it locks, and what its errors mean in words."""
+"""How a database is opened, locked and shared, and what its errors mean in words."""
 
 import os
 import sqlite3
@@ -13,9 +13,17 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from fedtune import paths
 from fedtune.errors import StoreError
 
-__all__ = ["default_url", "file_url", "get_sqlite_path", "make_engine", "reader", "translate_database_errors", "writer"]
+__all__ = [
+    "get_default_url",
+    "get_sqlite_path",
+    "make_engine",
+    "make_file_url",
+    "reader",
+    "translate_database_errors",
+    "writer",
+]
 
-_PATIENCE = "30"  # seconds SQLite waits for another process's transaction; ?timeout= in the URL says otherwise
+_TIMEOUT = "30"  # seconds SQLite waits for another process's transaction; ?timeout= in the URL says otherwise
 _BEGIN = "fedtune_begin"
 _MEANING = {
     sqlite3.SQLITE_BUSY: "is locked by another process; wait until that one has ended, or stop it",
@@ -29,50 +37,50 @@ _MEANING = {
 }
 
 
-def default_url() -> str:
-    """The SQLAlchemy URL of the default store: ``$FEDTUNE_STORE``, or a file in fedtune's home."""
-    return os.environ.get("FEDTUNE_STORE") or file_url(paths.get_home_folder() / "store.sqlite")
+def get_default_url() -> str:
+    """Return the SQLAlchemy URL of the default store: ``$FEDTUNE_STORE``, or a file in fedtune's home."""
+    return os.environ.get("FEDTUNE_STORE") or make_file_url(paths.get_home_folder() / "store.sqlite")
 
 
-def file_url(path: Path) -> str:
-    """The URL of a SQLite file; ``%``, ``?`` and ``#``, which mean something in a URL, are escaped."""
+def make_file_url(path: Path) -> str:
+    """Return the URL of a SQLite file. Characters with a meaning in URLs are escaped."""
     return URL.create("sqlite", database=str(path.absolute())).render_as_string(hide_password=False)
 
 
 def make_engine(url: str) -> Engine:
-    """An engine for a SQLAlchemy URL, its folder made; nothing is read or written yet."""
-    target = _target(url)
+    """Create an engine for a SQLAlchemy URL, and the folder of a file. Nothing is read or written yet."""
+    target = _parse_url(url)
     if path := get_sqlite_path(target):
         _make_folder(path)
     try:
         engine = create_engine(target)
     except (NoSuchModuleError, ModuleNotFoundError) as error:
-        raise StoreError(_no_driver(target)) from error
+        raise StoreError(_explain_missing_driver(target)) from error
     except (ArgumentError, ValueError) as error:
-        raise StoreError(f"--store {_shown(target)} has an option that does not hold: {error}") from error
+        raise StoreError(f"--store {_describe_url(target)} has an option that does not hold: {error}") from error
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _set_up_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
     return engine
 
 
-def _target(text: str) -> URL:
+def _parse_url(text: str) -> URL:
     try:
         url = make_url(text)
     except (ArgumentError, ValueError) as error:
         raise StoreError(f"--store {text} is no SQLAlchemy URL; write e.g. sqlite:////home/me/store.sqlite") from error
     if url.get_backend_name() == "sqlite" and "timeout" not in url.query:
-        return url.update_query_dict({"timeout": _PATIENCE})
+        return url.update_query_dict({"timeout": _TIMEOUT})
     return url.set(drivername="postgresql+psycopg") if url.drivername == "postgresql" else url
 
 
-def _no_driver(url: URL) -> str:
+def _explain_missing_driver(url: URL) -> str:
     mend = "pip install 'fedtune[postgresql]'" if url.get_backend_name() == "postgresql" else "install its driver"
-    return f"no driver for the store {_shown(url)} is installed; {mend}"
+    return f"no driver for the store {_describe_url(url)} is installed; {mend}"
 
 
 def get_sqlite_path(url: URL) -> Path | None:
-    """The file a SQLite URL names; None for a database in memory, a ``file:`` URI or a server."""
+    """Return the file of a SQLite URL; None for a database in memory, a ``file:`` URI or a server."""
     database = url.database or ":memory:"
     plain = url.get_backend_name() == "sqlite" and not database.startswith((":memory:", "file:"))
     return Path(database) if plain else None
@@ -91,35 +99,35 @@ def _set_up_sqlite(connection: Any, _: object) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    # The driver's own BEGIN comes too late, and skips DDL and reads. A writer takes its lock at once, since a read
-    # transaction that turns into a write one fails instead of waiting.
+    # The driver itself begins too late, and not at all for DDL and reads. A writer locks at once: a read transaction
+    # that becomes a write transaction would fail instead of waiting.
     connection.exec_driver_sql(f"BEGIN {connection.get_execution_options().get(_BEGIN, 'DEFERRED')}")
 
 
 @contextmanager
 def reader(engine: Engine) -> Iterator[Connection]:
-    """One consistent view of the database, taken without locking writers out."""
+    """Open one consistent view of the database, which does not block writers."""
     with translate_database_errors(engine.url), engine.connect() as connection:
         yield connection
 
 
 @contextmanager
 def writer(engine: Engine) -> Iterator[Connection]:
-    """One transaction that waits for other writers and is kept whole or not at all."""
+    """Open one transaction, which waits for other writers and is committed whole or not at all."""
     with translate_database_errors(engine.url), engine.execution_options(**{_BEGIN: "IMMEDIATE"}).begin() as connection:
         yield connection
 
 
 @contextmanager
 def translate_database_errors(url: URL) -> Iterator[None]:
-    """Turn what a database driver raises into one StoreError sentence."""
+    """Turn the errors of a database driver into a StoreError of one sentence."""
     try:
         yield
     except DBAPIError as error:
         code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF
         meaning = _MEANING.get(code, f"cannot be used: {' '.join(str(error.orig).split())}")
-        raise StoreError(f"the store {_shown(url)} {meaning}") from error
+        raise StoreError(f"the store {_describe_url(url)} {meaning}") from error
 
 
-def _shown(url: URL) -> str:
+def _describe_url(url: URL) -> str:
     return str(get_sqlite_path(url) or url.set(query={}).render_as_string(hide_password=True))

@@ -23,12 +23,14 @@ _OLD_ENGINES = {"local": "in-process"}
 
 @dataclass(frozen=True, kw_only=True)
 class MetricRecord:
-    """One number of a ``part``: train, merge, updates, own, validation, test, test-before, privacy or simulation.
+    """One metric of a round.
 
-    ``domain`` is one of the data's, or ``all``.
+    ``split`` is what was scored: train, validation, test, test-before or local (what clients hold out). A metric of no
+    split has its subject there: merge, updates, privacy or simulation. ``domain`` is one of the data's, ``mean`` or
+    ``all``.
     """
 
-    part: str
+    split: str
     domain: str
     name: str
     value: float
@@ -36,52 +38,58 @@ class MetricRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class ClientRecord:
-    """What one client did in one round; ``status`` is merged, refused, declined, error, missing or unused. In bytes.
+    """What one client did in one round. Sizes are in bytes.
 
-    ``loss`` is NaN where the client keeps it to itself.
-
-    ``staleness`` counts the rounds since the state it began with; None where rounds wait for their own answers only.
+    ``status`` is merged, rejected, declined, error, missing or unused. ``device_name`` is None in a simulation, and
+    ``device_class`` in runs on real devices that were recorded before it was. ``train_loss`` is NaN if the client does
+    not report it. ``staleness`` counts the rounds since the state the client began with, None in synchronous runs.
     """
 
     client: int
-    device: str
+    device_class: str | None
+    device_name: str | None = None
     status: str
     reason: str
-    examples: int
+    num_examples: int
     bytes_down: int
     bytes_up: int
     seconds: float
-    saved_bytes: int
-    peak_rss: int
-    norm: float
-    loss: float
+    activation_memory: int
+    peak_memory: int
+    update_norm: float
+    train_loss: float
     staleness: int | None = None
 
     @property
+    def device(self) -> str:
+        """The name of the device, or in a simulation its class."""
+        return self.device_name or self.device_class or ""
+
+    @property
     def tells_loss(self) -> bool:
-        """Whether the loss was told. Older runs kept a withheld one as 0 with examples 1."""
-        return not math.isnan(self.loss) and (self.loss != 0 or self.examples != 1)
+        """Whether the client reported its loss. Older runs recorded a withheld one as 0 with one example."""
+        return not math.isnan(self.train_loss) and (self.train_loss != 0 or self.num_examples != 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClientScore:
-    """One figure of one client in a round, on what it held out.
+    """One metric of one client in a round, on what it held out.
 
-    ``moment`` is ``before`` or ``after`` it trained, or ``shared``: of the model that the round ended with.
+    ``moment`` is ``before`` or ``after`` it trained, or ``shared`` for the model at the end of the round.
     """
 
     client: int
     moment: str
     name: str
     value: float
-    predictions: int
+    num_predictions: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointRecord:
-    """A checkpoint: ``path`` relative to the runs folder, ``sha256`` over its tensors, size in bytes.
+    """A checkpoint: its ``path`` in the runs folder, the SHA-256 of its tensors, and its size in bytes.
 
-    One that was ``pruned`` is no longer on disk.
+    A ``pruned`` one is no longer on disk.
     """
 
     path: str
@@ -92,13 +100,13 @@ class CheckpointRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundRecord:
-    """One round, completed or failed; number 0 holds the state and the metrics before any training."""
+    """One round, completed or failed. Number 0 has the state and the metrics before any training."""
 
     number: int
     status: str
     reason: str
     seconds: float
-    contributions: tuple[ClientRecord, ...]
+    client_records: tuple[ClientRecord, ...]
     metrics: tuple[MetricRecord, ...]
     checkpoint: CheckpointRecord | None
     client_scores: tuple[ClientScore, ...] = ()
@@ -106,7 +114,10 @@ class RoundRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """A run without its rounds; ``status`` is queued, running, completed, failed or interrupted; ``recipe`` is JSON."""
+    """A run without its rounds.
+
+    ``status`` is queued, running, completed, failed or interrupted; ``recipe`` is JSON.
+    """
 
     id: str
     name: str
@@ -115,8 +126,8 @@ class RunRecord:
     recipe: str
     seed: int
     engine: str
-    created: datetime
-    finished: datetime | None
+    created_at: datetime
+    finished_at: datetime | None
     rounds_planned: int
     rounds_completed: int
 
@@ -127,63 +138,62 @@ class RunRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Assignment:
-    """Which device is a client of a run; ``node`` is its number on the SuperLink."""
+    """Which device is a client of a run. ``node_id`` is the device's number on the SuperLink."""
 
     client: int
-    device: str
-    node: str
+    device_name: str
+    node_id: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceRecord:
-    """An enrolled device: its public key as PEM text, when it last told its profile, and that profile as JSON.
+    """An enrolled device: its public key as PEM text, when it last sent its profile, and that profile as JSON.
 
-    ``tags`` are the operators', in order; the profile is the device's own word. ``quarantined`` says why it gets no
-    orders, where that is so.
+    Operators give it ``tags``, which are sorted. A device with a ``quarantine_reason`` gets no train requests.
     """
 
     name: str
-    node: str
+    node_id: str
     public_key: str
-    enrolled: datetime
-    seen: datetime | None
+    enrolled_at: datetime
+    last_seen_at: datetime | None
     profile: str
     tags: tuple[str, ...] = ()
-    quarantined: str | None = None
+    quarantine_reason: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class AuditRecord:
-    """What a server refused or did (``kind``), for whom (an address, an operator, a device), in a sentence.
+    """A line of the audit: what a server refused or did (``outcome``), and for which address, operator or device.
 
-    The same happened ``times`` times from ``at`` to ``last``. Lines are numbered as they come.
+    The same happened ``times`` times from ``recorded_at`` to ``last_recorded_at``. Lines are numbered in order.
     """
 
     id: int
-    at: datetime
-    kind: str
-    who: str
-    what: str
+    recorded_at: datetime
+    outcome: str
+    actor: str
+    message: str
     times: int
-    last: datetime
+    last_recorded_at: datetime
 
 
 @dataclass(frozen=True, kw_only=True)
 class OperatorRecord:
-    """An operator and the SHA-256 of the key they show; ``role`` is read, submit or admin."""
+    """An operator and the SHA-256 of their key. ``role`` is read, submit or admin."""
 
     name: str
-    sha256: str
-    created: datetime
+    key_sha256: str
+    created_at: datetime
     role: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRecord:
-    """An enrolment token that was not spent: the SHA-256 of its secret, and whom it is for, if for one device only."""
+    """An unused enrolment token: the SHA-256 of its secret, and the device it is for; None for any device."""
 
     sha256: str
-    device: str
-    created: datetime
-    expires: datetime
+    device_name: str | None
+    created_at: datetime
+    expires_at: datetime
     tags: tuple[str, ...]

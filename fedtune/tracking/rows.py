@@ -1,4 +1,4 @@
-"""Between records and rows: field names are column names, so one function serves every table below a round."""
+"""Conversion between records and rows. Fields are named like columns, so one function serves every table."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -25,37 +25,39 @@ Key = tuple[str, int]
 
 
 def make_round_row(run_id: str, record: RoundRecord) -> Row:
-    """The row of the round itself."""
+    """Return the row of the table of rounds."""
     own = ("number", "status", "reason", "seconds")
     return {"run_id": run_id} | {name: getattr(record, name) for name in own}
 
 
 def make_child_rows(run_id: str, record: RoundRecord) -> list[tuple[Table, list[Row]]]:
-    """The rows below a round, by table; tables without a row are left out."""
+    """Return the rows of a round in the other tables, by table. Tables without a row are left out."""
     key = {"run_id": run_id, "round": record.number}
     checkpoint = (record.checkpoint,) if record.checkpoint else ()
     groups = zip(
-        tables.ROUND_CHILD_TABLES, (record.contributions, record.metrics, checkpoint, record.client_scores), strict=True
+        tables.ROUND_CHILD_TABLES,
+        (record.client_records, record.metrics, checkpoint, record.client_scores),
+        strict=True,
     )
     return [(table, [key | asdict(child) for child in children]) for table, children in groups if children]
 
 
 def delete_rounds(connection: Connection, run_id: str, after: int) -> None:
-    """Remove the rounds of a run after number ``after``, with all that hangs below them."""
+    """Delete the rounds of a run after number ``after``, with their rows in all tables."""
     for table in (*tables.ROUND_CHILD_TABLES, tables.rounds):
         number = table.c.number if table is tables.rounds else table.c.round
         connection.execute(delete(table).where(table.c.run_id == run_id, number > after))
 
 
 def read_rounds(connection: Connection, run_ids: Sequence[str], after: int = -1) -> dict[str, list[RoundRecord]]:
-    """The rounds of several runs in order, from the one behind ``after`` on.
+    """Return the rounds of several runs in order, from the one after number ``after`` on.
 
-    Contributions are by client, metrics by part, domain and name.
+    Client records are sorted by client, metrics by split, domain and name.
     """
-    contributions = _below(connection, tables.contributions, ClientRecord, run_ids, after)
-    metrics = _below(connection, tables.metrics, MetricRecord, run_ids, after)
-    checkpoints = _below(connection, tables.checkpoints, CheckpointRecord, run_ids, after)
-    client_scores = _below(connection, tables.client_scores, ClientScore, run_ids, after)
+    client_records = _read_children(connection, tables.client_records, ClientRecord, run_ids, after)
+    metrics = _read_children(connection, tables.metrics, MetricRecord, run_ids, after)
+    checkpoints = _read_children(connection, tables.checkpoints, CheckpointRecord, run_ids, after)
+    client_scores = _read_children(connection, tables.client_scores, ClientScore, run_ids, after)
     found: dict[str, list[RoundRecord]] = {run_id: [] for run_id in run_ids}
     for row in _select(connection, tables.rounds, run_ids, after):
         run_id = row.pop("run_id")
@@ -64,7 +66,7 @@ def read_rounds(connection: Connection, run_ids: Sequence[str], after: int = -1)
         found[run_id].append(
             RoundRecord(
                 **row,
-                contributions=tuple(contributions[key]),
+                client_records=tuple(client_records[key]),
                 metrics=tuple(metrics[key]),
                 checkpoint=checkpoint,
                 client_scores=tuple(client_scores[key]),
@@ -74,11 +76,11 @@ def read_rounds(connection: Connection, run_ids: Sequence[str], after: int = -1)
 
 
 def read_latest_metrics(connection: Connection) -> dict[str, list[tuple[int, MetricRecord]]]:
-    """Per run, the newest value of each held-out metric over all domains, with its round."""
+    """Return the newest value of each held-out metric over all domains, with its round, by run."""
     table = tables.metrics.c
-    own = (table.run_id, table.part, table.domain, table.name)
+    own = (table.run_id, table.split, table.domain, table.name)
     newest = select(*own, func.max(table.round).label("round")).group_by(*own)
-    last = newest.where(table.domain == "all", table.part != "train").subquery()
+    last = newest.where(table.domain == "all", table.split != "train").subquery()
     key = [table[column.name] == column for column in last.c]
     found: dict[str, list[tuple[int, MetricRecord]]] = defaultdict(list)
     for row in connection.execute(select(tables.metrics).join(last, and_(*key))).mappings():
@@ -87,15 +89,15 @@ def read_latest_metrics(connection: Connection) -> dict[str, list[tuple[int, Met
 
 
 def read_checkpoint_scores(connection: Connection, run_id: str) -> dict[int, dict[tuple[str, str], float]]:
-    """By round whose checkpoint is on disk: its held-out figures over all domains, by part and name."""
+    """Return the held-out metrics over all domains of each round whose checkpoint is on disk, by split and name."""
     table, metric = tables.checkpoints.c, tables.metrics.c
     there = select(table.round).where(table.run_id == run_id, table.pruned.isnot(True))
     found: dict[int, dict[tuple[str, str], float]] = {number: {} for number in connection.execute(there).scalars()}
-    scored = select(metric.round, metric.part, metric.name, metric.value).where(
-        metric.run_id == run_id, metric.domain == "all", metric.part != "train", metric.round.in_(there)
+    scored = select(metric.round, metric.split, metric.name, metric.value).where(
+        metric.run_id == run_id, metric.domain == "all", metric.split != "train", metric.round.in_(there)
     )
     for row in connection.execute(scored).mappings():
-        found[row["round"]][row["part"], row["name"]] = row["value"]
+        found[row["round"]][row["split"], row["name"]] = row["value"]
     return found
 
 
@@ -103,7 +105,7 @@ def _record(record: type[Child], row: Mapping[Any, Any]) -> Child:
     return record(**{field.name: row[field.name] for field in fields(record)})
 
 
-def _below(
+def _read_children(
     connection: Connection, table: Table, record: type[Child], run_ids: Sequence[str], after: int
 ) -> defaultdict[Key, list[Child]]:
     found: defaultdict[Key, list[Child]] = defaultdict(list)

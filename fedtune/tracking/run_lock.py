@@ -1,4 +1,4 @@
-"""Whether a run is being worked on: its owner holds a lock that the system releases even when the owner is killed."""
+"""The lock of a run that is being executed. The system releases it even when its owner is killed."""
 
 import fcntl
 from collections.abc import Iterator
@@ -12,13 +12,13 @@ from fedtune.errors import StoreError
 
 __all__ = ["claim_run", "hold_file_lock", "is_run_active"]
 
-_INSTANT = 0.5  # seconds; not zero, for `alive` in another process shares the lock for an instant
+_CLAIM_TIMEOUT = 0.5  # seconds; not zero, because is_run_active in another process holds the lock for an instant
 
 
 @contextmanager
-def hold_file_lock(path: Path, patience: float, refusal: str) -> Iterator[None]:
-    """Hold a lock file while the block lasts; StoreError when another process keeps it longer than ``patience`` s."""
-    lock = FileLock(path, timeout=patience, poll_interval=0.01)
+def hold_file_lock(path: Path, timeout: float, refusal: str) -> Iterator[None]:
+    """Hold a lock file while the block lasts; StoreError when another process keeps it beyond ``timeout`` seconds."""
+    lock = FileLock(path, timeout=timeout, poll_interval=0.01)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -36,18 +36,18 @@ def hold_file_lock(path: Path, patience: float, refusal: str) -> Iterator[None]:
 def claim_run(run_id: str) -> Iterator[None]:
     """Own a run while the block lasts; StoreError when another process does."""
     refusal = f"run {run_id} is being executed by another process; wait for it or stop it"
-    with hold_file_lock(_path(run_id), _INSTANT, refusal):
+    with hold_file_lock(_path(run_id), _CLAIM_TIMEOUT, refusal):
         yield
 
 
 def is_run_active(run_id: str) -> bool:
-    """Whether some process owns the run now; looking changes nothing on disk and shuts no owner out."""
+    """Return whether a process executes the run now. Nothing changes on disk, and no owner is blocked."""
     try:
         with _path(run_id).open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
-    except (BlockingIOError, PermissionError):  # of another user, whose word in the store is all there is
+    except (BlockingIOError, PermissionError):  # the lock of another user; only the store says whether the run goes on
         return True
     return False
 

@@ -1,4 +1,4 @@
-"""What a reader asks of a run first: its main metric, before and after per domain, what was sent, what peaked."""
+"""Summaries of a run: its main metric, values before and after training, bytes sent, and peak memory."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +21,7 @@ __all__ = [
     "get_progress_series",
     "list_domains",
     "list_metrics",
-    "totals",
+    "sum_costs",
 ]
 
 RoundMetric = tuple[int, MetricRecord]
@@ -36,70 +36,70 @@ class Totals:
     bytes_down: int
     bytes_up: int
     seconds: float
-    saved_bytes: int
-    peak_rss: int
+    activation_memory: int
+    peak_memory: int
     merged: int
     requested: int
 
 
-def totals(rounds: Sequence[RoundRecord]) -> Totals:
-    """What a run cost."""
-    every = [contribution for record in rounds for contribution in record.contributions]
+def sum_costs(rounds: Sequence[RoundRecord]) -> Totals:
+    """Sum up bytes, seconds and client updates, and find the peaks."""
+    every = [one for record in rounds for one in record.client_records]
     return Totals(
         bytes_down=sum(one.bytes_down for one in every),
         bytes_up=sum(one.bytes_up for one in every),
         seconds=sum(record.seconds for record in rounds),
-        saved_bytes=max((one.saved_bytes for one in every), default=0),
-        peak_rss=max((one.peak_rss for one in every), default=0),
+        activation_memory=max((one.activation_memory for one in every), default=0),
+        peak_memory=max((one.peak_memory for one in every), default=0),
         merged=sum(one.status == "merged" for one in every),
         requested=len(every),
     )
 
 
 def list_metrics(rounds: Sequence[RoundRecord]) -> list[RoundMetric]:
-    """Every metric with the number of its round."""
+    """Return every metric with the number of its round."""
     return [(record.number, metric) for record in rounds for metric in record.metrics]
 
 
 def find_main_metric_name(scored: Iterable[RoundMetric]) -> str | None:
-    """The first of accuracy, perplexity and loss that was measured on held-out examples."""
-    found = {metric.name for _, metric in scored if metric.part != "train"}
+    """Return the first of accuracy, perplexity and loss that was measured on held-out examples; None without any."""
+    found = {metric.name for _, metric in scored if metric.split != "train"}
     return next((name for name in _MAIN if name in found), None)
 
 
-def get_metric_series(rounds: Sequence[RoundRecord], part: str, domain: str, name: str) -> dict[int, float]:
-    """One metric by round number."""
-    wanted = (part, domain, name)
-    return {number: one.value for number, one in list_metrics(rounds) if (one.part, one.domain, one.name) == wanted}
+def get_metric_series(rounds: Sequence[RoundRecord], split: str, domain: str, name: str) -> dict[int, float]:
+    """Return the values of one metric by round number."""
+    wanted = (split, domain, name)
+    return {number: one.value for number, one in list_metrics(rounds) if (one.split, one.domain, one.name) == wanted}
 
 
 def get_progress_series(rounds: Sequence[RoundRecord], name: str) -> tuple[str, dict[int, float]]:
-    """The held-out part that tells how a run went on, and its values by round: what clients held out comes second."""
-    found = {part: get_metric_series(rounds, part, "all", name) for part in ("validation", "own", "test")}
-    part = next((part for part, values in found.items() if values), "validation")
-    return part, found[part]
+    """Return the split that shows the progress of a run, and its values by round: validation, else local, else test."""
+    found = {split: get_metric_series(rounds, split, "all", name) for split in ("validation", "local", "test")}
+    split = next((split for split, values in found.items() if values), "validation")
+    return split, found[split]
 
 
-def list_domains(rounds: Sequence[RoundRecord], part: str, name: str) -> list[str]:
-    """The domains a metric was reported for, their ``mean`` and ``all`` last."""
-    found = {metric.domain for _, metric in list_metrics(rounds) if (metric.part, metric.name) == (part, name)}
+def list_domains(rounds: Sequence[RoundRecord], split: str, name: str) -> list[str]:
+    """Return the domains of a metric, ``mean`` and ``all`` last."""
+    found = {metric.domain for _, metric in list_metrics(rounds) if (metric.split, metric.name) == (split, name)}
     return sorted(found, key=lambda domain: (domain == "all", domain == "mean", domain))
 
 
-def compare_before_and_after(rounds: Sequence[RoundRecord], part: str, name: str) -> dict[str, tuple[float, float]]:
-    """Per domain, the metric before any training and the last one after some; NaN where it was not scored.
+def compare_before_and_after(rounds: Sequence[RoundRecord], split: str, name: str) -> dict[str, tuple[float, float]]:
+    """Return a metric before training and its last value after training, by domain; NaN where it was not scored.
 
-    The test part is scored at the end only, for the start as well: that figure is in the part ``test-before``.
+    The test split is scored at the end only, for the start as well: that value has the split ``test-before``.
     """
-    found = {domain: get_metric_series(rounds, part, domain, name) for domain in list_domains(rounds, part, name)}
-    start = {domain: _last(get_metric_series(rounds, f"{part}-before", domain, name)) for domain in found}
+    found = {domain: get_metric_series(rounds, split, domain, name) for domain in list_domains(rounds, split, name)}
+    start = {domain: _last(get_metric_series(rounds, f"{split}-before", domain, name)) for domain in found}
     return {domain: (values.pop(0, start[domain]), _last(values)) for domain, values in found.items()}
 
 
 def get_privacy_spent(run: RunRecord, rounds: Sequence[RoundRecord]) -> dict[str, Any] | None:
-    """What the weights after these rounds may tell of any one client: epsilon, at which delta, and who added the noise.
+    """Return the epsilon that these rounds spent, its delta, and who added the noise; None without privacy.
 
-    Epsilon is None before the first round, and the whole None for a run without privacy.
+    Epsilon is None before the first round.
     """
     asked = read_stored_recipe(run.recipe).get("privacy")
     if asked is None:
@@ -108,7 +108,7 @@ def get_privacy_spent(run: RunRecord, rounds: Sequence[RoundRecord]) -> dict[str
     return {
         "epsilon": values[max(values)] if values else None,
         "delta": asked["target_delta"],
-        "noise_by": asked["noise_added_by"],
+        "noise_added_by": asked["noise_added_by"],
     }
 
 
@@ -117,26 +117,26 @@ def _last(values: Mapping[int, float]) -> float:
 
 
 def get_headline_metric(scored: Sequence[RoundMetric]) -> tuple[str, str, float] | None:
-    """A run's headline: part, metric and value, from the test part once it was scored after training."""
+    """Return the headline of a run: split, metric and value, from the test split once it was scored after training."""
     name = find_main_metric_name(scored)
-    of_part: dict[str, dict[int, float]] = {"validation": {}, "own": {}, "test": {}}
+    of_split: dict[str, dict[int, float]] = {"validation": {}, "local": {}, "test": {}}
     for number, metric in scored:
-        if (metric.domain, metric.name) == ("all", name) and metric.part in of_part:
-            of_part[metric.part][number] = metric.value
-    tested = max(of_part["test"], default=0) > 0
-    part = "test" if tested else next((part for part, values in of_part.items() if values), "test")
-    return (part, name, _last(of_part[part])) if name and of_part[part] else None
+        if (metric.domain, metric.name) == ("all", name) and metric.split in of_split:
+            of_split[metric.split][number] = metric.value
+    tested = max(of_split["test"], default=0) > 0
+    split = "test" if tested else next((split for split, values in of_split.items() if values), "test")
+    return (split, name, _last(of_split[split])) if name and of_split[split] else None
 
 
-def compute_train_loss(contributions: Sequence[ClientRecord]) -> float:
-    """Mean loss of the merged contributions by examples; NaN without any, or where all clients withhold theirs."""
-    merged = [one for one in contributions if one.status == "merged" and one.tells_loss]
-    examples = sum(one.examples for one in merged)
-    return sum(one.loss * one.examples for one in merged) / examples if examples else math.nan
+def compute_train_loss(records: Sequence[ClientRecord]) -> float:
+    """Compute the mean loss of the merged client updates by examples; NaN if no client reports its loss."""
+    merged = [one for one in records if one.status == "merged" and one.tells_loss]
+    examples = sum(one.num_examples for one in merged)
+    return sum(one.train_loss * one.num_examples for one in merged) / examples if examples else math.nan
 
 
 def diff_recipes(recipes: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """The dotted settings in which recipes differ, with each recipe's value (None where it has none)."""
+    """Return the dotted settings in which recipes differ, with the value in each recipe; None where it is not set."""
     flat = [_flat(recipe) for recipe in recipes]
     keys = dict.fromkeys(key for settings in flat for key in settings)
     rows = {key: [settings.get(key) for settings in flat] for key in keys}

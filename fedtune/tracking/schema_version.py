@@ -1,4 +1,4 @@
-"""Which revision of the schema a database has, and bringing it to the one this code reads."""
+"""The schema revision of a database, and its upgrade to the revision that this code reads."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,10 +23,10 @@ from fedtune.tracking.tables import metadata
 
 __all__ = ["HEAD_REVISION", "prepare_schema", "read_revision"]
 
-HEAD_REVISION = "0007"
+HEAD_REVISION = "0008"
 
-_PATIENCE = 60.0  # seconds
-_ADVISORY_LOCK = 0x66656474756E65  # "fedtune" in ASCII: the number by which PostgreSQL sessions take turns
+_TIMEOUT = 60.0  # seconds
+_ADVISORY_LOCK = 0x66656474756E65  # "fedtune" in ASCII: the key of the lock in PostgreSQL
 _at = Table(
     "alembic_version",
     MetaData(),
@@ -40,43 +40,43 @@ def prepare_schema(engine: Engine) -> None:
     with reader(engine) as connection:
         if read_revision(connection) == HEAD_REVISION:
             return
-    with _alone(engine), writer(engine) as connection:
+    with _lock_schema(engine), writer(engine) as connection:
         if engine.dialect.name == "postgresql":
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
         current = read_revision(connection)
         if current is None:
-            _create(connection)
+            _create_tables(connection)
         else:
-            # Alembic takes longer to import than a whole `fedtune runs list`; few commands meet an old database.
+            # Importing Alembic takes longer than a whole `fedtune runs list`, and few commands open an old database.
             from fedtune.tracking.schema_upgrade import upgrade_schema
 
             upgrade_schema(connection, current, HEAD_REVISION)
 
 
 def read_revision(connection: Connection) -> str | None:
-    """The Alembic revision a database is at; None before its first."""
+    """Return the Alembic revision of a database; None for an empty one."""
     if not inspect(connection).has_table(_at.name):
         return None
     return connection.execute(select(_at.c.version_num)).scalar()
 
 
-def _create(connection: Connection) -> None:
-    """The newest tables at once: what the migrations make one after another."""
+def _create_tables(connection: Connection) -> None:
+    """Create the newest tables directly. The result is the same as that of all migrations."""
     _at.metadata.create_all(connection)
     metadata.create_all(connection, checkfirst=False)
     connection.execute(insert(_at).values(version_num=HEAD_REVISION))
 
 
 @contextmanager
-def _alone(engine: Engine) -> Iterator[None]:
-    """Keep other processes from creating the same SQLite file, and make it one that readers and a writer share."""
+def _lock_schema(engine: Engine) -> Iterator[None]:
+    """Lock other processes out while a SQLite file is created or upgraded, and switch it to write-ahead logging."""
     path = get_sqlite_path(engine.url)
     if path is None:
         yield
         return
-    # Switching to WAL does not wait for other connections, however long the timeout: hence a lock beside the file.
+    # The switch to WAL does not wait for other connections, whatever the timeout is. Hence a lock file.
     refusal = f"the store {path} is being upgraded by another process; wait until that one has ended"
-    with hold_file_lock(path.with_name(f"{path.name}.lock"), _PATIENCE, refusal):
+    with hold_file_lock(path.with_name(f"{path.name}.lock"), _TIMEOUT, refusal):
         with translate_database_errors(engine.url), engine.connect() as connection:
             connection.connection.cursor().execute("PRAGMA journal_mode = WAL")
         yield

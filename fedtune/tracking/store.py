@@ -1,4 +1,4 @@
-"""The run store: a round is written in one transaction, after its checkpoint is safely on disk."""
+"""The run store. A round is written in one transaction, after its checkpoint is on disk."""
 
 import difflib
 import secrets
@@ -13,8 +13,8 @@ from fedtune.errors import StoreError
 from fedtune.tracking import rows, schema_version, tables
 from fedtune.tracking.access_control import Access
 from fedtune.tracking.checkpoint_rows import CheckpointRows
-from fedtune.tracking.compaction import shrink
-from fedtune.tracking.database import default_url, get_sqlite_path, make_engine, reader, writer
+from fedtune.tracking.compaction import shrink_database
+from fedtune.tracking.database import get_default_url, get_sqlite_path, make_engine, reader, writer
 from fedtune.tracking.records import MetricRecord, RoundRecord, RunRecord
 from fedtune.tracking.run_lock import is_run_active
 
@@ -24,13 +24,13 @@ _LONGEST_ID = 64  # of the column; SQLite alone would take more
 
 
 def new_run_id(name: str) -> str:
-    """An id for a run of a recipe called ``name``: the name, cut where it is long, and six random digits."""
+    """Make an id for a run: the name of its recipe, shortened if it is long, and six random digits."""
     ending = f"-{secrets.token_hex(3)}"
     return name[: _LONGEST_ID - len(ending)] + ending
 
 
 class Store:
-    """Runs and what they recorded, in any database SQLAlchemy reaches; safe to use from several processes at once."""
+    """Runs and their records, in any database that SQLAlchemy supports. Several processes may use it at once."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -38,8 +38,8 @@ class Store:
 
     @classmethod
     def open(cls, url: str | None = None) -> Self:
-        """The store at a SQLAlchemy URL, by default ``default_url()``; created or upgraded when needed."""
-        store = cls(make_engine(url or default_url()))
+        """Open the store at a SQLAlchemy URL, or at ``get_default_url()``. It is created or upgraded when needed."""
+        store = cls(make_engine(url or get_default_url()))
         try:
             schema_version.prepare_schema(store._engine)
         except BaseException:
@@ -48,7 +48,7 @@ class Store:
         return store
 
     def close(self) -> None:
-        """Let go of the database."""
+        """Close all connections to the database."""
         self._engine.dispose()
 
     def __enter__(self) -> Self:
@@ -75,11 +75,11 @@ class Store:
                 raise StoreError(f"there is a run {id} already; choose another id")
             if len(id) > _LONGEST_ID:
                 raise StoreError(f"the run id {id} has {len(id)} characters; choose one of at most {_LONGEST_ID}")
-            state = {"status": status, "reason": "", "created": datetime.now(UTC), "rounds_planned": rounds_planned}
+            state = {"status": status, "reason": "", "created_at": datetime.now(UTC), "rounds_planned": rounds_planned}
             connection.execute(insert(tables.runs), row | state)
 
     def commit_round(self, run_id: str, record: RoundRecord) -> None:
-        """Write a round and all it brought in one transaction; StoreError when its number is taken."""
+        """Write a round and all its records in one transaction; StoreError when its number is taken."""
         with writer(self._engine) as connection:
             _expect(connection, run_id)
             if _has_round(connection, run_id, record.number):
@@ -89,8 +89,8 @@ class Store:
                 connection.execute(insert(table), children)
 
     def finish(self, run_id: str, status: str, reason: str = "") -> None:
-        """Record how a run ended: completed, failed or interrupted."""
-        change = {"status": status, "reason": reason, "finished": datetime.now(UTC)}
+        """Record that a run ended, and how: completed, failed or interrupted."""
+        change = {"status": status, "reason": reason, "finished_at": datetime.now(UTC)}
         with writer(self._engine) as connection:
             _expect(connection, run_id)
             connection.execute(update(tables.runs).where(tables.runs.c.id == run_id), change)
@@ -100,88 +100,88 @@ class Store:
         with writer(self._engine) as connection:
             if _expect(connection, run_id) == "completed":
                 raise StoreError(f"run {run_id} is completed; there is nothing to resume")
-            change = {"status": status, "reason": "", "finished": None}
+            change = {"status": status, "reason": "", "finished_at": None}
             connection.execute(update(tables.runs).where(tables.runs.c.id == run_id), change)
 
     def forget_rounds(self, run_id: str, after: int, reason: str) -> None:
-        """Remove the rounds of a run after number ``after`` with all they brought; it is interrupted for ``reason``."""
+        """Delete the rounds of a run after number ``after``, and record it as interrupted for ``reason``."""
         with writer(self._engine) as connection:
             rows.delete_rounds(connection, run_id, after)
-            change = {"status": "interrupted", "reason": reason, "finished": datetime.now(UTC)}
+            change = {"status": "interrupted", "reason": reason, "finished_at": datetime.now(UTC)}
             connection.execute(update(tables.runs).where(tables.runs.c.id == run_id), change)
 
     def extend(self, run_id: str, recipe: str, rounds: int) -> None:
-        """Make a run that has ended a running one with more rounds to do, which ``recipe`` (JSON text) counts too."""
-        change = {"recipe": recipe, "rounds_planned": rounds, "status": "running", "reason": "", "finished": None}
+        """Make a run that has ended a running one with more rounds. ``recipe`` is JSON text with that number too."""
+        change = {"recipe": recipe, "rounds_planned": rounds, "status": "running", "reason": "", "finished_at": None}
         with writer(self._engine) as connection:
             _expect(connection, run_id)
             connection.execute(update(tables.runs).where(tables.runs.c.id == run_id), change)
 
     def run(self, reference: str) -> RunRecord:
-        """The run with this id, the only one whose id begins so, or the newest for ``latest``."""
+        """Return the run with this id or the only one whose id begins so; for ``latest`` the newest."""
         with reader(self._engine) as connection:
             found = _find(connection, _resolve(connection, reference))
         return mark_interrupted(found)
 
     def runs(self) -> list[RunRecord]:
-        """Every run, newest first."""
+        """Return every run, newest first."""
         with reader(self._engine) as connection:
             found = [RunRecord(**row) for row in connection.execute(_newest_first()).mappings()]
         return [mark_interrupted(run) for run in found]
 
     def record_recipe(self, run_id: str, recipe: str) -> None:
-        """Record a run's recipe, as JSON text, with what was read from its model written out."""
+        """Record the recipe of a run as JSON text, completed with what was read from its model."""
         with writer(self._engine) as connection:
             connection.execute(update(tables.runs).where(tables.runs.c.id == run_id), {"recipe": recipe})
 
     def set_run_reason(self, run_id: str, reason: str) -> None:
-        """Say why a run that has not ended waits."""
+        """Record why a run that has not ended waits."""
         with writer(self._engine) as connection:
             connection.execute(update(tables.runs).where(tables.runs.c.id == run_id), {"reason": reason})
 
     def list_unfinished_runs(self, engine: str) -> list[RunRecord]:
-        """Runs of an engine that are to be carried on, oldest first, as recorded: alive or not."""
+        """Return the running and queued runs of an engine, oldest first, whether or not a process executes them."""
         wanted = tables.runs.c.engine == engine, tables.runs.c.status.in_(("running", "queued"))
         with reader(self._engine) as connection:
             found = [RunRecord(**row) for row in connection.execute(_newest_first().where(*wanted)).mappings()]
         return found[::-1]
 
     def rounds(self, run_id: str, after: int = -1) -> list[RoundRecord]:
-        """The rounds of a run in order: those with a number above ``after``, and no others are read."""
+        """Return the rounds of a run in order. Only those after number ``after`` are read."""
         with reader(self._engine) as connection:
             return rows.read_rounds(connection, [run_id], after)[run_id]
 
     def rounds_of(self, run_ids: Iterable[str]) -> dict[str, list[RoundRecord]]:
-        """The rounds of several runs, with the same few queries however many there are."""
+        """Return the rounds of several runs. The number of queries does not depend on the number of runs."""
         with reader(self._engine) as connection:
             return rows.read_rounds(connection, list(run_ids))
 
     def get_last_requested_rounds(self, run_id: str) -> dict[int, int]:
-        """By client, the last committed round it was asked in; clients that were never asked are left out."""
-        table = tables.contributions.c
+        """Return the last committed round in which each client was selected. Others are left out."""
+        table = tables.client_records.c
         last = func.max(table.round).label("round")
         wanted = select(table.client, last).where(table.run_id == run_id).group_by(table.client)
         with reader(self._engine) as connection:
             return {row["client"]: row["round"] for row in connection.execute(wanted).mappings()}
 
     def get_latest_metrics(self) -> dict[str, list[tuple[int, MetricRecord]]]:
-        """Per run, the newest value of each held-out metric over all domains, with its round: quick for any list."""
+        """Return the newest value of each held-out metric over all domains, with its round, by run."""
         with reader(self._engine) as connection:
             return rows.read_latest_metrics(connection)
 
     def delete(self, run_id: str) -> None:
-        """Remove a run and every row below it; its files are the caller's."""
+        """Delete a run and all its rows. The caller deletes its files."""
         with writer(self._engine) as connection:
             _expect(connection, run_id)
             connection.execute(delete(tables.runs).where(tables.runs.c.id == run_id))
         self.compact()
 
     def compact(self) -> None:
-        """Give back what is free in the database's file; a database server does that by itself."""
+        """Return the free space of a SQLite file. A database server does so by itself."""
         path = get_sqlite_path(self._engine.url)
         if path is not None:
-            self._engine.dispose()  # a connection of ours would keep others from it
-            shrink(path)
+            self._engine.dispose()  # our own connections would block it
+            shrink_database(path)
 
 
 _completed = (
@@ -194,7 +194,7 @@ _completed = (
 
 
 def _newest_first() -> Select[tuple[object, ...]]:
-    return select(tables.runs, _completed).order_by(tables.runs.c.created.desc(), tables.runs.c.id.desc())
+    return select(tables.runs, _completed).order_by(tables.runs.c.created_at.desc(), tables.runs.c.id.desc())
 
 
 def _find(connection: Connection, run_id: str) -> RunRecord:
@@ -202,7 +202,7 @@ def _find(connection: Connection, run_id: str) -> RunRecord:
 
 
 def mark_interrupted(run: RunRecord) -> RunRecord:
-    """A run whose owner is gone without a word was interrupted, whatever its row says."""
+    """Return a run as interrupted if it is recorded as running but no process executes it."""
     return replace(run, status="interrupted") if run.status == "running" and not is_run_active(run.id) else run
 
 
@@ -223,7 +223,7 @@ def _has_round(connection: Connection, run_id: str, number: int) -> bool:
 
 
 def _resolve(connection: Connection, reference: str) -> str:
-    """The one id a reference means."""
+    """Return the only id that a reference matches."""
     ids = _ids(connection)
     if reference == "latest" and ids:
         return ids[0]
@@ -238,7 +238,7 @@ def _resolve(connection: Connection, reference: str) -> str:
 
 
 def _ids(connection: Connection) -> Sequence[str]:
-    order = select(tables.runs.c.id).order_by(tables.runs.c.created.desc(), tables.runs.c.id.desc())
+    order = select(tables.runs.c.id).order_by(tables.runs.c.created_at.desc(), tables.runs.c.id.desc())
     return connection.execute(order).scalars().all()
 
 

@@ -1,4 +1,4 @@
-"""Runs for other programs: a folder of tables as CSV or Parquet, or one JSON file of detailed documents."""
+"""Export of runs: a folder of tables as CSV or Parquet, or one JSON file of detailed documents."""
 
 import os
 import tempfile
@@ -38,6 +38,7 @@ _TYPES: Mapping[Any, pa.DataType] = {
     int | None: pa.int64(),
     float: pa.float64(),
     str: pa.string(),
+    str | None: pa.string(),
     bool: pa.bool_(),
     datetime: pa.timestamp("us", tz="UTC"),
     datetime | None: pa.timestamp("us", tz="UTC"),
@@ -50,12 +51,12 @@ def export_runs(recorded: Recorded, format: str, path: Path) -> list[Path]:  # n
     """Write runs and return the files.
 
     ``json``: ``path`` is one file. ``csv`` and ``parquet``: ``path`` becomes a folder with one file each for runs,
-    rounds, contributions, metrics, client scores and checkpoints, joined by ``run_id`` and ``round``. StoreError when
+    rounds, client records, metrics, client scores and checkpoints, joined by ``run_id`` and ``round``. StoreError when
     the folder is there already or cannot be written; nothing is left half-written.
     """
     if format == "json":
         documents = [run_json.make_run_document(run, rounds, detailed=True) for run, rounds in recorded]
-        files.write_bytes_atomically(path, f"{run_json.text(documents)}\n".encode())
+        files.write_bytes_atomically(path, f"{run_json.json_text(documents)}\n".encode())
         return [path]
     if path.exists():
         raise StoreError(f"{path} is there already; choose a new folder for the tables with -o")
@@ -77,12 +78,12 @@ def _write_folder(written: Mapping[str, pa.Table], format: str, path: Path) -> l
 
 
 def make_arrow_tables(recorded: Recorded) -> dict[str, pa.Table]:
-    """The six tables, each row with the keys that join it."""
+    """Make the six tables. Each row has the keys that join it to the others."""
     every = [(run.id, record) for run, rounds in recorded for record in rounds]
     return {
         "runs": _table({}, RunRecord, [asdict(run) for run, _ in recorded]),
         "rounds": _table(_RUN, RoundRecord, [{"run_id": run_id, **_own(record)} for run_id, record in every]),
-        "contributions": _table(_ROUND, ClientRecord, _children(every, lambda record: record.contributions)),
+        "client_records": _table(_ROUND, ClientRecord, _children(every, lambda record: record.client_records)),
         "metrics": _table(_ROUND, MetricRecord, _children(every, lambda record: record.metrics)),
         "client_scores": _table(_ROUND, ClientScore, _children(every, lambda record: record.client_scores)),
         "checkpoints": _table(

@@ -1,4 +1,4 @@
-"""The tables of the newest schema: a run's rows hang below it and leave with it; a server's stand beside."""
+"""The tables of the newest schema. Deleting a run deletes its rows; a server's tables belong to no run."""
 
 from typing import Any
 
@@ -20,15 +20,15 @@ __all__ = [
     "assignments",
     "audit",
     "checkpoints",
+    "client_records",
     "client_scores",
-    "contributions",
     "devices",
+    "enrolment_tokens",
     "metadata",
     "metrics",
     "operators",
     "rounds",
     "runs",
-    "tokens",
 ]
 
 
@@ -42,7 +42,7 @@ metadata = MetaData(
 
 
 def _of_round() -> list[Column[Any] | ForeignKeyConstraint]:
-    """The key of a table whose rows belong to one round."""
+    """Return the key columns of a table whose rows belong to one round."""
     return [
         Column("run_id", String(64), primary_key=True),
         Column("round", Integer, primary_key=True),
@@ -60,8 +60,8 @@ runs = Table(
     Column("recipe", Text, nullable=False),
     Column("seed", BigInteger, nullable=False),
     Column("engine", String(32), nullable=False),
-    Column("created", Utc, nullable=False, index=True),
-    Column("finished", Utc),
+    Column("created_at", Utc, nullable=False, index=True),
+    Column("finished_at", Utc),
     Column("rounds_planned", Integer, nullable=False),
 )
 
@@ -76,22 +76,23 @@ rounds = Table(
     ForeignKeyConstraint(["run_id"], ["runs.id"], ondelete="CASCADE"),
 )
 
-contributions = Table(
-    "contributions",
+client_records = Table(
+    "client_records",
     metadata,
     *_of_round(),
     Column("client", Integer, primary_key=True),
-    Column("device", Text, nullable=False),
+    Column("device_class", Text),
+    Column("device_name", Text),
     Column("status", String(16), nullable=False),
     Column("reason", Text, nullable=False),
-    Column("examples", BigInteger, nullable=False),
+    Column("num_examples", BigInteger, nullable=False),
     Column("bytes_down", BigInteger, nullable=False),
     Column("bytes_up", BigInteger, nullable=False),
     Column("seconds", Measured),
-    Column("saved_bytes", BigInteger, nullable=False),
-    Column("peak_rss", BigInteger, nullable=False),
-    Column("norm", Measured),
-    Column("loss", Measured),
+    Column("activation_memory", BigInteger, nullable=False),
+    Column("peak_memory", BigInteger, nullable=False),
+    Column("update_norm", Measured),
+    Column("train_loss", Measured),
     Column("staleness", Integer),
 )
 
@@ -99,7 +100,7 @@ metrics = Table(
     "metrics",
     metadata,
     *_of_round(),
-    Column("part", String(16), primary_key=True),
+    Column("split", String(16), primary_key=True),
     Column("domain", String(255), primary_key=True),
     Column("name", String(64), primary_key=True),
     Column("value", Measured),
@@ -123,18 +124,18 @@ client_scores = Table(
     Column("moment", String(8), primary_key=True),
     Column("name", String(64), primary_key=True),
     Column("value", Measured),
-    Column("predictions", BigInteger, nullable=False),
+    Column("num_predictions", BigInteger, nullable=False),
 )
 
-ROUND_CHILD_TABLES = (contributions, metrics, checkpoints, client_scores)
+ROUND_CHILD_TABLES = (client_records, metrics, checkpoints, client_scores)
 
 assignments = Table(
-    "seats",
+    "assignments",
     metadata,
     Column("run_id", String(64), primary_key=True),
     Column("client", Integer, primary_key=True, autoincrement=False),
-    Column("device", String(64), nullable=False),
-    Column("node", String(20), nullable=False),
+    Column("device_name", String(64), nullable=False),
+    Column("node_id", String(20), nullable=False),
     ForeignKeyConstraint(["run_id"], ["runs.id"], ondelete="CASCADE"),
 )
 
@@ -142,23 +143,23 @@ devices = Table(
     "devices",
     metadata,
     Column("name", String(64), primary_key=True),
-    Column("node", String(20), nullable=False),
+    Column("node_id", String(20), nullable=False),
     Column("public_key", Text, nullable=False),
-    Column("enrolled", Utc, nullable=False),
-    Column("seen", Utc),
+    Column("enrolled_at", Utc, nullable=False),
+    Column("last_seen_at", Utc),
     Column("profile", Text, nullable=False),
     Column("tags", Words),
-    Column("quarantined", Text),
+    Column("quarantine_reason", Text),
 )
 
-tokens = Table(
-    "tokens",
+enrolment_tokens = Table(
+    "enrolment_tokens",
     metadata,
     Column("sha256", String(64), primary_key=True),
-    Column("device", String(64), nullable=False),
-    Column("created", Utc, nullable=False),
-    Column("expires", Utc, nullable=False),
-    Column("spent", Utc),
+    Column("device_name", String(64)),
+    Column("created_at", Utc, nullable=False),
+    Column("expires_at", Utc, nullable=False),
+    Column("used_at", Utc),
     Column("tags", Words),
 )
 
@@ -166,8 +167,8 @@ operators = Table(
     "operators",
     metadata,
     Column("name", String(64), primary_key=True),
-    Column("sha256", String(64), nullable=False),
-    Column("created", Utc, nullable=False),
+    Column("key_sha256", String(64), nullable=False),
+    Column("created_at", Utc, nullable=False),
     Column("role", String(16)),
 )
 
@@ -175,11 +176,11 @@ audit = Table(
     "audit",
     metadata,
     Column("id", Integer, primary_key=True),
-    Column("at", Utc, nullable=False),
-    Column("kind", String(16), nullable=False),
-    Column("who", String(128), nullable=False),
-    Column("what", Text, nullable=False),
+    Column("recorded_at", Utc, nullable=False),
+    Column("outcome", String(16), nullable=False),
+    Column("actor", String(128), nullable=False),
+    Column("message", Text, nullable=False),
     Column("source", String(128), index=True),
     Column("times", Integer),
-    Column("last", Utc),
+    Column("last_recorded_at", Utc),
 )

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.errors import DataError
-from fedtune.merging.fisher import square_gradient
-from fedtune.merging.regmean import accumulate_gram
+from fedtune.merging.combine.fisher import square_gradient
+from fedtune.merging.combine.regmean import accumulate_gram
 from fedtune.training.input_hooks import Batch, hook_layer_inputs
 
 __all__ = ["compute_fisher_information", "compute_input_grams"]

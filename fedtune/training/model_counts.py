@@ -15,10 +15,10 @@ def check_model_counts(recipe: Recipe, pipeline: merging.MergePipeline) -> None:
         coming, key = recipe.federation.take_first, "federation.take_first"
     if late is not None:
         coming, key = late.buffer_size, "federation.asynchronous.buffer_size"
-    if coming < combine.needed:
+    if coming < combine.required_models:
         raise RecipeError(
-            f"merge: {combine.name} needs at least {combine.needed} models, but a round brings {coming} at most; raise "
-            f"{key}, add devices or choose mean"
+            f"merge: {combine.name} needs at least {combine.required_models} models, but a round brings {coming} at "
+            f"most; raise {key}, add devices or choose mean"
         )
     if combine.max_models is not None and coming > combine.max_models:
         raise RecipeError(

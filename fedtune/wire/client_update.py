@@ -1,8 +1,8 @@
-"""What a device sends back: one safetensors payload of deltas, checked, spooled to disk and read piece by piece."""
+"""A client update: deltas in one safetensors payload, which is checked, spooled to disk and read in chunks."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -57,7 +57,7 @@ class LowRankPair(NamedTuple):
 
 
 class TensorSpec(NamedTuple):
-    """What a further tensor of a contribution must look like; integers lie in 0 .. below - 1 and may have a sum.
+    """What a further tensor of a client update must look like; integers lie in 0 .. below - 1 and may have a sum.
 
     Real numbers that are sums of sizes or counts are never ``negative``.
     """
@@ -71,23 +71,22 @@ class TensorSpec(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """What the server asks of a client, beside the shared state: the recipe as JSON, the round, the client's number.
+    """What the server requests of a client, beside the shared state: to train in a round of a run.
 
-    ``run`` tells the client which tensors of its own to go on with.
-    With ``scoring`` it only scores the state, which is that after the round.
-    ``labels``, a JSON list, are the class names in the model's order: a device has none of the server's data.
-    ``base`` is the digest of the base weights that the round begins with, where the server keeps track of them; the
-    state holds them whole, unless ``held`` is the digest of those that the state's increments are to be added to.
+    ``recipe`` is JSON. ``label_names``, a JSON list, are the class names in the model's order, which a device cannot
+    tell from its own data. With ``scoring`` the client only scores the state, which is that after the round.
+    ``base_digest`` is the digest of the base weights the round begins with, where the server keeps track of them. The
+    state holds these whole, unless ``held_digest`` names those to which the state's increments are to be added.
     """
 
     recipe: str
     round: int
     client: int
-    labels: str = "[]"
-    run: str = ""
+    run_id: str
+    label_names: str = "[]"
     scoring: bool = False
-    base: str = ""
-    held: str = ""
+    base_digest: str | None = None
+    held_digest: str | None = None
 
 
 class HoldoutMetrics(NamedTuple):
@@ -102,56 +101,59 @@ class HoldoutMetrics(NamedTuple):
     more: tuple[float, ...] = ()
 
 
-_NOTHING_HELD_OUT = HoldoutMetrics()
-
-
 @dataclass(frozen=True)
 class ClientReport:
-    """What a client says of its round, beside the deltas: work done, mean training loss, seconds and bytes.
+    """What a client reports of its round, beside the deltas: work done, mean training loss, seconds and bytes.
 
-    ``loss`` is NaN where the client keeps it to itself.
-
-    Three are the score of the model it received on what it held out. ``micro_batch`` is the most examples that went
-    through the model at a time where its memory could not hold the whole batch; 0 where it could. ``own_more`` are the
-    recipe's further metrics of that score; ``own_after`` is loss, accuracy and these of the model it trained, on the
-    same examples; both are empty where nothing was held out.
+    ``loss`` is NaN where the client keeps it to itself. ``activation_memory`` is what activations kept for backward
+    took, ``peak_memory`` what the process held. ``micro_batch_size`` is None where memory held the whole batch.
+    The holdout fields score the received model on examples that were held out, ``extra_holdout_metrics`` by the
+    recipe's further metrics. ``trained_holdout_metrics`` are loss, accuracy and further metrics of the trained model.
+    Without held-out examples, counts and scores are 0 and both lists empty.
     """
 
-    examples: int
+    num_examples: int
     loss: float
     seconds: float
-    saved_bytes: int
-    peak_rss: int
-    own_predictions: int = 0
-    own_loss: float = 0.0
-    own_accuracy: float = 0.0
-    micro_batch: int = 0
-    own_more: Sequence[float] = ()
-    own_after: Sequence[float] = ()
+    activation_memory: int
+    peak_memory: int
+    num_holdout_predictions: int = 0
+    holdout_loss: float = 0.0
+    holdout_accuracy: float = 0.0
+    micro_batch_size: int | None = None
+    extra_holdout_metrics: Sequence[float] = ()
+    trained_holdout_metrics: Sequence[float] = ()
 
     @property
-    def trained(self) -> HoldoutMetrics:
-        """The score of the model as the client trained it."""
-        if not self.own_after:
-            return HoldoutMetrics()
-        loss, accuracy, *more = self.own_after
-        return HoldoutMetrics(self.own_predictions, loss, accuracy, tuple(more))
+    def holdout_metrics(self) -> HoldoutMetrics | None:
+        """The score of the received model; None without held-out examples."""
+        if not self.num_holdout_predictions:
+            return None
+        extra = tuple(self.extra_holdout_metrics)
+        return HoldoutMetrics(self.num_holdout_predictions, self.holdout_loss, self.holdout_accuracy, extra)
 
     @property
-    def local_metrics(self) -> HoldoutMetrics:
-        """The three as one."""
-        return HoldoutMetrics(self.own_predictions, self.own_loss, self.own_accuracy, tuple(self.own_more))
+    def trained_metrics(self) -> HoldoutMetrics | None:
+        """The score of the trained model; None without held-out examples."""
+        if not (self.num_holdout_predictions and self.trained_holdout_metrics):
+            return None
+        loss, accuracy, *extra = self.trained_holdout_metrics
+        return HoldoutMetrics(self.num_holdout_predictions, loss, accuracy, tuple(extra))
+
+    def to_fields(self) -> dict[str, float | Sequence[float]]:
+        """The fields that travel: without those that are None."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
 class ClientUpdate:
-    """A spooled contribution: ``path`` holds one fp32 delta per trained tensor, which counts ``scale`` times."""
+    """A client update on disk: ``path`` holds one fp32 delta per trained tensor, which counts ``scale`` times."""
 
     client: int
     num_examples: int
     path: Path
-    holdout_metrics: HoldoutMetrics = _NOTHING_HELD_OUT
-    trained: HoldoutMetrics = _NOTHING_HELD_OUT
+    holdout_metrics: HoldoutMetrics | None = None
+    trained_metrics: HoldoutMetrics | None = None
     scale: float = 1.0
 
     def list_tensor_names(self) -> set[str]:
@@ -190,7 +192,7 @@ def rows_of(file: Any, name: str, start: int, stop: int) -> Tensor:
 
 
 def decode_tensors(payload: bytes) -> dict[str, Tensor]:
-    """The tensors of a payload; ContributionError when it is not safetensors, a pickle for instance."""
+    """The tensors of a payload; ClientUpdateError when it is not safetensors, a pickle for instance."""
     try:
         return safetensors.torch.load(payload)
     except (SafetensorError, KeyError) as error:  # KeyError: a precision torch does not have

@@ -69,7 +69,7 @@ def encode_masked_state(state: Tensors) -> Tensors:
 def decode_masked_state(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> Tensors:
     """The state ``encode_masked_state`` was given; ``shapes`` are those of its masked weights, at least.
 
-    Raises ContributionError when a mask does not fit its weight, or belongs to none.
+    Raises ClientUpdateError when a mask does not fit its weight, or belongs to none.
     """
     packed = find_masks(tensors)
     if unknown := sorted(packed.keys() - shapes.keys()):

@@ -13,13 +13,15 @@ from typing import NamedTuple
 __all__ = ["LACKS_BASE", "SENTENCES", "Problem", "parse_problem"]
 
 LACKS_BASE = "base-lacking"
-"""A device does not hold the base weights that its order counts on: the server sends them whole."""
+"""A device does not hold the base weights that its train request is based on: the server sends them whole."""
 SENTENCES: Mapping[str, str] = {
-    LACKS_BASE: "it lacks base weights that its order counts on",
+    LACKS_BASE: "it lacks base weights that its train request is based on",
     "code-failed": "training raised an error",
     "data-columns": "its data lack {columns} of the columns that the recipe names",
     "data-values": "some of its examples have no value in a column that the recipe names",
     "data-unfit": "its data do not fit the recipe",
+    "device-outdated": "its fedtune speaks protocol {device} and the server's protocol {server}; update fedtune on the "
+    "device",
     "disk-failed": "its disk cannot be read or written",
     "memory-model": "holding model and data takes more than the {allowed_mb} MB this device allows",
     "memory-short": "it ran out of memory",
@@ -28,9 +30,11 @@ SENTENCES: Mapping[str, str] = {
     "metric-unavailable": "it lacks what computes evaluation.metrics; install scikit-learn, or the package that "
     "publishes the metric, on the device, or drop the metric",
     "model-unfit": "it cannot build the recipe's model",
-    "order-unreadable": "it cannot read the order; update fedtune on the device",
+    "order-unreadable": "it cannot read the train request; update fedtune on the device",
     "privacy-broken": "it would send more than the recipe's privacy allows",
     "recipe-unknown": "its fedtune does not understand the recipe; update fedtune on the device",
+    "server-outdated": "the server's fedtune speaks protocol {server} and the device's protocol {device}; update "
+    "fedtune on the server",
     "source-unreadable": "it cannot read a source that the recipe or --data names",
     "trainer-ended": "its trainer ended with code {code}, {tries} times",
     "trainer-killed": "its trainer was killed by signal {signal}, {tries} times; free memory on the device",

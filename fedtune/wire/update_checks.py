@@ -1,9 +1,9 @@
-"""Whether a client's spooled update is what its round expects: names, shapes, precisions, values and norm."""
+"""A spooled client update is checked against its round: names, shapes, precisions, values and norm."""
 
 import math
 from collections.abc import Mapping, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,20 +12,28 @@ from torch import Tensor
 from fedtune.errors import ClientUpdateError
 from fedtune.wire.client_update import TensorSpec, iter_row_chunks, rows_of
 
-__all__ = ["check"]
+__all__ = ["NO_NORM_LIMIT", "NormLimit", "check_client_update"]
 
 
-def check(
+class NormLimit(NamedTuple):
+    """The largest L2 norm an update may have, None for any, and the recipe's key that sets it."""
+
+    max_norm: float | None
+    recipe_key: str
+
+
+NO_NORM_LIMIT = NormLimit(None, "federation.max_update_norm")
+
+
+def check_client_update(
     path: Path,
     expected: Mapping[str, tuple[int, ...]],
     extras: Mapping[str, TensorSpec],
-    max_norm: float | None,
-    limit: str = "federation.max_update_norm",
+    norm_limit: NormLimit = NO_NORM_LIMIT,
 ) -> float:
-    """The L2 norm over a spooled payload's deltas, read piece by piece; ``extras`` travel beside and do not count.
+    """Return the L2 norm of a spooled payload's deltas, read piece by piece; ``extras`` do not count.
 
-    ``limit`` is the recipe's key for ``max_norm``. Raises ContributionError when the payload is not safetensors or its
-    names, shapes, values or norm do not hold.
+    Raise ClientUpdateError if the payload is not safetensors, or if its names, shapes, values or norm are wrong.
     """
     try:
         with safe_open(path, "pt") as deltas:
@@ -35,8 +43,8 @@ def check(
             norm = math.sqrt(sum(_square(deltas, name, expected[name]) for name in sorted(expected)))
     except (SafetensorError, KeyError) as error:  # KeyError: a precision torch does not have
         raise ClientUpdateError(f"the payload is not safetensors ({error}); update the client") from error
-    if max_norm is not None and norm > max_norm:
-        raise ClientUpdateError(f"its norm {norm:.4g} is above {limit} {max_norm:.4g}")
+    if norm_limit.max_norm is not None and norm > norm_limit.max_norm:
+        raise ClientUpdateError(f"its norm {norm:.4g} is above {norm_limit.recipe_key} {norm_limit.max_norm:.4g}")
     return norm
 
 

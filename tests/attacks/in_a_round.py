@@ -2,7 +2,6 @@
 
 import time
 from contextlib import suppress
-from dataclasses import asdict
 
 import httpx
 import torch
@@ -96,12 +95,12 @@ def _destructive(scene: Scene) -> str:
         claim = _claimed(fleet)
         task = fleet.download_message(claim)
         deltas = {name: torch.full_like(tensor, value) for name, tensor in decode_tensors(task.payload).items()}
-        report = ClientReport(examples=examples, loss=1.0, seconds=1.0, saved_bytes=1, peak_rss=1)
-        fleet.push_update(claim, pack(deltas), asdict(report), 1.0)
+        report = ClientReport(examples, loss=1.0, seconds=1.0, activation_memory=1, peak_memory=1)
+        fleet.push_update(claim, pack(deltas), report.to_fields(), 1.0)
     found = ended(scene.server, run, _PATIENCE)
     fleet.close()
-    told = [sent for record in found["rounds"] for sent in record["contributions"]]
-    assert [sent["status"] for sent in told] == ["refused", "refused"], told
+    told = [sent for record in found["rounds"] for sent in record["client_records"]]
+    assert [sent["status"] for sent in told] == ["rejected", "rejected"], told
     assert len({record["checkpoint"]["sha256"] for record in found["rounds"] if record["checkpoint"]}) == 1
     return "; ".join(sent["reason"] for sent in told)
 

@@ -92,7 +92,7 @@ class Scene:
         """Whether the audit tells of a refusal, within some seconds."""
         end = time.monotonic() + 15
         while time.monotonic() < end:
-            lines = [f"{line.who} {line.what}" for line in self.server.audit() if line.kind == "refused"]
+            lines = [f"{line.actor} {line.message}" for line in self.server.audit() if line.outcome == "refused"]
             if any(re.search(pattern, line) for line in lines):
                 return True
             time.sleep(0.2)

@@ -115,8 +115,8 @@ def _flush(scene: Scene) -> str:
             before = f"&before={lines[-1]['id']}" if lines else ""
             told = connection.request_json("GET", f"audit?limit=1000{before}")
             lines, more = lines + told["audit"], told["more"]
-    assert any(line["kind"] == "done" and "hostile" in line["what"] for line in lines)
-    assert len([line for line in lines if "flush-" in line["what"]]) <= 240, "sixty a minute"
+    assert any(line["outcome"] == "done" and "hostile" in line["message"] for line in lines)
+    assert len([line for line in lines if "flush-" in line["message"]]) <= 240, "sixty a minute"
     return f"{len(lines)} lines in the audit"
 
 

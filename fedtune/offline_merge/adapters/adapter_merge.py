@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedtune.merging import CombineStep, MergeContext, RelaxStep
-from fedtune.merging.linear import Linear
+from fedtune.merging.combine.linear_combinations.linear import Linear
 
 __all__ = ["AdapterMerge", "RankLimit"]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedtune.errors import ModelError
 from fedtune.merging import MergeInput, Shape
-from fedtune.merging._factors import LowRankFactors
+from fedtune.merging._low_rank_factors import LowRankFactors
 from fedtune.offline_merge.adapters.lora_adapter import LoraAdapterReader
 
 __all__ = ["Products"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedtune.errors import ModelError
-from fedtune.merging._factors import LowRankFactors
+from fedtune.merging._low_rank_factors import LowRankFactors
 
 __all__ = ["RESIDUAL", "check_start", "taken_out"]
 

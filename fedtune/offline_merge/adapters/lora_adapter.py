@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedtune.errors import ModelError, SourceError
-from fedtune.merging._factors import LowRankFactors
+from fedtune.merging._low_rank_factors import LowRankFactors
 from fedtune.offline_merge.adapters.adapter_settings import check_adapter
 from fedtune.offline_merge.adapters.initial_adapters import check_start
 from fedtune.offline_merge.json_file import read_json

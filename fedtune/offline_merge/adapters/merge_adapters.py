@@ -16,10 +16,10 @@ from torch import Tensor
 
 from fedtune.errors import ModelError, RecipeError, StoreError
 from fedtune.merging import bind_combine
-from fedtune.merging._factors import LowRankFactors, pad_factors
-from fedtune.merging._pairs import LowRankPairCombineStep
-from fedtune.merging._small_svd import TruncatedProduct, truncate_matrix
-from fedtune.merging._span import GramCombineStep
+from fedtune.merging._factor_svd import TruncatedProduct, truncate_matrix
+from fedtune.merging._low_rank_factors import LowRankFactors, pad_factors
+from fedtune.merging.combine.linear_combinations._gram_step import GramCombineStep
+from fedtune.merging.combine.low_rank._low_rank_pair_step import LowRankPairCombineStep
 from fedtune.offline_merge.adapters.adapter_merge import AdapterMerge, RankLimit
 from fedtune.offline_merge.adapters.adapter_products import Products
 from fedtune.offline_merge.adapters.adapter_tokenizers import common_tokens

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedtune.errors import ModelError
 from fedtune.files import write_bytes_atomically
-from fedtune.merging._factors import LowRankFactors
+from fedtune.merging._low_rank_factors import LowRankFactors
 from fedtune.offline_merge.adapters.adapter_tokenizers import copy_tokenizer
 from fedtune.offline_merge.adapters.lora_adapter import CONFIG, TENSORS, FactorNames, LoraAdapterReader
 from fedtune.offline_merge.safetensors_layout import fits, too_large

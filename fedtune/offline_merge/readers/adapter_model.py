@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedtune.errors import ModelError, SourceError
-from fedtune.merging._factors import LowRankFactors
+from fedtune.merging._low_rank_factors import LowRankFactors
 from fedtune.offline_merge.adapters.initial_adapters import RESIDUAL, taken_out
 from fedtune.offline_merge.adapters.lora_adapter import CONFIG, TENSORS, LoraAdapterReader, strip_peft_prefix
 from fedtune.offline_merge.json_file import read_json

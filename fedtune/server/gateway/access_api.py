@@ -12,9 +12,9 @@ from fedtune.recipe.schema import Tag
 from fedtune.server.credentials import encode_token, generate_secret, hash_secret
 from fedtune.server.gateway.device_api import check_name
 from fedtune.server.gateway.refusal import AuditLog, RequestRefusedError
-from fedtune.tracking import Access, OperatorRecord, TokenRecord
+from fedtune.tracking import Access, AuditRecord, OperatorRecord, TokenRecord
 
-__all__ = ["LettingIn", "read_tags"]
+__all__ = ["AccessApi", "read_tags"]
 
 _HOURS, _LONGEST_HOURS = 24.0, 24 * 365
 _TAGS: TypeAdapter[list[Tag]] = TypeAdapter(list[Tag])
@@ -24,7 +24,7 @@ _LINES, _MOST_LINES = 100, 1000
 
 
 @dataclass(frozen=True)
-class LettingIn:
+class AccessApi:
     """The part of the door for admins; ``who`` is the name of an operator that was let in."""
 
     access: Access
@@ -36,7 +36,7 @@ class LettingIn:
         """A one-time enrolment token."""
         name, hours, tags = _token_request(sent)
         secret = generate_secret()
-        self.access.add_token(hash_secret(secret), name, hours, tags)
+        self.access.add_token(hash_secret(secret), name or None, hours, tags)
         tagged = f", tagged {', '.join(tags)}" if tags else ""
         self.audit.record_action(
             who, f"token {hash_secret(secret)[:_SHOWN_OF_HASH]} made for {name or 'any device'}{tagged}"
@@ -45,19 +45,19 @@ class LettingIn:
 
     def tokens(self, _: str, __: Request, ___: Any) -> dict[str, Any]:
         """Tokens that were not used, newest first."""
-        return {"tokens": [_token_document(found) for found in self.access.unspent_tokens()]}
+        return {"tokens": [_token_document(found) for found in self.access.list_unused_tokens()]}
 
     def remove_token(self, who: str, request: Request, _: Any) -> dict[str, Any]:
         """Make a token worthless that was not used."""
         found = self.access.remove_token(request.path_params["token"])
         self.audit.record_action(
-            who, f"token {found.sha256[:_SHOWN_OF_HASH]} for {found.device or 'any device'} removed"
+            who, f"token {found.sha256[:_SHOWN_OF_HASH]} for {found.device_name or 'any device'} removed"
         )
         return {"token": found.sha256[:_SHOWN_OF_HASH]}
 
     def operators(self, _: str, __: Request, ___: Any) -> dict[str, Any]:
         """Operators and their roles."""
-        return {"operators": [_operator_document(found) for found in self.access.operators()]}
+        return {"operators": [_operator_document(found) for found in self.access.list_operators()]}
 
     def remove_operator(self, who: str, request: Request, _: Any) -> dict[str, Any]:
         """Make an operator's key worthless."""
@@ -71,9 +71,8 @@ class LettingIn:
         self.audit.flush()
         limit = min(_MOST_LINES, _whole(request, "limit", _LINES))
         before = _whole(request, "before", 0) if "before" in request.query_params else None
-        found = self.access.audit.lines(limit + 1, since=_since(request), before=before)
-        shown = [asdict(line) | {"at": line.at.isoformat(), "last": line.last.isoformat()} for line in found[:limit]]
-        return {"audit": shown, "more": len(found) > limit}
+        found = self.access.audit.list_lines(limit + 1, since=_since(request), before=before)
+        return {"audit": [_line_document(line) for line in found[:limit]], "more": len(found) > limit}
 
 
 def read_tags(sent: Any) -> list[str]:
@@ -101,17 +100,22 @@ def _token_request(sent: Any) -> tuple[str, float, list[str]]:
 def _token_document(found: TokenRecord) -> dict[str, Any]:
     return {
         "token": found.sha256[:_SHOWN_OF_HASH],
-        "device": found.device,
-        "created": found.created.isoformat(),
-        "expires": found.expires.isoformat(),
-        "expired": found.expires < datetime.now(UTC),
+        "device_name": found.device_name,
+        "created_at": found.created_at.isoformat(),
+        "expires_at": found.expires_at.isoformat(),
+        "expired": found.expires_at < datetime.now(UTC),
         "tags": found.tags,
     }
 
 
+def _line_document(line: AuditRecord) -> dict[str, Any]:
+    times = {name: getattr(line, name).isoformat() for name in ("recorded_at", "last_recorded_at")}
+    return asdict(line) | times
+
+
 def _operator_document(found: OperatorRecord) -> dict[str, Any]:
     """An operator without the hash of their key."""
-    return {"name": found.name, "role": found.role, "created": found.created.isoformat()}
+    return {"name": found.name, "role": found.role, "created_at": found.created_at.isoformat()}
 
 
 def _whole(request: Request, key: str, otherwise: int) -> int:

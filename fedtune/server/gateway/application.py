@@ -1,8 +1,9 @@
-"""The only way in: fleet paths for enrolled devices, fedtune's own paths, and a recorded refusal for all else."""
+"""The gateway serves enrolled devices and operators over HTTPS, and refuses and records all other requests."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from starlette.routing import Route
 
 from fedtune.errors import FedtuneError, ServerError
 from fedtune.logs import Logs
-from fedtune.server.gateway.access_api import LettingIn
+from fedtune.server.gateway.access_api import AccessApi
 from fedtune.server.gateway.authentication import Authenticator, get_remote_address
 from fedtune.server.gateway.device_api import DeviceApi
 from fedtune.server.gateway.log_api import log_routes
@@ -24,123 +25,130 @@ from fedtune.server.gateway.refusal import AuditLog, RequestRefusedError
 from fedtune.server.gateway.reverse_proxy import ReverseProxy, stream_limited_body
 from fedtune.server.operator_files import Role
 from fedtune.server.sent import read_json
-from fedtune.tracking.run_json import text
+from fedtune.tracking.run_json import json_text
 from fedtune.untrusted import clean_text
 
-__all__ = ["make_gateway"]
+__all__ = ["GatewayServices", "make_gateway"]
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 JsonHandler = Callable[[Request, Any], dict[str, Any]]
+OperatorHandler = Callable[[str, Request, Any], dict[str, Any]]
 _BODY = 1 << 20
 _SENTENCE = 2000
 _STARTING = 503
 """What is told while the server itself is not ready; nothing was refused then, so the audit tells nothing."""
 
 
-def make_gateway(
-    guard: Authenticator,
-    audit: AuditLog,
-    forward: ReverseProxy,
-    enrolment: DeviceApi,
-    operating: OperatorApi,
-    letting: LettingIn,
-    ca: str,
-    healthy: Callable[[], bool],
-    logs: Logs,
-    sweep: Callable[[], None],
-) -> Starlette:
-    """The application that listens where others can reach it; ``sweep`` is called every second."""
+@dataclass(frozen=True)
+class GatewayServices:
+    """What the gateway serves, and what it asks; ``sweep_connections`` is called every second."""
+
+    authenticator: Authenticator
+    audit: AuditLog
+    proxy: ReverseProxy
+    device_api: DeviceApi
+    operator_api: OperatorApi
+    access_api: AccessApi
+    logs: Logs
+    ca_certificate: str
+    is_healthy: Callable[[], bool]
+    sweep_connections: Callable[[], None]
+
+
+def make_gateway(services: GatewayServices) -> Starlette:
+    """Make the application that devices and operators reach over the network."""
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        sweeping = asyncio.create_task(_every_second(sweep))
+        sweeping = asyncio.create_task(_call_every_second(services.sweep_connections))
         yield
         sweeping.cancel()
-        await forward.close()
+        await services.proxy.close()
 
-    refuse = _refusing(audit)
+    refuse = _refusing(services.audit)
     handlers = {RequestRefusedError: refuse, HTTPException: refuse, FedtuneError: refuse, Exception: refuse}
+    readers = partial(_for_operators, services.authenticator, "read")
     routes = [
-        Route("/v1/fleet/{path:path}", forward.forward_request, methods=["POST"]),
-        Route("/fedtune/ca", lambda _: PlainTextResponse(ca), methods=["GET"]),
-        Route("/health", lambda _: _health(healthy()), methods=["GET"]),
-        *log_routes(partial(_for_operators, guard, "read"), operating.store, logs),
-        *_device_routes(enrolment),
-        *_operator_routes(guard, operating, letting),
+        Route("/v1/fleet/{path:path}", services.proxy.forward_request, methods=["POST"]),
+        Route("/fedtune/ca", lambda _: PlainTextResponse(services.ca_certificate), methods=["GET"]),
+        Route("/health", lambda _: _respond_health(is_healthy=services.is_healthy()), methods=["GET"]),
+        *log_routes(readers, services.operator_api.store, services.logs),
+        *_device_routes(services.device_api),
+        *_operator_routes(services.authenticator, services.operator_api, services.access_api),
     ]
     return Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
 
 
-async def _every_second(sweep: Callable[[], None]) -> None:
+async def _call_every_second(sweep: Callable[[], None]) -> None:
     while True:
         await asyncio.sleep(1.0)
         sweep()
 
 
-def _health(well: bool) -> Response:
-    """For whoever watches the server, hence without a key and without a reason; the log tells more."""
-    return _json({"status": "ok"} if well else {"status": "starting"}, 200 if well else 503)
+def _respond_health(*, is_healthy: bool) -> Response:
+    """The reply to a health check needs no key, so it gives no reason; the log does."""
+    return _json({"status": "ok"} if is_healthy else {"status": "starting"}, 200 if is_healthy else 503)
 
 
-def _device_routes(enrolment: DeviceApi) -> list[Route]:
+def _device_routes(api: DeviceApi) -> list[Route]:
     return [
-        Route("/fedtune/time", _answering(enrolment.get_server_time), methods=["GET"]),
-        Route("/fedtune/enroll", _answering(enrolment.enrol_device), methods=["POST"]),
-        Route("/fedtune/device/profile", _answering(enrolment.save_profile), methods=["POST"]),
+        Route("/fedtune/time", _for_devices(api.get_server_time), methods=["GET"]),
+        Route("/fedtune/enroll", _for_devices(api.enrol_device), methods=["POST"]),
+        Route("/fedtune/device/profile", _for_devices(api.save_profile), methods=["POST"]),
     ]
 
 
-def _operator_routes(guard: Authenticator, operating: OperatorApi, letting: LettingIn) -> list[Route]:
-    def route(role: Role, method: str, path: str, answer: Callable[[str, Request, Any], dict[str, Any]]) -> Route:
-        return Route(f"/fedtune/{path}", _for_operators(guard, role, answer), methods=[method])
+def _operator_routes(authenticator: Authenticator, api: OperatorApi, access: AccessApi) -> list[Route]:
+    def route(role: Role, method: str, path: str, handle: OperatorHandler) -> Route:
+        return Route(f"/fedtune/{path}", _for_operators(authenticator, role, handle), methods=[method])
 
     return [
-        route("submit", "POST", "runs", operating.submit_run),
-        route("read", "GET", "runs", operating.list_runs),
-        route("read", "GET", "runs/{run}", operating.get_run),
-        route("submit", "POST", "runs/{run}/stop", operating.stop_run),
-        route("submit", "POST", "runs/{run}/resume", operating.resume_run),
-        route("submit", "POST", "runs/{run}/rollback", operating.rollback),
-        route("read", "GET", "devices", operating.list_devices),
-        route("admin", "DELETE", "devices/{device}", operating.remove_device),
-        route("admin", "POST", "devices/{device}/tags", operating.change_device_tags),
-        route("admin", "POST", "devices/{device}/release", operating.release),
-        route("admin", "POST", "tokens", letting.token),
-        route("admin", "GET", "tokens", letting.tokens),
-        route("admin", "DELETE", "tokens/{token}", letting.remove_token),
-        route("admin", "GET", "operators", letting.operators),
-        route("admin", "DELETE", "operators/{operator}", letting.remove_operator),
-        route("read", "GET", "audit", letting.lines),
+        route("submit", "POST", "runs", api.submit_run),
+        route("read", "GET", "runs", api.list_runs),
+        route("read", "GET", "runs/{run}", api.get_run),
+        route("submit", "POST", "runs/{run}/stop", api.stop_run),
+        route("submit", "POST", "runs/{run}/resume", api.resume_run),
+        route("submit", "POST", "runs/{run}/rollback", api.rollback),
+        route("read", "GET", "devices", api.list_devices),
+        route("admin", "DELETE", "devices/{device}", api.remove_device),
+        route("admin", "POST", "devices/{device}/tags", api.change_device_tags),
+        route("admin", "POST", "devices/{device}/release", api.release),
+        route("admin", "POST", "tokens", access.token),
+        route("admin", "GET", "tokens", access.tokens),
+        route("admin", "DELETE", "tokens/{token}", access.remove_token),
+        route("admin", "GET", "operators", access.operators),
+        route("admin", "DELETE", "operators/{operator}", access.remove_operator),
+        route("read", "GET", "audit", access.lines),
     ]
 
 
-def _answering(answer: JsonHandler) -> Endpoint:
+def _for_devices(handle: JsonHandler) -> Endpoint:
     async def endpoint(request: Request) -> Response:
-        sent = await _sent(request)
-        return _json(await run_in_threadpool(answer, request, sent))
+        body = await _read_json_body(request)
+        return _json(await run_in_threadpool(handle, request, body))
 
     return endpoint
 
 
-def _for_operators(guard: Authenticator, role: Role, answer: Callable[[str, Request, Any], dict[str, Any]]) -> Endpoint:
-    """The key is looked at before the body is read."""
+def _for_operators(authenticator: Authenticator, role: Role, handle: OperatorHandler) -> Endpoint:
+    """The key is checked before the body is read."""
 
     async def endpoint(request: Request) -> Response:
-        who = await run_in_threadpool(guard.authenticate_operator, request, role)
-        sent = await _sent(request)
-        return _json(await run_in_threadpool(answer, who, request, sent))
+        operator = await run_in_threadpool(authenticator.authenticate_operator, request, role)
+        body = await _read_json_body(request)
+        return _json(await run_in_threadpool(handle, operator, request, body))
 
     return endpoint
 
 
-async def _sent(request: Request) -> Any:
+async def _read_json_body(request: Request) -> Any:
     """The JSON a request carries, or None."""
     return read_json(b"".join([chunk async for chunk in stream_limited_body(request, _BODY)]))
 
 
 def _refusing(audit: AuditLog) -> Callable[[Request, Exception], Awaitable[Response]]:
     async def refuse(request: Request, error: Exception) -> Response:
-        status, sentence = _told(request, error)
+        status, sentence = _explain_error(request, error)
         if status != _STARTING:
             what = f"{request.method} {request.url.path[:200]}: {sentence}"
             await run_in_threadpool(audit.record_refusal, get_remote_address(request), what, getattr(error, "who", ""))
@@ -149,8 +157,8 @@ def _refusing(audit: AuditLog) -> Callable[[Request, Exception], Awaitable[Respo
     return refuse
 
 
-def _told(request: Request, error: Exception) -> tuple[int, str]:
-    """Status and sentence of what was raised while a request was dealt with."""
+def _explain_error(request: Request, error: Exception) -> tuple[int, str]:
+    """Status and sentence for an error that a request raised."""
     match error:
         case RequestRefusedError():
             return error.status, error.message
@@ -168,4 +176,4 @@ def _told(request: Request, error: Exception) -> tuple[int, str]:
 
 
 def _json(content: Any, status: int = 200) -> Response:
-    return Response(text(content), status, media_type="application/json")
+    return Response(json_text(content), status, media_type="application/json")

@@ -36,7 +36,7 @@ class Authenticator:
         """The name of the operator whose key a request shows; RefusedError otherwise, or when their role is less."""
         header = request.headers.get("authorization", "")
         shown = hash_secret(header.removeprefix(_BEARER)) if header.startswith(_BEARER) else ""
-        found = [one for one in self._access.operators() if hmac.compare_digest(one.sha256, shown)]
+        found = [one for one in self._access.list_operators() if hmac.compare_digest(one.key_sha256, shown)]
         if not found:
             claim = "a key that is not known" if shown else "no operator key"
             raise RequestRefusedError(
@@ -59,7 +59,7 @@ class Authenticator:
         key = _key(request)
         with self._lock:
             if key not in self._keys:
-                self._keys = {found.public_key: found.name for found in self._access.devices()}
+                self._keys = {found.public_key: found.name for found in self._access.list_devices()}
             name = self._keys.get(key)
         if name is None:
             raise RequestRefusedError(

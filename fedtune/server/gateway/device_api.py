@@ -57,12 +57,12 @@ class DeviceApi:
 
     def _register(self, name: str, key: str, tags: Sequence[str]) -> int:
         check_name(name)
-        if self.access.device(name) is not None:
+        if self.access.find_device(name) is not None:
             raise RequestRefusedError(
                 409, f"there is a device {name!r} already; choose another name or have it removed"
             )
         node = self.control().register_node(key.encode(), name)
-        self.access.add_device(name=name, node=str(node), public_key=key, tags=tags)
+        self.access.add_device(name=name, node_id=str(node), public_key=key, tags=tags)
         self.guard.clear_device_cache()
         return node
 

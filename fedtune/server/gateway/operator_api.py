@@ -16,9 +16,9 @@ from fedtune.server.gateway.access_api import read_tags
 from fedtune.server.gateway.authentication import Authenticator
 from fedtune.server.gateway.refusal import AuditLog, RequestRefusedError
 from fedtune.server.presence import Presence
-from fedtune.server.privacy_accounting import require_privacy_accountant
-from fedtune.server.recipe_check import RecipeCheck
+from fedtune.server.recipe_check_process import RecipeCheckProcess
 from fedtune.server.run_manager import RunManager
+from fedtune.server.selection import check_base_for_devices
 from fedtune.tracking import DeviceRecord, RunRecord, Store
 from fedtune.tracking.run_json import make_run_document
 
@@ -35,7 +35,7 @@ class OperatorApi:
     guard: Authenticator
     audit: AuditLog
     control: Callable[[], ControlClient]
-    check: RecipeCheck
+    check: RecipeCheckProcess
 
     def submit_run(self, who: str, _: Request, sent: Any) -> dict[str, Any]:
         """Queue a run of a recipe, which is settings only: no code is taken from anybody."""
@@ -43,8 +43,9 @@ class OperatorApi:
             recipe = Recipe.model_validate(sent.get("recipe") if isinstance(sent, dict) else None)
         except ValidationError as error:
             raise RequestRefusedError(400, explain_validation_error(error, Recipe, "the recipe"), who) from error
-        require_privacy_accountant(recipe)
-        run = self.manager.submit_run(self.check.whole(recipe))
+        check_base_for_devices(recipe)
+        checked = self.check.check_recipe(recipe)
+        run = self.manager.submit_run(checked)
         self.audit.record_action(who, f"run {run} submitted")
         return {"run": run}
 
@@ -53,12 +54,12 @@ class OperatorApi:
         return {"runs": [make_run_document(self._as_planned(run), ()) for run in self.store.runs()]}
 
     def get_run(self, _: str, request: Request, __: Any) -> dict[str, Any]:
-        """One run with its rounds after number ``after``, and who is which client."""
+        """One run with its rounds after number ``after``, and which device is which client."""
         run = self.store.run(request.path_params["run"])
         after = _number(request.query_params.get("after", "-1"))
         rounds = self.store.rounds(run.id, after)
-        seats = [asdict(seat) for seat in self.store.access.list_assignments(run.id)]
-        return make_run_document(self._as_planned(run), rounds, detailed=True) | {"devices": seats}
+        assignments = [asdict(one) for one in self.store.access.list_assignments(run.id)]
+        return make_run_document(self._as_planned(run), rounds, detailed=True) | {"assignments": assignments}
 
     def stop_run(self, who: str, request: Request, _: Any) -> dict[str, Any]:
         """End a run that is queued or running."""
@@ -68,12 +69,12 @@ class OperatorApi:
 
     def rollback(self, who: str, request: Request, sent: Any) -> dict[str, Any]:
         """Take a run back to one of its rounds."""
-        number = sent.get("round") if isinstance(sent, dict) else None
-        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**31:
+        round_number = sent.get("round") if isinstance(sent, dict) else None
+        if not isinstance(round_number, int) or isinstance(round_number, bool) or not 0 <= round_number < 2**31:
             raise RequestRefusedError(400, "a rollback needs the number of a round, 0 or more", who)
-        run, removed = self.manager.rollback(request.path_params["run"], number)
-        self.audit.record_action(who, f"run {run} rolled back to round {number}; {removed} rounds removed")
-        return {"run": run, "round": number, "removed": removed}
+        run, removed = self.manager.rollback(request.path_params["run"], round_number)
+        self.audit.record_action(who, f"run {run} rolled back to round {round_number}; {removed} rounds removed")
+        return {"run": run, "round": round_number, "removed": removed}
 
     def resume_run(self, who: str, request: Request, _: Any) -> dict[str, Any]:
         """Queue a run again that was stopped or failed."""
@@ -83,9 +84,9 @@ class OperatorApi:
 
     def list_devices(self, _: str, __: Request, ___: Any) -> dict[str, Any]:
         """Enrolled devices, and whether they are connected."""
-        devices = self.store.access.devices()
+        devices = self.store.access.list_devices()
         there = {found.name for found in self.presence.list_connected_devices(devices)}
-        return {"devices": [device_to_json(found, found.name in there) for found in devices]}
+        return {"devices": [device_to_json(found, online=found.name in there) for found in devices]}
 
     def change_device_tags(self, who: str, request: Request, sent: Any) -> dict[str, Any]:
         """Give a device tags and take others from it."""
@@ -106,12 +107,12 @@ class OperatorApi:
 
     def remove_device(self, who: str, request: Request, _: Any) -> dict[str, Any]:
         """Shut a device out for good; its key is worthless from now on."""
-        found = self.store.access.device(request.path_params["device"])
+        found = self.store.access.find_device(request.path_params["device"])
         if found is None:
             raise RequestRefusedError(
                 404, f"there is no device {request.path_params['device']!r}; list them first", who
             )
-        self.control().unregister_node(int(found.node))
+        self.control().unregister_node(int(found.node_id))
         self.store.access.remove_device(found.name)
         self.guard.clear_device_cache()
         self.audit.record_action(who, f"device {found.name} removed")
@@ -122,16 +123,16 @@ class OperatorApi:
         return self.manager.get_recorded_run(run)
 
 
-def device_to_json(found: DeviceRecord, online: bool) -> dict[str, Any]:
+def device_to_json(found: DeviceRecord, *, online: bool) -> dict[str, Any]:
     """A device as JSON, without its key."""
     return {
         "name": found.name,
         "online": online,
-        "enrolled": found.enrolled.isoformat(),
-        "seen": found.seen.isoformat() if found.seen else None,
+        "enrolled_at": found.enrolled_at.isoformat(),
+        "last_seen_at": found.last_seen_at.isoformat() if found.last_seen_at else None,
         "profile": json.loads(found.profile),
         "tags": found.tags,
-        "quarantined": found.quarantined,
+        "quarantine_reason": found.quarantine_reason,
     }
 
 

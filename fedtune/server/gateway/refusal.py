@@ -86,7 +86,7 @@ class AuditLog:
 
     def _write(self, line: _Line) -> None:
         if line.pending:
-            self._log.repeat(line.number, line.pending)
+            self._log.count_repeats(line.number, line.pending)
         line.pending, line.written = 0, self._clock()
 
     def _within_limits(self, source: str) -> bool:

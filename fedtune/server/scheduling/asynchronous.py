@@ -1,7 +1,7 @@
-"""The asynchronous mode on real devices: a round ends when its buffer is full; who is still at work goes on.
+"""The asynchronous scheduler ends a round when its buffer of updates is full; clients in training continue.
 
-What is in flight is known to this process alone: after a crash those clients are asked anew, from the last committed
-round. The order of arrival is real, so two such runs do not end with the same bits.
+Only this process knows which clients are in flight. After a crash they start again from the last committed round. The
+order of arrival is real, so two such runs do not end with the same bits.
 """
 
 import time
@@ -23,18 +23,18 @@ __all__ = ["AsynchronousScheduler"]
 
 
 class AsynchronousScheduler(RoundScheduler):
-    """Rounds of ``buffer`` usable answers, fewer where nobody is left to ask or ``deadline`` seconds are over."""
+    """A round ends with ``buffer`` usable updates, when no client is left to select, or after ``deadline`` seconds."""
 
     def __init__(
         self,
         grid: Grid,
-        desk: InFlightTracker,
+        tracker: InFlightTracker,
         buffer: int,
         deadline: float | None,
         poll: float,
         last: Callable[[], Mapping[int, int]],
     ) -> None:
-        self._grid, self._desk, self._buffer, self._poll, self._last = grid, desk, buffer, poll, last
+        self._grid, self._tracker, self._buffer, self._poll, self._last = grid, tracker, buffer, poll, last
         self._deadline = float("inf") if deadline is None else deadline
         self._sent: dict[str, int] = {}
         self._arrived: deque[tuple[int, Message]] = deque()
@@ -43,12 +43,12 @@ class AsynchronousScheduler(RoundScheduler):
         self._moved: list[int] = []
 
     def admit(self, clients: Sequence[int], moved: Collection[int]) -> None:
-        """Ask these; of those that are away for good, or another device by now, no answer is waited for."""
-        self._moved = self._desk.admit(clients, moved)
+        """Select among these; do not wait for clients whose device was removed or replaced."""
+        self._moved = self._tracker.admit(clients, moved)
 
-    def begin_round(self, number: int) -> int:
+    def begin_round(self, round_number: int) -> int:
         """Give up on clients that are too far behind."""
-        given_up, moved = self._desk.begin_round(number, self._last()), self._moved
+        given_up, moved = self._tracker.begin_round(round_number, self._last()), self._moved
         self._staleness, self._lost, self._moved = (
             {},
             dict.fromkeys([*given_up, *moved], NO_REPLY_WITHIN_MAX_STALENESS),
@@ -59,7 +59,7 @@ class AsynchronousScheduler(RoundScheduler):
         return self._buffer
 
     def stream_replies(self, send: MessageFactory, usable: Callable[[], int]) -> Iterator[tuple[int, Message]]:
-        """Answers as they arrive, those of earlier rounds' orders among them; whoever is free is asked meanwhile."""
+        """Yield replies as they arrive, also to requests of earlier rounds; start free clients meanwhile."""
         end = time.monotonic() + self._deadline
         while usable() < self._buffer and time.monotonic() < end:
             self._ask(send)
@@ -69,23 +69,23 @@ class AsynchronousScheduler(RoundScheduler):
                 time.sleep(self._poll)
             if self._arrived:
                 client, reply = self._arrived.popleft()
-                self._staleness[client] = self._desk.finish_client(client)
+                self._staleness[client] = self._tracker.finish_client(client)
                 yield client, reply
 
     def _ask(self, send: MessageFactory) -> None:
-        clients = self._desk.start_next_clients()
+        clients = self._tracker.start_next_clients()
         if not clients:
             return
-        messages = send(clients, self._desk.number)
+        messages = send(clients, self._tracker.round_number)
         for client, message in zip(messages, self._grid.push_messages(messages.values()), strict=True):
             if not message:
-                self._desk.finish_client(client)
+                self._tracker.finish_client(client)
                 self._lost[client] = DEVICE_REMOVED
             else:
                 self._sent[message] = client
 
     def _pull(self) -> bool:
-        """Whether something arrived; what arrives together may be for the next round too."""
+        """Whether a reply arrived; of several that arrive together some may be left for the next round."""
         found = self._grid.pull_messages(list(self._sent))
         for reply in found:
             if (client := self._sent.pop(reply.metadata.reply_to_message_id, None)) is not None:
@@ -93,9 +93,9 @@ class AsynchronousScheduler(RoundScheduler):
         return bool(self._arrived)
 
     def list_missing_clients(self, answered: Collection[int]) -> dict[int, str]:
-        """Clients that were given up or have no device any more; those still at work are not missing."""
+        """Clients that were given up or whose device was removed; those still in training are not missing."""
         return {client: reason for client, reason in self._lost.items() if client not in answered}
 
     def get_staleness(self, client: int) -> int | None:
-        """Rounds since the state the answer began with."""
+        """Rounds since the state from which the update was trained."""
         return self._staleness[client]

@@ -1,4 +1,4 @@
-"""How a run's clients are asked: all at once, or as they come, on real devices or in a simulation."""
+"""The recipe and the place decide the scheduler: synchronous or asynchronous, real devices or a simulation."""
 
 from collections.abc import Callable, Mapping
 
@@ -17,23 +17,28 @@ __all__ = ["make_round_scheduler"]
 
 
 def make_round_scheduler(
-    grid: Grid, shop: RunContext, crew: RunClients, seated: bool, last: Callable[[], Mapping[int, int]]
+    grid: Grid,
+    context: RunContext,
+    clients: RunClients,
+    read_last_selected: Callable[[], Mapping[int, int]],
+    *,
+    on_devices: bool,
 ) -> RoundScheduler:
-    """What the recipe asks for. Devices were selected when they were ``seated``; a simulation's clients are here."""
-    recipe, federation = shop.recipe, shop.recipe.federation
-    if not seated:
+    """Make the scheduler that the recipe asks for; devices were selected already when they were assigned."""
+    recipe, federation = context.recipe, context.recipe.federation
+    if not on_devices:
         check_enough_eligible_clients(recipe)
-    among = range(recipe.num_clients) if seated else list_eligible_clients(recipe)
-    if seated and federation.asynchronous is not None:
-        desk = InFlightTracker(recipe, among, federation.asynchronous)
+    eligible = range(recipe.num_clients) if on_devices else list_eligible_clients(recipe)
+    if on_devices and federation.asynchronous is not None:
+        tracker = InFlightTracker(recipe, eligible, federation.asynchronous)
         return AsynchronousScheduler(
-            grid, desk, federation.asynchronous.buffer_size, federation.deadline, crew.poll, last
+            grid, tracker, federation.asynchronous.buffer_size, federation.deadline, clients.poll, read_last_selected
         )
-    if seated:
-        return SynchronousScheduler(grid, recipe, among, crew.poll, last)
-    sizes = [len(rows) for rows in shop.client_rows]
+    if on_devices:
+        return SynchronousScheduler(grid, recipe, eligible, clients.poll, read_last_selected)
+    sizes = [len(rows) for rows in context.client_rows]
     if federation.asynchronous is not None:
         return SimulatedAsynchronousScheduler(
-            grid, make_simulated_schedule(recipe, among, sizes, federation.asynchronous), crew.poll
+            grid, make_simulated_schedule(recipe, eligible, sizes, federation.asynchronous), clients.poll
         )
-    return Simulated(grid, recipe, among, sizes, crew.poll, last)
+    return Simulated(grid, recipe, eligible, sizes, clients.poll, read_last_selected)

@@ -1,4 +1,4 @@
-"""Who is asked in a round, and when its answers are in."""
+"""A round scheduler decides which clients train in a round and when the round ends."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -28,46 +28,45 @@ DROPPED_OUT = "it dropped out before it replied"
 NOT_NEEDED = "the round ended with the replies that federation.take_first asks for"
 
 MessageFactory = Callable[[Sequence[int], int], Mapping[int, Message]]
-"""Makes the messages by which clients, given by number, train round so-and-so from the state that round begins with.
+"""Makes one train message per client. The clients start from the state with which the given round began.
 
-A client that is asked for the same round again, before its answer is recorded, is sent that state whole.
+A client that gets a second request for the same round, before its reply is recorded, is sent the whole state.
 """
 
 
 class RoundScheduler(ABC):
-    """One round after the other: ``begin``, then ``stream_replies`` to their end, then ``silent``."""
+    """For each round call ``begin_round``, then ``stream_replies`` to its end, then ``list_missing_clients``."""
 
     def admit(self, clients: Sequence[int], moved: Collection[int]) -> None:
-        """Ask nobody but these clients from now on; what ``moved`` ones were asked is lost. Called between rounds."""
+        """Select only among these clients from now on; requests to ``moved`` ones are lost. Called between rounds."""
         return
 
     @abstractmethod
-    def begin_round(self, number: int) -> int:
-        """Settle whom round ``number`` asks; how many answers it hopes for."""
+    def begin_round(self, round_number: int) -> int:
+        """Select the clients of a round; return how many updates it expects."""
 
     @abstractmethod
     def stream_replies(self, send: MessageFactory, usable: Callable[[], int]) -> Iterator[tuple[int, Message]]:
-        """(client, reply) as they arrive, each client once at most; ``usable`` counts the sound ones so far."""
+        """Yield (client, reply) as they arrive, each client once at most; ``usable`` counts valid updates so far."""
 
     @abstractmethod
     def list_missing_clients(self, answered: Collection[int]) -> dict[int, str]:
-        """The clients that count as missing, given those that answered, and why."""
+        """The clients that count as missing, with the reasons, given those that replied."""
 
     def get_staleness(self, client: int) -> int | None:
-        """How many rounds before this one an answer was begun; None where no answer can be late."""
+        """How many rounds ago a client's training started; None where no update can be stale."""
         return None
 
     def seconds(self) -> float | None:
-        """How long the round took in simulated time; None on real devices, and where no speeds are known."""
+        """The duration of the round in simulated time; None on real devices, and without known speeds."""
         return None
 
 
 class SynchronousScheduler(RoundScheduler):
-    """Real devices that all begin with the round; who is not done by the deadline is missing.
+    """All clients start with the round; those without a reply at the deadline are missing.
 
-    With ``federation.take_first`` the round ends with so many usable answers.
-
-    ``among`` are the clients that may be asked; ``last`` gives the last round each was asked in.
+    With ``federation.take_first`` the round ends with so many usable updates. ``among`` are the eligible clients;
+    ``last`` returns the last round that selected each client.
     """
 
     def __init__(
@@ -80,19 +79,19 @@ class SynchronousScheduler(RoundScheduler):
         self._removed: set[int] = set()
 
     def admit(self, clients: Sequence[int], moved: Collection[int]) -> None:
-        """Sample among these; as many as before, as far as there are as many."""
+        """Sample among these, as many as before if there are enough."""
         self._among = clients
 
-    def begin_round(self, number: int) -> int:
+    def begin_round(self, round_number: int) -> int:
         """Sample the round's clients."""
         last = self._last() if self._recipe.federation.selection.sampling == "least-recent" else {}
         self._removed = set()
         count = min(self._count, len(self._among))
-        self._number, self._clients = number, sample_cohort(self._recipe, number, self._among, last, count)
+        self._number, self._clients = round_number, sample_cohort(self._recipe, round_number, self._among, last, count)
         return len(self._clients)
 
     def stream_replies(self, send: MessageFactory, usable: Callable[[], int]) -> Iterator[tuple[int, Message]]:
-        """Whatever comes before the deadline, until there are enough."""
+        """Yield replies until the deadline, or until there are enough."""
         federation, self._enough = self._recipe.federation, False
         messages = send(self._clients, self._number)
         found = stream_replies(
@@ -110,7 +109,7 @@ class SynchronousScheduler(RoundScheduler):
                 return
 
     def list_missing_clients(self, answered: Collection[int]) -> dict[int, str]:
-        """Every client that was asked and did not answer."""
+        """Every client that was selected and did not reply."""
         reason = NOT_NEEDED if self._enough else NO_REPLY_BEFORE_DEADLINE
         asked = [client for client in self._clients if client not in answered]
         return {client: DEVICE_REMOVED if client in self._removed else reason for client in asked}

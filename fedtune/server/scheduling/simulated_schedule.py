@@ -24,9 +24,9 @@ __all__ = ["ScheduledRound", "SimulatedAsynchronousScheduler", "make_simulated_s
 
 
 class ScheduledRound(NamedTuple):
-    """One round: its number, the round each of its clients began, clients that are given up, its begin and end."""
+    """One round: its number, the start round of each of its clients, the clients given up, its start and end."""
 
-    number: int
+    round_number: int
     start_rounds: Mapping[int, int]
     dropped_clients: Sequence[int]
     begins: float
@@ -34,52 +34,54 @@ class ScheduledRound(NamedTuple):
 
 
 def make_simulated_schedule(
-    recipe: Recipe, among: Sequence[int], sizes: Sequence[int], late: Asynchronous
+    recipe: Recipe, among: Sequence[int], sizes: Sequence[int], asynchronous: Asynchronous
 ) -> Iterator[ScheduledRound]:
-    """The rounds of a run whose clients hold ``sizes`` examples, one after the other.
+    """Yield the rounds of a run whose clients hold ``sizes`` examples.
 
-    None of them fails, which only training can tell. A client that drops out is at work until it is given up. The
-    deadline holds where a class names its speed: without one a second means nothing.
+    No client fails here: only training can show that. A client that drops out counts as in training until it is given
+    up. The deadline holds where a device class names its speed; without one seconds have no meaning.
     """
-    desk, working, now = InFlightTracker(recipe, among, late), list[tuple[float, int, int]](), 0.0
-    last: dict[int, int] = {}
+    tracker, working, now = InFlightTracker(recipe, among, asynchronous), list[tuple[float, int, int]](), 0.0
+    last_selected: dict[int, int] = {}
     patience = recipe.federation.deadline if any(device.examples_per_second for device in recipe.devices) else None
-    for number in range(1, recipe.federation.rounds + 1):
-        given_up, begun, begins = desk.begin_round(number, last), dict[int, int](), now
+    for round_number in range(1, recipe.federation.rounds + 1):
+        given_up, begun, begins = tracker.begin_round(round_number, last_selected), dict[int, int](), now
         ends = begins + (patience or math.inf)
-        while len(begun) < late.buffer_size:
-            for client in desk.start_next_clients():
-                if not drops_out(recipe, client, number):
-                    heapq.heappush(working, (now + duration(recipe, sizes[client], client, number), client, number))
+        while len(begun) < asynchronous.buffer_size:
+            for client in tracker.start_next_clients():
+                if not drops_out(recipe, client, round_number):
+                    heapq.heappush(
+                        working, (now + duration(recipe, sizes[client], client, round_number), client, round_number)
+                    )
             if not working or working[0][0] > ends:
                 now = now if math.isinf(ends) else ends
                 break
             ended, client, since = heapq.heappop(working)
-            if desk.get_start_round(client) == since:  # and has not been given up
+            if tracker.get_start_round(client) == since:  # and has not been given up
                 now, begun[client] = ended, since
-                desk.finish_client(client)
-        yield ScheduledRound(number, begun, given_up, begins, now)
-        last |= dict.fromkeys([*begun, *given_up], number)
+                tracker.finish_client(client)
+        yield ScheduledRound(round_number, begun, given_up, begins, now)
+        last_selected |= dict.fromkeys([*begun, *given_up], round_number)
 
 
 class SimulatedAsynchronousScheduler(RoundScheduler):
-    """Asks at once all whose answers a round merges, each to begin with the state it would have had."""
+    """A round sends requests to exactly the clients whose updates it merges, each with the state it would have had."""
 
     def __init__(self, grid: Grid, planned: Iterable[ScheduledRound], poll: float) -> None:
         self._grid, self._planned, self._poll = grid, iter(planned), poll
         self._now = ScheduledRound(0, {}, (), 0.0, 0.0)
 
-    def begin_round(self, number: int) -> int:
-        """Go on to the round; a resumed run passes over those that were committed."""
-        self._now = next(planned for planned in self._planned if planned.number == number)
+    def begin_round(self, round_number: int) -> int:
+        """Go to the round; a resumed run skips those that were committed."""
+        self._now = next(planned for planned in self._planned if planned.round_number == round_number)
         return len(self._now.start_rounds)
 
     def stream_replies(self, send: MessageFactory, usable: Callable[[], int]) -> Iterator[tuple[int, Message]]:
-        """The answers of the round; those that come after a deadline are planned for a later one."""
+        """Yield the replies of the round; updates after a deadline belong to a later one."""
         by_round = sorted(self._now.start_rounds, key=lambda client: (self._now.start_rounds[client], client))
         messages: dict[int, Message] = {}
-        for number, clients in groupby(by_round, self._now.start_rounds.__getitem__):
-            messages |= send(list(clients), number)
+        for round_number, clients in groupby(by_round, self._now.start_rounds.__getitem__):
+            messages |= send(list(clients), round_number)
         return stream_replies(self._grid, messages, None, self._poll)
 
     def list_missing_clients(self, answered: Collection[int]) -> dict[int, str]:
@@ -87,8 +89,8 @@ class SimulatedAsynchronousScheduler(RoundScheduler):
         return dict.fromkeys(self._now.dropped_clients, NO_REPLY_WITHIN_MAX_STALENESS)
 
     def get_staleness(self, client: int) -> int | None:
-        """Rounds since the state the answer began with."""
-        return self._now.number - self._now.start_rounds[client]
+        """Rounds since the state from which the update was trained."""
+        return self._now.round_number - self._now.start_rounds[client]
 
     def seconds(self) -> float | None:
         """From the end of the round before to this one's."""

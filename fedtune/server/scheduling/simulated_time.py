@@ -1,4 +1,4 @@
-"""Simulated time: how long a client takes, and who drops out, drawn from the seed and never read from a clock.
+"""The seed decides how long a client trains in simulated time, and which clients drop out; no clock is read.
 
 A simulation repeats bit for bit because everything that depends on time is a function of the recipe: a deadline, a
 dropout and "ask 12, take the first 10" mean the same on a fast machine and on a busy one.
@@ -26,8 +26,8 @@ from fedtune.server.selection import sample_cohort
 __all__ = ["RoundPlan", "Simulated", "drops_out", "duration", "plan_round"]
 
 
-def duration(recipe: Recipe, size: int, client: int, number: int) -> float:
-    """Simulated seconds a client with ``size`` examples trains for round ``number``.
+def duration(recipe: Recipe, size: int, client: int, round_number: int) -> float:
+    """Simulated seconds a client with ``size`` examples trains for round ``round_number``.
 
     Examples over the class's ``speed`` (one a second where it names none), times a log-normal draw of its ``spread``.
     """
@@ -37,35 +37,35 @@ def duration(recipe: Recipe, size: int, client: int, number: int) -> float:
         if train.local_steps
         else size * (train.local_epochs or 1)
     )
-    random = np.random.default_rng(derive_seed(recipe.seed, number, client, "duration"))
+    random = np.random.default_rng(derive_seed(recipe.seed, round_number, client, "duration"))
     return float(examples / (device.examples_per_second or 1.0) * np.exp(random.normal(0.0, device.spread)))
 
 
-def drops_out(recipe: Recipe, client: int, number: int) -> bool:
-    """Whether a client asked in round ``number`` never answers: a draw of its class's ``dropout``."""
+def drops_out(recipe: Recipe, client: int, round_number: int) -> bool:
+    """Whether a selected client never replies: a draw of its device class's ``dropout``."""
     chance = recipe.get_device_class(client).dropout
     return bool(chance) and bool(
-        np.random.default_rng(derive_seed(recipe.seed, number, client, "dropout")).random() < chance
+        np.random.default_rng(derive_seed(recipe.seed, round_number, client, "dropout")).random() < chance
     )
 
 
 class RoundPlan(NamedTuple):
-    """A synchronous round: seconds of the clients whose answers come in time, earliest first; the others and why."""
+    """A synchronous round: seconds of the clients that reply in time, earliest first; the others with the reasons."""
 
     in_time: Mapping[int, float]
     absent: Mapping[int, str]
 
 
-def plan_round(recipe: Recipe, clients: Sequence[int], sizes: Sequence[int], number: int) -> RoundPlan:
-    """What time does to ``clients`` in round ``number``; ``sizes`` are the examples of every client of the run.
+def plan_round(recipe: Recipe, clients: Sequence[int], sizes: Sequence[int], round_number: int) -> RoundPlan:
+    """What time does to ``clients`` in round ``round_number``; ``sizes`` are the examples of every client of the run.
 
     A class that names no ``speed`` is never late; in the race to be among the first it does one example a second.
     """
     deadline = recipe.federation.deadline
-    seconds = {client: duration(recipe, sizes[client], client, number) for client in clients}
+    seconds = {client: duration(recipe, sizes[client], client, round_number) for client in clients}
     absent: dict[int, str] = {}
     for client in clients:
-        if drops_out(recipe, client, number):
+        if drops_out(recipe, client, round_number):
             absent[client] = DROPPED_OUT
         elif (
             deadline is not None
@@ -78,10 +78,10 @@ def plan_round(recipe: Recipe, clients: Sequence[int], sizes: Sequence[int], num
 
 
 class Simulated(RoundScheduler):
-    """Rounds whose clients all begin together, in simulated time. Only those whose answer counts are trained.
+    """Synchronous rounds in simulated time. Only clients whose update counts are trained.
 
-    ``among`` are the clients that may be asked, ``sizes`` the examples of every client of the run; ``last`` gives the
-    last round each was asked in.
+    ``among`` are the eligible clients, ``sizes`` the examples of every client of the run; ``last`` returns the last
+    round that selected each client.
     """
 
     def __init__(
@@ -99,11 +99,11 @@ class Simulated(RoundScheduler):
         self._asked: list[int] = []
         self._enough = False
 
-    def begin_round(self, number: int) -> int:
+    def begin_round(self, round_number: int) -> int:
         """Sample the round's clients, and draw what time does to them."""
         last = self._last() if self._recipe.federation.selection.sampling == "least-recent" else {}
-        clients = sample_cohort(self._recipe, number, self._among, last)
-        self._number, self._plan = number, plan_round(self._recipe, clients, self._sizes, number)
+        clients = sample_cohort(self._recipe, round_number, self._among, last)
+        self._number, self._plan = round_number, plan_round(self._recipe, clients, self._sizes, round_number)
         self._asked, self._enough = [], False
         return min(self._wanted, len(self._plan.in_time))
 
@@ -112,7 +112,7 @@ class Simulated(RoundScheduler):
         return self._recipe.federation.take_first or self._recipe.num_clients
 
     def stream_replies(self, send: MessageFactory, usable: Callable[[], int]) -> Iterator[tuple[int, Message]]:
-        """The earliest answers; where one of them is of no use, the next is asked for in its place."""
+        """Yield the earliest replies; an update that cannot be used is replaced by the next client's."""
         queue = list(self._plan.in_time)
         while queue and usable() < self._wanted:
             missing = self._wanted - usable()

@@ -1,0 +1,1 @@
+"""Steps that permute the units of models so that they correspond."""

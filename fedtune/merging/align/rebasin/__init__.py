@@ -1,0 +1,1 @@
+"""Re-basin and its helpers."""

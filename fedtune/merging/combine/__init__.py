@@ -1,0 +1,1 @@
+"""Steps that combine the deltas of several models into one."""

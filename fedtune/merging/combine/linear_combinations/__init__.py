@@ -1,0 +1,1 @@
+"""Steps with one coefficient per model, computed from weights and inner products of deltas."""

@@ -1,0 +1,1 @@
+"""Steps that merge both factors of low-rank pairs."""

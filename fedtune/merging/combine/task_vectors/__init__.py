@@ -1,0 +1,1 @@
+"""Steps that sparsify the deltas before they add them."""

@@ -1,0 +1,1 @@
+"""Steps that scale a merged delta."""

@@ -1,0 +1,1 @@
+"""Steps that correct the activations of a merged model."""

@@ -1,0 +1,48 @@
+"""A round is committed once: its checkpoint on disk, then all of it in one transaction."""
+
+import time
+from typing import NamedTuple
+
+from fedtune import checkpoint, paths
+from fedtune.server.events import RoundEnded, emit_event
+from fedtune.server.scoring import State
+from fedtune.tracking import CheckpointRecord, ClientRecord, ClientScore, MetricRecord, RoundRecord, Store
+from fedtune.wire.stored_state import StoredState
+
+__all__ = ["RoundResult", "commit_round", "get_checkpoint_path"]
+
+
+class RoundResult(NamedTuple):
+    """A round that is about to be committed. ``started`` is the time of its start; ``failure`` says why it failed."""
+
+    state: State
+    started: float
+    records: tuple[ClientRecord, ...] = ()
+    metrics: tuple[MetricRecord, ...] = ()
+    failure: str | None = None
+    client_scores: tuple[ClientScore, ...] = ()
+
+
+def commit_round(store: Store, run_id: str, round_number: int, result: RoundResult) -> StoredState:
+    """Write the checkpoint, then commit the round to the store; return the state as it is on disk."""
+    path = get_checkpoint_path(run_id, round_number)
+    file = paths.get_runs_folder() / path
+    sha256 = checkpoint.write_checkpoint(file, result.state)
+    record = RoundRecord(
+        number=round_number,
+        status="failed" if result.failure else "completed",
+        reason=result.failure or "",
+        seconds=time.perf_counter() - result.started,
+        client_records=result.records,
+        metrics=result.metrics,
+        checkpoint=CheckpointRecord(path=path, sha256=sha256, bytes=file.stat().st_size),
+        client_scores=result.client_scores,
+    )
+    store.commit_round(run_id, record)
+    emit_event(RoundEnded(record))
+    return StoredState(file)
+
+
+def get_checkpoint_path(run_id: str, round_number: int) -> str:
+    """The path of a round's checkpoint in the folder of runs."""
+    return f"{run_id}/round-{round_number:04d}.safetensors"

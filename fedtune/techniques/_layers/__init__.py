@@ -1,0 +1,1 @@
+"""Layers that replace those of a model, and functions that replace and restore layers."""

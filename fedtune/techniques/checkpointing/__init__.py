@@ -1,0 +1,1 @@
+"""Techniques that recompute activations in the backward pass."""

@@ -1,0 +1,1 @@
+"""DEFT: sparse activations of MLPs."""

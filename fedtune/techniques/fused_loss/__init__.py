@@ -1,0 +1,1 @@
+"""Techniques that compute a loss without storing all logits."""

@@ -1,0 +1,1 @@
+"""Techniques that train low-rank pairs beside frozen linear layers."""

@@ -1,0 +1,235 @@
+"""The base class of LoRA and QLoRA: attaches low-rank pairs, and chooses which factor is trained in which round.
+
+Averaging both factors of several clients is wrong: mean(B) mean(A) is not mean(B A). Exact schemes train one factor
+at a time while the other is common to all clients, so that the mean of the trained factor gives the mean of the
+products: sum_i w_i (B_i A) = (sum_i w_i B_i) A. If both are trained, use a step that merges pairs.
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig, PeftConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+
+from fedtune.errors import FedtuneWarning, ModelError
+from fedtune.models.read_past import read_past
+from fedtune.tasks import Task
+from fedtune.techniques._technique import Technique, list_head_parameters, unfreeze_parameters
+from fedtune.techniques.low_rank._pair_sum import sum_in_fewer_passes
+from fedtune.techniques.low_rank._untargeted_matrices import describe_untargeted_matrices, needs_conv_shapes
+from fedtune.wire.client_update import LowRankPair, UpdateKind
+
+__all__ = ["LowRankTechnique", "dequantise_linear", "find_target_modules"]
+
+
+class LowRankTechnique(Technique):
+    """Low-rank pairs beside frozen linear layers."""
+
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16.0, gt=0, description="the product is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: Literal["all-linear"] | list[str] = Field("all-linear", description="or endings of layer names")
+    trained_factors: Literal["alternate", "b-only", "both", "both-and-base"] = Field(
+        "alternate",
+        description="alternate: B in odd rounds, A in even ones (RoLoRA), at one to three times the usual rate; b-only "
+        "(FFA-LoRA): B alone; both: for merge: fedit, flexlora, hetlora; both-and-base: the base shared, for "
+        "merge: fedex-lora, flora",
+    )
+
+    def rewrite_model(self, model: nn.Module, task: Task, seed: int) -> None:
+        """Attach A (random, from ``seed``) and B (zero) to the linear layers; train them and a classifier's head."""
+        head = _head(model, task)
+        targets = find_target_modules(model, head, self.target_modules)
+        config = LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=targets,
+            fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),
+        )
+        if self.target_modules == "all-linear" and (left := describe_untargeted_matrices(model, targets, head)):
+            warnings.warn(f"{self.name} {left}", FedtuneWarning, stacklevel=2)
+        _keep_four_bit_layout(model)
+        with _keep_gradients_on(model), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            inject_adapter_in_model(config, model)
+        for _, layer in _list_lora_layers(model):
+            _copy_conv_shape(layer)
+            sum_in_fewer_passes(layer)
+        unfreeze_parameters(model, [*_factors(model, "A"), *_factors(model, "B"), *head])
+        self._freeze(model, "A", self.trained_factors == "b-only")
+
+    def begin_round(self, model: nn.Module, round_number: int) -> None:
+        """Train B in odd rounds and A in even ones when alternating."""
+        if self.trained_factors == "alternate":
+            self._freeze(model, "A", round_number % 2 == 1)
+            self._freeze(model, "B", round_number % 2 == 0)
+
+    def list_server_held_tensors(self, model: nn.Module) -> list[str]:
+        """The base weights, if the merge changes them."""
+        return [pair.base for pair in self.list_low_rank_pairs(model) if pair.base is not None]
+
+    def changes_per_round(self) -> bool:
+        """Rounds differ if the factors alternate."""
+        return self.trained_factors == "alternate"
+
+    def get_update_kind(self) -> UpdateKind:
+        """One factor, if the other one is common to all clients in each round; otherwise pairs."""
+        both: UpdateKind = "pairs and base" if self.trained_factors == "both-and-base" else "pairs"
+        return "one factor" if self.trained_factors in ("alternate", "b-only") else both
+
+    def list_low_rank_pairs(self, model: nn.Module) -> list[LowRankPair]:
+        """B and A of each layer; the weights of GPT-2's layers are transposed."""
+        return [_pair(name, layer, self.trained_factors == "both-and-base") for name, layer in _list_lora_layers(model)]
+
+    def has_unchanged_base(self) -> bool:
+        """Base weights change if they are shared."""
+        return self.trained_factors != "both-and-base"
+
+    def make_peft_config(self, model: nn.Module, task: Task) -> PeftConfig | None:
+        """The configuration of the layers, with the head as a module that is saved whole.
+
+        None for a model that reads the shape of a convolution, because PEFT's layers do not have it.
+        """
+        if needs_conv_shapes(model):
+            return None
+        configurations: dict[str, LoraConfig] = vars(model)["peft_config"]
+        config = configurations["default"]
+        config.modules_to_save = sorted({name.split(".")[0] for name in _head(model, task)}) or None
+        config.task_type = task.peft_type
+        config.inference_mode = True
+        return config
+
+    def compute_merged_weights(self, model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+        """Weights plus products."""
+        found = {}
+        for name in names:
+            owner, _, last = name.rpartition(".")
+            layer: Any = model.get_submodule(owner)
+            base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+            value = base.get_parameter(last).detach()
+            added = isinstance(layer, LoraLayer) and last == "weight"
+            found[name] = value + layer.get_delta_weight("default") if added else value.clone()
+        return found
+
+    def _fold(self, model: nn.Module) -> None:
+        """W + (alpha / rank) B A as plain layers; four-bit weights are expanded first."""
+        for name, layer in _list_lora_layers(model):
+            base = layer.get_base_layer()
+            plain = dequantise_linear(base)
+            with torch.no_grad():
+                plain.weight += layer.get_delta_weight("default").to(plain.weight.dtype)
+            model.set_submodule(name, _restore_class(plain, base))
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, Linear4bit):
+                model.set_submodule(name, _restore_class(dequantise_linear(layer), layer))
+
+    def _freeze(self, model: nn.Module, factor: str, frozen: bool) -> None:
+        parameters = dict(model.named_parameters())
+        for name in _factors(model, factor):
+            parameters[name].requires_grad_(not frozen)
+
+
+def find_target_modules(model: nn.Module, head: list[str], targets: Literal["all-linear"] | list[str]) -> list[str]:
+    """Names of the linear layers (point-wise convolutions among them) that carry an adapter; never the head."""
+    excluded = {name.rpartition(".")[0] for name in head} | {_output_embeddings(model), *read_past(model)}
+    linear = [name for name, layer in model.named_modules() if _is_linear(layer) and name not in excluded]
+    chosen = linear if targets == "all-linear" else [n for n in linear if n.endswith(tuple(targets))]
+    if not linear:
+        raise ModelError(f"{type(model).__name__} has no plain linear layer to put a low-rank pair beside; take full")
+    if not chosen:
+        raise ModelError(f"no linear layer of {type(model).__name__} ends in {targets}; give endings such as query")
+    return chosen
+
+
+def dequantise_linear(layer: nn.Module) -> nn.Module:
+    """A four-bit layer as a plain one with the same function; any other layer itself."""
+    if not isinstance(layer, Linear4bit):
+        return layer
+    plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+    plain.weight = nn.Parameter(dequantize_4bit(layer.weight.data, layer.weight.quant_state), requires_grad=False)
+    plain.bias = layer.bias
+    return plain
+
+
+def _restore_class(plain: nn.Module, four_bit: nn.Module) -> nn.Module:
+    """A layer of the class that was quantised: GPT-2's hold their weights transposed."""
+    if not isinstance(plain, nn.Linear) or getattr(four_bit, "source_cls", None) is not Conv1D:
+        return plain
+    made = Conv1D(plain.out_features, plain.in_features)
+    made.weight = nn.Parameter(plain.weight.detach().T.contiguous(), requires_grad=False)
+    if plain.bias is not None:
+        made.bias = plain.bias
+    return made
+
+
+def _copy_conv_shape(layer: LoraLayer) -> None:
+    """Some models ask a convolution for its shape before they run it, to pad its input."""
+    base = layer.get_base_layer()
+    if isinstance(base, nn.Conv2d):
+        for name in ("kernel_size", "stride", "padding", "dilation", "groups"):
+            setattr(layer, name, getattr(base, name))
+
+
+def _keep_four_bit_layout(model: nn.Module) -> None:
+    """No scoring pass may repack the weights for processors with AVX512-BF16: no gradient passes such layers."""
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.support_avx512bf16_for_cpu = False
+
+
+@contextmanager
+def _keep_gradients_on(model: nn.Module) -> Iterator[None]:
+    """PEFT switches off every gradient but its own; what other techniques switched on before, stays on."""
+    on = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    yield
+    for parameter in on:
+        parameter.requires_grad_(True)
+
+
+def _head(model: nn.Module, task: Task) -> list[str]:
+    return list_head_parameters(model) if task.has_new_head else []
+
+
+_PLAIN = (nn.Linear.forward, nn.Conv2d.forward, Conv1D.forward, Linear4bit.forward)
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    """Whether a layer only multiplies by its weight: some kinds standardise the weight first, others never run.
+
+    Layers of fedtune store less for the backward pass, but compute the same as plain ones.
+    """
+    plain = type(layer).forward in _PLAIN or type(layer).__module__.startswith("fedtune.")
+    if not plain or isinstance(layer, NonDynamicallyQuantizableLinear):
+        return False
+    pointwise = isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.groups == 1
+    return pointwise or isinstance(layer, nn.Linear | Conv1D)
+
+
+def _output_embeddings(model: nn.Module) -> str | None:
+    get = getattr(model, "get_output_embeddings", None)
+    output = get() if get else None
+    return next((name for name, layer in model.named_modules() if layer is output), None) if output else None
+
+
+def _list_lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
+    return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer)]
+
+
+def _pair(name: str, layer: LoraLayer, shared_base: bool) -> LowRankPair:
+    left, right = (f"{name}.lora_{factor}.default.weight" for factor in "BA")
+    base = f"{name}.base_layer.weight" if shared_base else None
+    return LowRankPair(left, right, float(layer.scaling["default"]), base, isinstance(layer.get_base_layer(), Conv1D))
+
+
+def _factors(model: nn.Module, factor: str) -> list[str]:
+    return [name for name, _ in model.named_parameters() if f".lora_{factor}." in name]

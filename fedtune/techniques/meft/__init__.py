@@ -1,0 +1,1 @@
+"""MEFT: reversible transformer blocks."""

@@ -1,0 +1,1 @@
+"""Techniques for mobile networks, which consist of inverted residual blocks."""

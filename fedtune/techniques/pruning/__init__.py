@@ -1,0 +1,1 @@
+"""Techniques that prune stored activations or weights."""
