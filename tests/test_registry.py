@@ -130,7 +130,7 @@ def test_a_settings_line_shows_type_default_and_meaning() -> None:
     assert "rank: int = 8" in lines
     assert "alpha: float = 16.0   the product is scaled by alpha / rank" in lines
     [line] = [one for one in describe_unit_settings("fedtune.techniques", "deft") if one.startswith("skip_mlps")]
-    assert line == "skip_mlps: SkipMlps | None = None"
+    assert line == "skip_mlps: SkipMlps | null = null"
 
 
 @pytest.mark.parametrize(("room", "name"), UNITS)
