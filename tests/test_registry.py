@@ -8,10 +8,10 @@ from pydantic import ValidationError
 import fedtune
 from fedtune.errors import RecipeError
 from fedtune.recipe.schema import Unit
+from fedtune.recipe.unit_folders import find_unit_modules
 from fedtune.recipe.unit_registry import (
     build_unit,
     describe_unit_settings,
-    find_unit_modules,
     list_unit_names,
     read_unit_card,
 )

@@ -1,13 +1,12 @@
 """The task of a recipe by name, with its settings: ``text-classification`` or ``text-classification: {...}``."""
 
 from functools import cache
-from importlib.util import find_spec
-from pkgutil import iter_modules
 from typing import Any, Self
 
 from pydantic import model_serializer, model_validator
 
 from fedtune.recipe.train_settings import Unit
+from fedtune.recipe.unit_folders import find_unit_modules
 from fedtune.recipe.validation_errors import suggest_nearest
 
 __all__ = ["TaskUnit", "list_task_names"]
@@ -16,11 +15,7 @@ __all__ = ["TaskUnit", "list_task_names"]
 @cache
 def list_task_names() -> tuple[str, ...]:
     """The names of all tasks in alphabetical order: the files of ``fedtune.tasks``, none of which is imported."""
-    found = find_spec("fedtune.tasks")
-    assert found is not None
-    assert found.submodule_search_locations is not None
-    files = iter_modules(found.submodule_search_locations)
-    return tuple(sorted(one.name.replace("_", "-") for one in files if not one.name.startswith("_")))
+    return tuple(sorted(find_unit_modules("fedtune.tasks")))
 
 
 class TaskUnit(Unit):

@@ -5,10 +5,7 @@ a leading underscore do not count: they help units.
 """
 
 import importlib
-import pkgutil
 import re
-from collections.abc import Iterator, Sequence
-from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin
 
@@ -17,13 +14,13 @@ from pydantic.fields import FieldInfo
 
 from fedtune.errors import RecipeError
 from fedtune.recipe.schema import SettingsModel, Unit
+from fedtune.recipe.unit_folders import find_unit_modules
 from fedtune.recipe.validation_errors import explain_validation_error, suggest_nearest
 
 __all__ = [
     "NamedUnit",
     "build_unit",
     "describe_unit_settings",
-    "find_unit_modules",
     "list_unit_names",
     "read_unit_card",
 ]
@@ -41,26 +38,6 @@ class NamedUnit(SettingsModel):
 def list_unit_names(package: str) -> list[str]:
     """The names of all units that a package publishes, sorted."""
     return sorted(find_unit_modules(package))
-
-
-def find_unit_modules(package: str) -> dict[str, str]:
-    """The module of each unit, by the unit's name; RecipeError when two files publish the same name."""
-    found: dict[str, str] = {}
-    for module in _iter_public_modules(package, importlib.import_module(package).__path__):
-        name = module.rpartition(".")[2].replace("_", "-")
-        if name in found:
-            raise RecipeError(f"{found[name]} and {module} both publish {name!r}; rename one of the files")
-        found[name] = module
-    return found
-
-
-def _iter_public_modules(package: str, folders: Sequence[str]) -> Iterator[str]:
-    """Names of modules, those of inner folders too; nothing is imported."""
-    for folder in folders:
-        for _, name, is_package in pkgutil.iter_modules([folder]):
-            if not name.startswith("_"):
-                module = f"{package}.{name}"
-                yield from _iter_public_modules(module, [str(Path(folder, name))]) if is_package else [module]
 
 
 def build_unit(package: str, unit: Unit, where: str) -> Any:
