@@ -210,7 +210,7 @@ def test_a_run_that_cannot_be_is_failed_with_its_reason_and_the_next_one_goes_on
     with serving(server_home) as server:
         failed, good = submit(server, broken), submit(server, trivial(TWO))
         (tmp_path / "words.csv").unlink()  # since it was checked
-        with joined(server, tmp_path, "part:0", "part:1"):
+        with joined(server, tmp_path, "partition:0", "partition:1"):
             found = ended(server, failed)
             assert (found["status"], found["rounds"]) == ("failed", [])
             assert "words.csv" in found["reason"]

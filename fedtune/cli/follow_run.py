@@ -46,7 +46,7 @@ def _show(line: str) -> None:
 def _summarise_round(record: dict[str, Any], run: dict[str, Any]) -> str:
     """Summarise a round in one line."""
     sent = record["client_records"]
-    merged = sum(contribution["status"] == "merged" for contribution in sent)
+    merged = sum(one["status"] == "merged" for one in sent)
     words = [f"{merged}/{len(sent)} devices"] if sent else ["before training"]
     absent = [
         f"{one['device_name'] or one['device_class']} {one['status']}" for one in sent if one["status"] != "merged"

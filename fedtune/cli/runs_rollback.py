@@ -52,9 +52,9 @@ def _roll_back_on_server(operator_file: Path, run: str, round_number: int) -> di
 
 def _roll_back_here(store: str | None, run: str, round_number: int) -> dict[str, object]:
     from fedtune.tracking import Store
-    from fedtune.tracking.rollback import rollback_run as roll_back
+    from fedtune.tracking.rollback import rollback_run
 
     with Store.open(store) as opened:
         found = opened.run(run)
-        removed = roll_back(opened, found.id, round_number)
+        removed = rollback_run(opened, found.id, round_number)
     return {"run": found.id, "round": round_number, "removed": removed}
