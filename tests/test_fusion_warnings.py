@@ -12,6 +12,7 @@ from fedtune.cli.merge import merge
 from fedtune.merging import ActivationStatistics, build_pipeline
 from fedtune.offline_merge.merge_warnings import warn_of_better_inputs, warn_of_dominant_channels
 from fedtune.recipe.schema import Unit
+from fedtune.tasks import get_task
 from fedtune.training import Metric
 from tests.fusion_models import base_and_tuned, save
 from tests.tiny import bert
@@ -23,29 +24,33 @@ def figures(accuracy: float, loss: float, domain: str = "all") -> list[Metric]:
 
 def test_the_best_input_that_scores_better_is_named() -> None:
     scores = {"one": figures(0.8, 1), "two": figures(0.9, 2), "base": figures(0.3, 3), "merged": figures(0.85, 0.1)}
-    [sentence] = warn_of_better_inputs(scores)
+    [sentence] = warn_of_better_inputs(scores, "accuracy")
     assert sentence.startswith("two scores better than the merge: accuracy 0.9000 against accuracy")
 
 
 def test_a_merge_as_good_as_its_best_input_is_not_warned_of() -> None:
-    assert warn_of_better_inputs({"one": figures(0.8, 1), "merged": figures(0.8, 2)}) == []
-    assert warn_of_better_inputs({"merged": figures(0.1, 9)}) == []
+    assert warn_of_better_inputs({"one": figures(0.8, 1), "merged": figures(0.8, 2)}, "accuracy") == []
+    assert warn_of_better_inputs({"merged": figures(0.1, 9)}, "accuracy") == []
 
 
-def test_less_loss_is_better_where_there_is_no_accuracy() -> None:
+def test_less_loss_is_better() -> None:
     lower, higher = [Metric("all", "loss", 1.0)], [Metric("all", "loss", 2.0)]
-    assert len(warn_of_better_inputs({"one": lower, "merged": higher})) == 1
-    assert warn_of_better_inputs({"one": higher, "merged": lower}) == []
+    assert len(warn_of_better_inputs({"one": lower, "merged": higher}, "loss")) == 1
+    assert warn_of_better_inputs({"one": higher, "merged": lower}, "loss") == []
 
 
 def test_language_models_are_ranked_by_perplexity() -> None:
     sharp, right = [Metric("all", "perplexity", 9.0)], [Metric("all", "perplexity", 10.0)]
-    assert len(warn_of_better_inputs({"one": [*sharp, *figures(0.1, 9)], "merged": [*right, *figures(0.2, 1)]})) == 1
+    scores = {"one": [*sharp, *figures(0.1, 9)], "merged": [*right, *figures(0.2, 1)]}
+    assert len(warn_of_better_inputs(scores, get_task("text-generation").main_metric)) == 1
 
 
 def test_the_mean_over_domains_goes_before_all_examples() -> None:
     one = figures(0.9, 1, "all") + figures(0.5, 1, "mean")
-    assert warn_of_better_inputs({"one": one, "merged": figures(0.8, 1, "all") + figures(0.6, 1, "mean")}) == []
+    assert (
+        warn_of_better_inputs({"one": one, "merged": figures(0.8, 1, "all") + figures(0.6, 1, "mean")}, "accuracy")
+        == []
+    )
 
 
 def test_an_outlier_channel_is_told_until_the_quantile_leaves_it_out() -> None:
@@ -76,7 +81,7 @@ def test_evaluate_warns_on_the_screen_and_in_the_card(folder: None) -> None:
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
     [sentence] = warn_of_better_inputs(
-        {name: [Metric(**one) for one in kept] for name, kept in document["scores"].items()}
+        {name: [Metric(**one) for one in kept] for name, kept in document["scores"].items()}, "accuracy"
     )
     assert "all1 scores better than the merge: accuracy 1.0000 against accuracy 0.0000" in sentence
     assert document["warnings"] == [sentence]

@@ -22,6 +22,7 @@ from fedtune.errors import RecipeError
 from fedtune.server.federated_evaluation import average_holdout_metrics
 from fedtune.simulation.flower_engine import run_on_flower_engine
 from fedtune.simulation.workers import ProcessPoolWorkers
+from fedtune.tasks import get_task
 from fedtune.techniques import list_local_tensors
 from fedtune.tracking import Store, get_default_url
 from fedtune.training import get_model_state, get_run_context
@@ -174,14 +175,17 @@ def test_what_a_device_keeps_is_of_the_two_latest_rounds_and_read_from_an_earlie
     assert len(list(tmp_path.iterdir())) == 2
 
 
+TASK = get_task("image-classification")
+
+
 def test_scores_of_clients_are_weighed_by_predictions(tmp_path: Path) -> None:
     told = [HoldoutMetrics(3, 1.0, 0.0), HoldoutMetrics(), HoldoutMetrics(1, 3.0, 1.0)]
-    got = average_holdout_metrics([ClientUpdate(client, 5, tmp_path, score) for client, score in enumerate(told)])
+    got = average_holdout_metrics([ClientUpdate(client, 5, tmp_path, score) for client, score in enumerate(told)], TASK)
     assert {(m.split, m.domain, m.name): m.value for m in got} == {
         ("local", "all", "accuracy"): 0.25,
         ("local", "all", "loss"): 1.5,
     }
-    assert average_holdout_metrics([ClientUpdate(0, 5, tmp_path)]) == ()
+    assert average_holdout_metrics([ClientUpdate(0, 5, tmp_path)], TASK) == ()
 
 
 @pytest.mark.parametrize(

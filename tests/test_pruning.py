@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -32,7 +33,7 @@ def scores(
 
 
 def stay(values: dict[int, dict[tuple[str, str], float]], **keep: object) -> list[int]:
-    gone = select_prunable_rounds(values, Keep.model_validate(keep))
+    gone = select_prunable_rounds(values, Keep.model_validate(keep), {})
     return [number for number in values if number not in gone]
 
 
@@ -115,9 +116,9 @@ def test_a_checkpoint_is_pruned_only_after_its_successor_is_committed(
     seen = []
     real = pruning.select_prunable_rounds
 
-    def look(scores: dict[int, object], keep: Keep) -> list[int]:
+    def look(scores: dict[int, object], keep: Keep, recipe: dict[str, Any]) -> list[int]:
         seen.append((outcome("run-1").rounds[-1].number, files()))
-        return real(scores, keep)  # type: ignore[arg-type]
+        return real(scores, keep, recipe)  # type: ignore[arg-type]
 
     monkeypatch.setattr(pruning, "select_prunable_rounds", look)
     execute(trivial(SPARSE))
@@ -145,7 +146,7 @@ def test_a_copy_of_a_pruned_checkpoint_can_still_be_read(home: Path, tmp_path: P
     copy.parent.mkdir()
     copy.write_bytes((homes.get_runs_folder() / "run-1" / "round-0003.safetensors").read_bytes())
     with Store.open() as store:
-        assert prune_run_checkpoints(store, "run-1", Keep(last=1, best=False, every=None)) == [1, 2, 3, 4, 5]
+        assert prune_run_checkpoints(store, "run-1", Keep(last=1, best=False, every=None), {}) == [1, 2, 3, 4, 5]
     assert CliRunner().invoke(cli, ["evaluate", str(copy)], catch_exceptions=False).exit_code == 0
 
 

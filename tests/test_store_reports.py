@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pyarrow.parquet
@@ -40,6 +41,23 @@ def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Record
         yield [(run, store.rounds(run.id)) for run in reversed(store.runs())]
 
 
+def _run_with(recipe: str = "{}") -> RunRecord:
+    now = datetime.now(UTC)
+    return RunRecord(
+        id="film-1",
+        name="film",
+        status="completed",
+        reason="",
+        recipe=recipe,
+        seed=0,
+        engine="in-process",
+        created_at=now,
+        finished_at=now,
+        rounds_planned=1,
+        rounds_completed=1,
+    )
+
+
 def test_totals_are_sums_and_peaks() -> None:
     cost = sum_costs(
         [a_round(0), a_round(1, client_records=(a_client_record(0), a_client_record(1, status="rejected")))]
@@ -51,23 +69,27 @@ def test_totals_are_sums_and_peaks() -> None:
 
 
 def test_the_main_metric_is_accuracy_then_perplexity_then_loss_of_held_out_examples() -> None:
-    def of(*metrics: tuple[str, str]) -> str | None:
-        return find_main_metric_name((0, a_metric(1.0, part, "all", name)) for part, name in metrics)
+    def of(*metrics: tuple[str, str], recipe: str = "{}") -> str | None:
+        scored = [(0, a_metric(1.0, part, "all", name)) for part, name in metrics]
+        return find_main_metric_name(_run_with(recipe), scored)
 
     assert of(("validation", "loss"), ("validation", "accuracy")) == "accuracy"
     assert of(("test", "loss"), ("test", "perplexity")) == "perplexity"
     assert of(("train", "accuracy"), ("validation", "loss")) == "loss"
     assert of(("train", "loss")) is None
+    named = '{"version": 2, "evaluation": {"main_metric": "f1"}}'
+    assert of(("validation", "accuracy"), ("validation", "f1"), recipe=named) == "f1"
+    assert of(("validation", "accuracy"), ("validation", "loss"), recipe=named) == "accuracy"
 
 
 def test_the_result_is_the_test_part_once_it_was_scored_after_training() -> None:
     untrained = a_round(0, metrics=(a_metric(0.4), a_metric(0.3, "test")))
     half_way = a_round(1, metrics=(a_metric(0.6),))
     last = a_round(2, metrics=(a_metric(0.7), a_metric(0.65, "test")))
-    assert get_headline_metric(list_metrics([untrained, half_way])) == ("validation", "accuracy", 0.6)
-    assert get_headline_metric(list_metrics([untrained, half_way, last])) == ("test", "accuracy", 0.65)
-    assert get_headline_metric([(0, a_metric(0.3, "test"))]) == ("test", "accuracy", 0.3)
-    assert get_headline_metric([]) is None
+    assert get_headline_metric(_run_with(), list_metrics([untrained, half_way])) == ("validation", "accuracy", 0.6)
+    assert get_headline_metric(_run_with(), list_metrics([untrained, half_way, last])) == ("test", "accuracy", 0.65)
+    assert get_headline_metric(_run_with(), [(0, a_metric(0.3, "test"))]) == ("test", "accuracy", 0.3)
+    assert get_headline_metric(_run_with(), []) is None
 
 
 def test_before_is_round_zero_and_after_is_the_last_round_that_was_scored() -> None:

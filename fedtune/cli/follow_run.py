@@ -55,17 +55,18 @@ def _summarise_round(record: dict[str, Any], run: dict[str, Any]) -> str:
     words += [
         f"{metric['split']} {metric['name']} {metric['value']:.4f}"
         for metric in run["metrics"]
-        if _is_shown(metric, record)
+        if _is_shown(metric, record, run)
     ]
     words.append(f"{record['seconds']:.1f} s")
     return "  ".join(words) + (f"  FAILED: {record['reason']}" if record["status"] == "failed" else "")
 
 
-def _is_shown(metric: dict[str, Any], record: dict[str, Any]) -> bool:
+def _is_shown(metric: dict[str, Any], record: dict[str, Any], run: dict[str, Any]) -> bool:
+    main_metric = (run["recipe"].get("evaluation") or {}).get("main_metric")
     newest = metric["round"] == record["number"] and metric["domain"] == "all"
     return (
         newest
         and metric["split"] in ("validation", "local")
-        and metric["name"] in ("accuracy", "perplexity")
+        and metric["name"] in ("accuracy", "perplexity", main_metric)
         and metric["value"] is not None
     )

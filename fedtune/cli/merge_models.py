@@ -89,6 +89,7 @@ def _write(
     from fedtune.offline_merge.merge_warnings import RESULT_NAME, warn_of_better_inputs, warn_of_dominant_channels
     from fedtune.offline_merge.model_card import CardContents, build_model_card, hash_model_files
     from fedtune.offline_merge.write_model import CARD
+    from fedtune.tasks import get_task
 
     assert options.output is not None
     named = parse_columns(options.columns)
@@ -109,7 +110,7 @@ def _write(
         )
     if options.eval_data:
         scores[RESULT_NAME] = _score(options, f"path:{options.output}", named)
-        warned += warn_of_better_inputs(scores)
+        warned += warn_of_better_inputs(scores, get_task(options.task or "").main_metric)
         text_with_scores = build_model_card(replace(card, scores=scores, warnings=warned))
         write_bytes_atomically(options.output / CARD, text_with_scores.encode())
     return scores, warned

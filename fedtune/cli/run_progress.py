@@ -116,7 +116,9 @@ def _line(event: Event, clock: Clock, rounds: int) -> str:
             return describe_unscored_clients(event)
         case RoundEnded():
             left = clock.format_remaining_time()
-            return f"round {event.record.number}/{rounds}  {format_round(event.record)}" + (f"  {left}" if left else "")
+            return f"round {event.record.number}/{rounds}  {format_round(event.record, event.main_metric)}" + (
+                f"  {left}" if left else ""
+            )
     return ""
 
 
@@ -154,7 +156,7 @@ def _update(bars: Progress, round_bar: TaskID, client_bar: TaskID, clock: Clock,
         case RoundEnded():
             number = event.record.number
             bars.update(round_bar, completed=number, note=clock.format_remaining_time())
-            bars.console.print(f"round {number}  {format_round(event.record)}", highlight=False)
+            bars.console.print(f"round {number}  {format_round(event.record, event.main_metric)}", highlight=False)
 
 
 def _describe_reply(event: ReplyReceived) -> str:

@@ -48,7 +48,7 @@ def show_list(runs: Sequence[RunRecord], newest: Mapping[str, Sequence[RoundMetr
             run.id,
             _status(run.status),
             done,
-            _headline(newest.get(run.id, ())),
+            _headline(run, newest.get(run.id, ())),
             f"{_local(run.created_at):%d %b %H:%M}",
         )
     _console().print(table)
@@ -58,8 +58,8 @@ def show_run(run: RunRecord, rounds: Rounds, last: int | None = None) -> None:
     """Print a run: its start and the ``last`` rounds, all by default. Totals cover every round."""
     console = _console()
     console.print(_facts(run, rounds), "")
-    console.print(_rounds(rounds, last), "")
-    if (name := find_main_metric_name(list_metrics(rounds))) is not None:
+    console.print(_rounds(run, rounds, last), "")
+    if (name := find_main_metric_name(run, list_metrics(rounds))) is not None:
         console.print(_domains(rounds, name), "")
     if any(record.client_scores for record in rounds):
         console.print(_clients(rounds), "")
@@ -75,7 +75,7 @@ def show_comparison(recorded: Recorded, settings: Mapping[str, Sequence[Any]]) -
     table = _table("", *(run.id for run, _ in recorded))
     table.add_row("status", *(_status(run.status) for run, _ in recorded))
     table.add_row("rounds", *(f"{run.rounds_completed}/{run.rounds_planned}" for run, _ in recorded))
-    table.add_row("result", *(_headline(list_metrics(rounds)) for _, rounds in recorded))
+    table.add_row("result", *(_headline(run, list_metrics(rounds)) for run, rounds in recorded))
     costs = [sum_costs(rounds) for _, rounds in recorded]
     table.add_row("sent to clients", *(decimal(cost.bytes_down) for cost in costs))
     table.add_row("sent back", *(decimal(cost.bytes_up) for cost in costs))
@@ -107,8 +107,8 @@ def _facts(run: RunRecord, rounds: Rounds) -> Table:
     return grid
 
 
-def _rounds(rounds: Rounds, last: int | None) -> Table:
-    name = find_main_metric_name(list_metrics(rounds)) or "accuracy"
+def _rounds(run: RunRecord, rounds: Rounds, last: int | None) -> Table:
+    name = find_main_metric_name(run, list_metrics(rounds)) or "accuracy"
     split, values = get_progress_series(rounds, name)
     table = _table(
         "round>",
@@ -216,8 +216,8 @@ def _status(status: str) -> Text:
     return Text(status, _COLOURS.get(status, ""))
 
 
-def _headline(scored: Sequence[RoundMetric]) -> str:
-    found = get_headline_metric(scored)
+def _headline(run: RunRecord, scored: Sequence[RoundMetric]) -> str:
+    found = get_headline_metric(run, scored)
     return f"{found[1]} {_number(found[2])}" if found else "-"
 
 

@@ -4,13 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from fedtune.merging import ActivationRelaxStep, ActivationStatistics, RelaxStep, find_dominated_weights
+from fedtune.recipe.metric_names import LOWER_IS_BETTER
 
 __all__ = ["RESULT_NAME", "warn_of_better_inputs", "warn_of_dominant_channels"]
 
 RESULT_NAME = "merged"
 """Name of the result among the scored models."""
-_RISES = {"perplexity": False, "accuracy": True, "loss": False}
-"""Metrics that rank models, in order of preference, and whether higher is better."""
 _OVER = ("mean", "all")
 
 
@@ -43,9 +42,12 @@ def warn_of_dominant_channels(steps: Sequence[RelaxStep], activity: Mapping[str,
     return found
 
 
-def warn_of_better_inputs(scores: Mapping[str, Sequence[_Figure]]) -> list[str]:
-    """Warn if an input or the base scores better than the result, over all domains if there are several."""
-    ranks = {model: rank for model, figures in scores.items() if (rank := _rank(figures)) is not None}
+def warn_of_better_inputs(scores: Mapping[str, Sequence[_Figure]], main_metric: str) -> list[str]:
+    """Warn if an input or the base scores better than the result, over all domains if there are several.
+
+    ``main_metric`` is the metric that ranks them.
+    """
+    ranks = {model: rank for model, figures in scores.items() if (rank := _rank(figures, main_metric)) is not None}
     merged = ranks.pop(RESULT_NAME, None)
     if merged is None or not ranks:
         return []
@@ -58,11 +60,10 @@ def warn_of_better_inputs(scores: Mapping[str, Sequence[_Figure]]) -> list[str]:
     ]
 
 
-def _rank(figures: Sequence[_Figure]) -> _Rank | None:
-    values = {(one.name, one.domain): one.value for one in figures}
-    for name, rises in _RISES.items():
-        for domain in _OVER:
-            if (value := values.get((name, domain))) is not None:
-                description = f"{name} {value:.4f}" if domain == "all" else f"{domain} {name} {value:.4f}"
-                return _Rank(value if rises else -value, description)
+def _rank(figures: Sequence[_Figure], name: str) -> _Rank | None:
+    values = {one.domain: one.value for one in figures if one.name == name}
+    for domain in _OVER:
+        if (value := values.get(domain)) is not None:
+            description = f"{name} {value:.4f}" if domain == "all" else f"{domain} {name} {value:.4f}"
+            return _Rank(-value if name in LOWER_IS_BETTER else value, description)
     return None

@@ -111,6 +111,9 @@ class EvaluationSettings(SettingsModel):
         0.0, ge=0, le=0.5, description="share of its examples each client keeps to score the model on"
     )
     metrics: list[str] = Field([], max_length=16, description="beside accuracy and loss: f1, auc, balanced-accuracy")
+    main_metric: str | None = Field(
+        None, description="what tables show and what selects the best checkpoint; by default as the task says"
+    )
     clients: Literal["all"] | Annotated[int, Field(ge=1)] | None = Field(
         None, description="so many clients, or all, score each evaluated round's result on what they hold out"
     )

@@ -86,4 +86,4 @@ def _describe_type(annotation: Any) -> str:
         return "null"
     if isinstance(annotation, type) and not get_args(annotation):
         return annotation.__name__
-    return _QUALIFIER.sub("", str(annotation))
+    return str(annotation).replace("typing.", "")

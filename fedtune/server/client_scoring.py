@@ -15,7 +15,7 @@ from fedtune.seeds import derive_seed
 from fedtune.server.class_payloads import RoundPayloads
 from fedtune.server.downloads import Downloads
 from fedtune.server.events import Unscored, emit_event
-from fedtune.server.federated_evaluation import figures_of
+from fedtune.server.federated_evaluation import list_client_scores
 from fedtune.server.replies import read_error
 from fedtune.server.reports import read_score
 from fedtune.server.run_clients import RunClients
@@ -66,8 +66,10 @@ class ClientScoring:
         if reasons:
             emit_event(Unscored(round_number, len(scorers), reasons))
         scored = [(client, said) for client, said in found.items() if isinstance(said, HoldoutMetrics)]
-        metrics = self.context.recipe.evaluation.metrics
-        return tuple(one for client, score in scored for one in figures_of(client, "shared", score, metrics))
+        metrics, task = self.context.recipe.evaluation.metrics, self.context.task
+        return tuple(
+            one for client, score in scored for one in list_client_scores(client, "shared", score, metrics, task)
+        )
 
     def _request_scores(
         self, clients: RunClients, scorers: Sequence[int], payloads: RoundPayloads, deadline: float | None

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-from fedtune.tracking import ClientRecord, RoundRecord
+from fedtune.tracking import ClientRecord, MetricRecord, RoundRecord
 from fedtune.tracking.run_summary import compute_train_loss
 
 __all__ = [
@@ -70,9 +70,10 @@ class Unscored:
 
 @dataclass(frozen=True)
 class RoundEnded:
-    """A round has been committed."""
+    """A round has been committed; ``main_metric`` is the metric that counts."""
 
     record: RoundRecord
+    main_metric: str | None = None
 
 
 Event = RunStarted | RoundStarted | ReplyReceived | Scoring | Unscored | RoundEnded
@@ -87,13 +88,14 @@ def format_run_start(event: RunStarted) -> str:
     return f"run {event.run}: rounds {event.first_round} to {event.last_round}"
 
 
-def format_round(record: RoundRecord) -> str:
+def format_round(record: RoundRecord, main_metric: str | None = None) -> str:
     """A round in one line: who answered, losses, the validation figure, seconds."""
+    shown = {"accuracy", "perplexity", "epsilon", main_metric}
     merged = [sent for sent in record.client_records if sent.status == "merged"]
     words = [f"{len(merged)}/{len(record.client_records)} clients"] if record.client_records else ["before training"]
     if any(sent.tells_loss for sent in merged):  # not where all withhold it
         words.append(f"train loss {compute_train_loss(merged):.4f}")
-    words += [f"{m.split} {m.name} {m.value:.4f}" for m in record.metrics if _shown(m.split, m.domain, m.name)]
+    words += [f"{m.split} {m.name} {m.value:.4f}" for m in record.metrics if m.name in shown and _is_newest(m)]
     rejected = [f"{sent.device} (client {sent.client})" for sent in record.client_records if sent.status == "rejected"]
     words += [f"rejected {', '.join(rejected[:_NAMED])}"] if rejected else []
     words.append(f"{record.seconds:.1f} s")
@@ -108,12 +110,9 @@ def describe_unscored_clients(event: Unscored) -> str:
     return f"round {event.number}  {many}: {'; '.join(named)}{more}"
 
 
-def _shown(split: str, domain: str, name: str) -> bool:
-    return (
-        split in ("validation", "local", "privacy")
-        and domain == "all"
-        and name in ("accuracy", "perplexity", "epsilon")
-    )
+def _is_newest(metric: MetricRecord) -> bool:
+    """Whether it is about all held-out examples of the round's own state."""
+    return metric.split in ("validation", "local", "privacy") and metric.domain == "all"
 
 
 def _print(event: Event) -> None:
@@ -123,7 +122,7 @@ def _print(event: Event) -> None:
         case Unscored():
             print(describe_unscored_clients(event), flush=True)
         case RoundEnded():
-            print(f"round {event.record.number}  {format_round(event.record)}", flush=True)
+            print(f"round {event.record.number}  {format_round(event.record, event.main_metric)}", flush=True)
 
 
 event_handler: ContextVar[Callable[[Event], None]] = ContextVar("watcher", default=_print)

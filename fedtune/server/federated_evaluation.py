@@ -2,43 +2,46 @@
 
 from collections.abc import Sequence
 
+from fedtune.tasks import Task
 from fedtune.tracking import ClientScore, MetricRecord
 from fedtune.wire.client_update import ClientUpdate, HoldoutMetrics
 
-__all__ = ["average_holdout_metrics", "client_scores", "figures_of"]
+__all__ = ["average_holdout_metrics", "client_scores", "list_client_scores"]
 
 
-def average_holdout_metrics(contributions: Sequence[ClientUpdate]) -> tuple[MetricRecord, ...]:
+def average_holdout_metrics(updates: Sequence[ClientUpdate], task: Task) -> tuple[MetricRecord, ...]:
     """Means by predictions, of the model as the round began it; nothing when no client held anything out."""
-    scores = [one.holdout_metrics for one in contributions if one.holdout_metrics is not None]
+    scores = [one.holdout_metrics for one in updates if one.holdout_metrics is not None]
     total = sum(score.num_predictions for score in scores)
     if not total:
         return ()
-    means = {
-        "accuracy": sum(score.num_predictions * score.accuracy for score in scores) / total,
-        "loss": sum(score.num_predictions * score.loss for score in scores) / total,
-    }
+    loss = sum(score.num_predictions * score.loss for score in scores) / total
+    accuracy = sum(score.num_predictions * score.accuracy for score in scores) / total
+    means = {"accuracy": accuracy, "loss": loss} if task.has_accuracy else {"loss": loss}
     return tuple(MetricRecord(split="local", domain="all", name=name, value=value) for name, value in means.items())
 
 
-def client_scores(contributions: Sequence[ClientUpdate], metrics: Sequence[str]) -> tuple[ClientScore, ...]:
-    """Each client's figures before and after it trained; ``metrics`` are the names of those beyond loss and accuracy.
+def client_scores(updates: Sequence[ClientUpdate], metrics: Sequence[str], task: Task) -> tuple[ClientScore, ...]:
+    """Each client's metrics before and after it trained; ``metrics`` are the names of those beyond loss and accuracy.
 
     A client that held nothing out has none.
     """
     return tuple(
         figure
-        for one in contributions
+        for one in updates
         for moment, score in (("before", one.holdout_metrics), ("after", one.trained_metrics))
         if score is not None
-        for figure in figures_of(one.client, moment, score, metrics)
+        for figure in list_client_scores(one.client, moment, score, metrics, task)
     )
 
 
-def figures_of(client: int, moment: str, score: HoldoutMetrics, metrics: Sequence[str]) -> list[ClientScore]:
-    """A client's figures at one moment."""
-    figures = {"loss": score.loss, "accuracy": score.accuracy} | dict(zip(metrics, score.more, strict=False))
+def list_client_scores(
+    client: int, moment: str, score: HoldoutMetrics, metrics: Sequence[str], task: Task
+) -> list[ClientScore]:
+    """A client's metrics at one moment."""
+    basic = {"loss": score.loss, "accuracy": score.accuracy} if task.has_accuracy else {"loss": score.loss}
+    found = basic | dict(zip(metrics, score.more, strict=False))
     return [
         ClientScore(client=client, moment=moment, name=name, value=value, num_predictions=score.num_predictions)
-        for name, value in figures.items()
+        for name, value in found.items()
     ]

@@ -13,4 +13,4 @@ def prune_checkpoints(store: Store, run: str, recipe: Recipe) -> None:
     if keep == "all":
         return
     last = keep.last if late is None else max(keep.last, late.max_staleness + 2)
-    prune_run_checkpoints(store, run, keep.model_copy(update={"last": last}))
+    prune_run_checkpoints(store, run, keep.model_copy(update={"last": last}), recipe.model_dump(mode="json"))

@@ -21,6 +21,7 @@ class RoundResult(NamedTuple):
     metrics: tuple[MetricRecord, ...] = ()
     failure: str | None = None
     client_scores: tuple[ClientScore, ...] = ()
+    main_metric: str | None = None
 
 
 def commit_round(store: Store, run_id: str, round_number: int, result: RoundResult) -> StoredState:
@@ -39,7 +40,7 @@ def commit_round(store: Store, run_id: str, round_number: int, result: RoundResu
         client_scores=result.client_scores,
     )
     store.commit_round(run_id, record)
-    emit_event(RoundEnded(record))
+    emit_event(RoundEnded(record, result.main_metric))
     return StoredState(file)
 
 

@@ -5,13 +5,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fedtune.recipe.metric_names import LOWER_IS_BETTER
 from fedtune.tracking.records import RoundRecord
 
 __all__ = ["MOMENTS", "Spread", "compute_spreads"]
 
 MOMENTS = ("before", "after", "shared")
 """When a client scores: before and after it trains, and once more the model that the round ended with."""
-_LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ def compute_spreads(rounds: Sequence[RoundRecord]) -> list[Spread]:
 def _spread(key: tuple[int, str, str], values: list[float]) -> Spread:
     number, moment, name = key
     mean = math.fsum(values) / len(values)
-    tenth = sorted(values, reverse=name in _LOWER_IS_BETTER)[: math.ceil(len(values) / 10)]
+    tenth = sorted(values, reverse=name in LOWER_IS_BETTER)[: math.ceil(len(values) / 10)]
     return Spread(
         round=number,
         moment=moment,

@@ -3,10 +3,12 @@
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
 from fedtune import paths
 from fedtune.errors import StoreError
 from fedtune.recipe.checkpoint_settings import Keep
+from fedtune.recipe.metric_names import LOWER_IS_BETTER, choose_main_metric
 from fedtune.tracking.records import RoundRecord
 from fedtune.tracking.store import Store
 
@@ -18,46 +20,50 @@ __all__ = [
     "select_prunable_rounds",
 ]
 
-_METRICS = (("accuracy", 1.0), ("perplexity", -1.0), ("loss", -1.0))
-"""The metrics that select the best round, with their signs. The first that was recorded counts."""
 _SPLITS = ("validation", "local")
 
 Scores = Mapping[tuple[str, str], float]
 """The metrics of one round over all domains, by split and name."""
 
 
-def prune_run_checkpoints(store: Store, run_id: str, keep: Keep) -> list[int]:
+def prune_run_checkpoints(store: Store, run_id: str, keep: Keep, recipe: Mapping[str, Any]) -> list[int]:
     """Delete the checkpoints that ``keep`` does not select, after a commit, and return their rounds.
 
-    A process that is killed meanwhile leaves marked files at most, which are left to ``remove_pruned_checkpoints``.
+    ``recipe`` is the run's as JSON has it, which says which metric counts. A process that is killed meanwhile leaves
+    marked files at most, which are left to ``remove_pruned_checkpoints``.
     """
     unpruned = store.checkpoints.read_scores(run_id)
-    gone = select_prunable_rounds(unpruned, keep)
+    gone = select_prunable_rounds(unpruned, keep, recipe)
     for path in store.checkpoints.mark_pruned(run_id, gone):
         with suppress(OSError):
             (paths.get_runs_folder() / path).unlink(missing_ok=True)
     return gone
 
 
-def select_prunable_rounds(scores: Mapping[int, Scores], keep: Keep) -> list[int]:
+def select_prunable_rounds(scores: Mapping[int, Scores], keep: Keep, recipe: Mapping[str, Any]) -> list[int]:
     """Return the rounds whose checkpoint is not to be kept. The best round so far stays if ``keep`` says so."""
     rounds = sorted(scores)
     stay = {0, *rounds[-keep.last :]}
     if keep.every is not None:
         stay |= {number for number in rounds if number % keep.every == 0}
-    if keep.best and (best := _best(scores)) is not None:
+    if keep.best and (best := _best(scores, recipe)) is not None:
         stay.add(best)
     return [number for number in rounds if number not in stay]
 
 
-def _best(scores: Mapping[int, Scores]) -> int | None:
+def _best(scores: Mapping[int, Scores], recipe: Mapping[str, Any]) -> int | None:
     """Return the first round with the best score. Round 0 does not count, it stays in any case."""
     for split in _SPLITS:
-        for name, sign in _METRICS:
-            found = {number: sign * of[split, name] for number, of in scores.items() if number and (split, name) in of}
-            sound = {number: value for number, value in found.items() if not math.isnan(value)}
-            if sound:
-                return max(sorted(sound), key=lambda number: sound[number])
+        sound = {
+            number: {name: value for (found, name), value in of.items() if found == split and not math.isnan(value)}
+            for number, of in scores.items()
+            if number
+        }
+        name = choose_main_metric(recipe, {name for of in sound.values() for name in of})
+        if name is not None:
+            sign = -1 if name in LOWER_IS_BETTER else 1
+            values = {number: sign * of[name] for number, of in sorted(sound.items()) if name in of}
+            return max(values, key=lambda number: values[number])
     return None
 
 

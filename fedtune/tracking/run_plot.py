@@ -95,7 +95,7 @@ def _list_labelled_runs(runs: Recorded) -> list[tuple[str, Rounds, str]]:
 
 
 def _draw_quality(axes: Axes, runs: Recorded) -> None:
-    name = next((found for _, rounds in runs if (found := find_main_metric_name(list_metrics(rounds)))), None)
+    name = next((found for run, rounds in runs if (found := find_main_metric_name(run, list_metrics(rounds)))), None)
     if name is None:
         _show_note(axes, "Held-out metric", "none recorded")
         return

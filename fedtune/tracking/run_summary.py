@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedtune.recipe.metric_names import choose_main_metric
 from fedtune.recipe.versions import read_stored_recipe
 from fedtune.tracking.records import ClientRecord, MetricRecord, RoundRecord, RunRecord
 
@@ -25,8 +26,6 @@ __all__ = [
 ]
 
 RoundMetric = tuple[int, MetricRecord]
-
-_MAIN = ("accuracy", "perplexity", "loss")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +60,10 @@ def list_metrics(rounds: Sequence[RoundRecord]) -> list[RoundMetric]:
     return [(record.number, metric) for record in rounds for metric in record.metrics]
 
 
-def find_main_metric_name(scored: Iterable[RoundMetric]) -> str | None:
-    """Return the first of accuracy, perplexity and loss that was measured on held-out examples; None without any."""
-    found = {metric.name for _, metric in scored if metric.split != "train"}
-    return next((name for name in _MAIN if name in found), None)
+def find_main_metric_name(run: RunRecord, scored: Iterable[RoundMetric]) -> str | None:
+    """Return the metric that counts, of those measured on held-out examples; None without any."""
+    measured = {metric.name for _, metric in scored if metric.split != "train"}
+    return choose_main_metric(read_stored_recipe(run.recipe), measured)
 
 
 def get_metric_series(rounds: Sequence[RoundRecord], split: str, domain: str, name: str) -> dict[int, float]:
@@ -116,9 +115,9 @@ def _last(values: Mapping[int, float]) -> float:
     return values[max(values)] if values else math.nan
 
 
-def get_headline_metric(scored: Sequence[RoundMetric]) -> tuple[str, str, float] | None:
+def get_headline_metric(run: RunRecord, scored: Sequence[RoundMetric]) -> tuple[str, str, float] | None:
     """Return the headline of a run: split, metric and value, from the test split once it was scored after training."""
-    name = find_main_metric_name(scored)
+    name = find_main_metric_name(run, scored)
     of_split: dict[str, dict[int, float]] = {"validation": {}, "local": {}, "test": {}}
     for number, metric in scored:
         if (metric.domain, metric.name) == ("all", name) and metric.split in of_split:

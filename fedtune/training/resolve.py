@@ -6,6 +6,7 @@ from fedtune import merging, tasks, techniques
 from fedtune.errors import RecipeError
 from fedtune.recipe.schema import DeviceClass, EvaluationSettings, Recipe, TaskUnit, Unit
 from fedtune.recipe.unit_registry import NamedUnit
+from fedtune.recipe.validation_errors import suggest_nearest
 from fedtune.techniques import Technique
 from fedtune.training.metrics import check_metrics
 from fedtune.training.model_checks import check_privacy_settings
@@ -38,7 +39,19 @@ def resolve_recipe(recipe: Recipe) -> Recipe:
         _check_late([*chosen, *_of_classes(recipe.devices)], pipeline, recipe.evaluation)
     merge = _written_out(pipeline.steps)
     written = TaskUnit(name=task.name, settings=task.model_dump(mode="json"))
-    return recipe.model_copy(update={"task": written, "train": train, "devices": devices, "merge": merge})
+    changes = {"task": written, "train": train, "devices": devices, "merge": merge}
+    return recipe.model_copy(update=changes | {"evaluation": _resolve_evaluation(recipe.evaluation, task)})
+
+
+def _resolve_evaluation(evaluation: EvaluationSettings, task: tasks.Task) -> EvaluationSettings:
+    """The settings with the metric that counts; RecipeError when the task does not have the one that is named."""
+    if evaluation.main_metric is None:
+        return evaluation.model_copy(update={"main_metric": task.main_metric})
+    known = [*task.compute_metrics(tasks.ScoreSums()), *evaluation.metrics]
+    if evaluation.main_metric not in known:
+        hint = suggest_nearest(evaluation.main_metric, known)
+        raise RecipeError(f"evaluation.main_metric: {task.name} has no {evaluation.main_metric!r}; {hint}")
+    return evaluation
 
 
 def _resolved(device: DeviceClass, chosen: Sequence[Technique], pipeline: merging.MergePipeline) -> DeviceClass:
