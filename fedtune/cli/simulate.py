@@ -189,10 +189,9 @@ def _show(store: "Store", context: "RunContext", run: str, as_json: bool) -> Non
     from fedtune import paths
     from fedtune.cli.domain_table import make_domain_rows, show_domain_table
     from fedtune.cli.privacy_text import describe_privacy
-    from fedtune.tasks import get_task
     from fedtune.tracking.run_plot import draw_runs
 
-    figure = get_task(context.recipe.task).main_metric
+    figure = context.main_metric
     console = Console(markup=False)
     console.print()
     if rows := make_domain_rows(

@@ -92,6 +92,11 @@ class RunContext:
         """The recipe's task."""
         return tasks.get_task(self.recipe.task)
 
+    @property
+    def main_metric(self) -> str:
+        """The metric that counts: the recipe's, or else the task's."""
+        return self.recipe.evaluation.main_metric or self.task.main_metric
+
     @cached_property
     def reader(self) -> Any:
         """What turns examples into inputs: a tokenizer or a preprocessor."""
