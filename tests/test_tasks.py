@@ -127,5 +127,5 @@ def test_a_recipe_may_name_the_metric_that_counts() -> None:
     assert resolve_recipe(a_recipe("task=text-generation")).evaluation.main_metric == "perplexity"
     named = resolve_recipe(a_recipe("evaluation={metrics: [f1], main_metric: f1}"))
     assert named.evaluation.main_metric == "f1"
-    with pytest.raises(RecipeError, match="evaluation.main_metric: text-classification has no 'acuracy'; did you mean"):
+    with pytest.raises(RecipeError, match=r"main_metric: text-classification has no 'acuracy'; did you mean"):
         resolve_recipe(a_recipe("evaluation.main_metric=acuracy"))
