@@ -12,7 +12,7 @@ Models: those of transformers' ``AutoModelForSequenceClassification``.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -98,6 +98,16 @@ class TextClassification(TextTask):
         for row, numbers in zip(decisions, values, strict=True):
             row[numbers] = 1.0
         return decisions
+
+    def compute_loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """See the card. Losses on real numbers are computed here, in float32 whatever the model computes in."""
+        if self.problem_type == "single_label_classification":
+            return super().compute_loss(model, batch)
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        logits: Tensor = model(**inputs).logits.float()
+        if self.problem_type == "regression":
+            return F.mse_loss(logits[:, 0], batch["labels"])
+        return F.binary_cross_entropy_with_logits(logits, batch["labels"])
 
     def score_logits(self, logits: Tensor, labels: Tensor) -> list[ExampleScore]:
         """A score for each text; logits [n, classes], or [n, 1] for numbers."""
