@@ -1,8 +1,8 @@
 """From a source's own columns to the canonical ones.
 
-``text``, ``text_pair`` and ``target`` are texts, ``image`` is a picture, ``words`` a list of words. ``label`` is one
-class, ``labels`` are several, ``number`` is a real number, and ``tags`` has a class for each word. Rows of a ``group``
-stay together, and results are reported per ``domain``.
+``text``, ``text_pair``, ``target``, ``prompt``, ``chosen`` and ``rejected`` are texts, ``image`` is an image, ``words``
+a list of words. ``label`` is one class, ``labels`` are several, ``number`` is a real number, and ``tags`` has a class
+for each word. Rows of a ``group`` stay together, and results are reported per ``domain``.
 """
 
 from collections.abc import Sequence

@@ -49,6 +49,8 @@ def _place(content: bytes) -> float:
 def _contents(table: Table) -> Iterator[bytes]:
     if "text" in table.column_names:
         yield from (text.encode() for text in table["text"])
+    elif "prompt" in table.column_names:
+        yield from (prompt.encode() for prompt in table["prompt"])
     elif "words" in table.column_names:
         yield from ("\x1f".join(words).encode() for words in table["words"])
     elif isinstance(table.kinds["image"], Pictures):

@@ -28,6 +28,9 @@ class ColumnSettings(SettingsModel):
     text_pair: str = Field("text_pair", description="the second text of a pair")
     label: str = Field("label", description="a class, several classes or a number, as the task takes it")
     target: str = Field("target", description="the text to write")
+    prompt: str = "prompt"
+    chosen: str = Field("chosen", description="the completion that is preferred")
+    rejected: str = Field("rejected", description="the completion that is not")
     words: str = Field("words", description="a list of words")
     tags: str = Field("tags", description="a list with a tag for each word")
     group: str | None = Field(None, description="examples that share it are never split apart")

@@ -62,6 +62,12 @@ class RunContext:
     def __post_init__(self) -> None:
         """Read them while the model is untrained."""
         self.local_tensors = get_model_state(self.model, techniques.list_local_tensors(self.model))
+        self._start = self._summarise_trainable() if self.task.needs_reference else None
+
+    def _summarise_trainable(self) -> list[float]:
+        """A number for each tensor that training changes."""
+        tensors = named_tensors(self.model)
+        return [float(tensors[name].detach().double().sum()) for name in self.shared_names]
 
     def for_client(self, client: int) -> "RunContext":
         """What a client trains with: its device class's model and settings, or those of all."""
@@ -146,7 +152,11 @@ class RunContext:
     def _encode(self, examples: data.Table) -> data.EncodedDataset:
         encoded = tasks.encode_examples(examples, self.recipe, self.reader)
         require_readable(self.model, encoded, self.recipe, self.reader)
-        return encoded
+        if not self.task.needs_reference or not len(encoded):
+            return encoded
+        if self._start != self._summarise_trainable():
+            raise RuntimeError("examples with a reference are encoded before the model is trained")
+        return self.task.add_reference(self.model, encoded)
 
 
 _current_context: dict[str, RunContext] = {}
@@ -181,6 +191,8 @@ def _build(recipe: str) -> RunContext:
     check_model_privacy(parsed, model, chosen, shared)
     context = RunContext(parsed, corpus, model, chosen, shared)
     context.by_device_class = _build_device_classes(context)
+    if context.task.needs_reference:  # while the model is untrained
+        _ = context.validation, context.test
     return context
 
 
