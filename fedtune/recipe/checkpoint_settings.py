@@ -1,4 +1,4 @@
-"""The part of a recipe that says which rounds' checkpoints stay on disk."""
+"""The settings of a recipe for the checkpoints that are kept on disk."""
 
 from typing import Literal
 
@@ -10,7 +10,7 @@ __all__ = ["Checkpoints", "Keep"]
 
 
 class Keep(SettingsModel):
-    """Rounds whose checkpoints stay; that of round 0 always does."""
+    """The rounds whose checkpoints are kept. That of round 0 is always kept."""
 
     last: int = Field(2, ge=1, description="the newest so many")
     best: bool = Field(True, description="the one that scored best on validation, or on what clients hold out")
@@ -18,6 +18,6 @@ class Keep(SettingsModel):
 
 
 class Checkpoints(SettingsModel):
-    """What becomes of checkpoints once their round is committed."""
+    """What happens to checkpoints after their round is committed."""
 
     keep: Literal["all"] | Keep = Keep()

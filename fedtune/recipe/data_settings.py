@@ -1,4 +1,4 @@
-"""The part of a recipe that says where examples come from, which are held out, and how clients share the rest."""
+"""The settings of a recipe for the data: source, splits and the partition over clients."""
 
 from typing import Annotated, Literal, Self
 
@@ -21,7 +21,7 @@ __all__ = [
 
 
 class ColumnSettings(SettingsModel):
-    """Which column of the source holds what."""
+    """The names of the source's columns."""
 
     text: str = "text"
     image: str = "image"
@@ -38,7 +38,9 @@ class ColumnSettings(SettingsModel):
 
 
 class SplitFractions(SettingsModel):
-    """Shares of the groups held out by a stable hash, where the source has no parts of its own."""
+    """Shares of the groups in the validation and test splits, drawn by a stable hash if the source has no such
+    splits.
+    """
 
     validation: float = Field(0.1, gt=0, lt=1)
     test: float = Field(0.2, gt=0, lt=1)
@@ -51,15 +53,15 @@ class SplitFractions(SettingsModel):
 
 
 class Iid(SettingsModel):
-    """Groups dealt out evenly at random."""
+    """Groups are dealt evenly at random."""
 
     kind: Literal["iid"] = "iid"
 
 
 class Dirichlet(SettingsModel):
-    """Each class is shared out over the clients in proportions drawn from Dirichlet(alpha): labels and sizes differ.
+    """Each class is divided among the clients in proportions from Dirichlet(alpha), so labels and sizes differ.
 
-    As Flower, NIID-Bench (arXiv 2102.02079) and PFLlib draw it; drawn again until no client falls short.
+    As in Flower, NIID-Bench (arXiv 2102.02079) and PFLlib. The draw is repeated until each client has ``min_examples``.
     """
 
     kind: Literal["dirichlet"] = "dirichlet"
@@ -69,7 +71,7 @@ class Dirichlet(SettingsModel):
 
 
 class EqualDirichlet(SettingsModel):
-    """Each client draws label proportions of its own from Dirichlet(alpha), and all get equally many examples."""
+    """Each client draws its own label proportions from Dirichlet(alpha). All clients get equally many examples."""
 
     kind: Literal["equal-dirichlet"] = "equal-dirichlet"
     alpha: float = Field(0.5, gt=0)
@@ -77,21 +79,23 @@ class EqualDirichlet(SettingsModel):
 
 
 class Natural(SettingsModel):
-    """Clients follow a column: one author, shop or domain stays together as far as the number of clients allows."""
+    """Clients follow a column: rows of one author, shop or domain stay together if there are no more clients than
+    values.
+    """
 
     kind: Literal["natural"] = "natural"
     column: str
 
 
 class Size(SettingsModel):
-    """Same label mix, sizes proportional to ``rank ** -exponent``."""
+    """All clients have the same label mix. Their sizes are proportional to ``rank ** -exponent``."""
 
     kind: Literal["power-law"] = "power-law"
     exponent: float = Field(1.0, ge=0)
 
 
 class Shards(SettingsModel):
-    """Groups sorted by label and cut into shards; each client gets a few: the pathological split."""
+    """Groups are sorted by label and divided into shards; each client gets a few. This is an extreme label skew."""
 
     kind: Literal["shards"] = "shards"
     shards_per_client: int = Field(2, ge=1)
@@ -101,7 +105,7 @@ PartitionSettings = Annotated[Iid | Dirichlet | EqualDirichlet | Natural | Size 
 
 
 class DataSettings(SettingsModel):
-    """Where the examples come from and how they are split over clients."""
+    """The source of the examples, their splits and their partition over clients."""
 
     source: str = Field(
         description="hub:ID, csv:FILE, jsonl:FILE, parquet:FILE, text:FILE, folder:PATH, disk:FOLDER or sample:NAME"

@@ -1,4 +1,4 @@
-"""The part of a recipe that says who takes part in a round, and what makes it count."""
+"""The settings of a recipe for the federation: which clients take part in a round, and which updates are merged."""
 
 from typing import Annotated, Literal, Self
 
@@ -12,7 +12,7 @@ Tag = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,31}$")]
 
 
 class ClientSelection(SettingsModel):
-    """Which devices take part: those for which all of it holds. A simulation holds it against its device classes."""
+    """Selects devices that meet all criteria. In a simulation, the criteria apply to the device classes."""
 
     device_names: list[str] = Field([], description="patterns of names such as kitchen-*, one of which must fit")
     tags: list[Tag] = Field([], description="tags a device must have, all of them; operators give them")
@@ -21,12 +21,12 @@ class ClientSelection(SettingsModel):
 
     @property
     def has_criteria(self) -> bool:
-        """Whether any device could fail to qualify."""
+        """Whether any device could be excluded."""
         return bool(self.device_names or self.tags or self.min_memory)
 
 
 class Asynchronous(SettingsModel):
-    """The asynchronous mode of FedBuff: a round ends with so many answers, and those begun earlier count too."""
+    """The asynchronous mode of FedBuff: a round ends after a number of updates, including those of earlier requests."""
 
     buffer_size: int = Field(ge=1, description="usable answers that make a round")
     staleness_exponent: float = Field(
@@ -36,7 +36,7 @@ class Asynchronous(SettingsModel):
 
 
 class Federation(SettingsModel):
-    """Who takes part in a round, and what makes it count."""
+    """Which clients take part in a round, and which of their updates are merged."""
 
     rounds: int = Field(ge=1)
     fraction_train: float = Field(1.0, gt=0, le=1)

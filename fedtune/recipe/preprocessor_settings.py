@@ -1,4 +1,4 @@
-"""How a picture becomes pixel values: the settings a recipe records, so that every machine reads pictures alike."""
+"""Image preprocessing. A recipe records it, so that every machine processes images alike."""
 
 from typing import Annotated, Literal, Self
 
@@ -14,9 +14,9 @@ Positive = Annotated[float, Field(gt=0)]
 
 
 class Preprocessor(SettingsModel):
-    """A picture is resized, its middle is cut out, and each channel becomes ``(pixel * scale - mean) / std``.
+    """An image is resized and centre-cropped, and each channel becomes ``(pixel * scale - mean) / std``.
 
-    The defaults are those of models that bring no ``preprocessor_config.json``.
+    The defaults apply to models without a ``preprocessor_config.json``.
     """
 
     side: int = Field(96, ge=1, le=4096, description="height and width of what the model reads, in pixels")
@@ -31,7 +31,7 @@ class Preprocessor(SettingsModel):
     std: tuple[Positive, Positive, Positive] = (128.0, 128.0, 128.0)
 
     def scaled_to(self, side: int | None) -> Self:
-        """The same for a model that reads ``side`` pixels: the share of the picture that is cut out stays."""
+        """Return the settings for an input size of ``side`` pixels, with the same relative crop."""
         if side is None or side == self.side:
             return self
         edge = None if self.edge is None else max(1, round(self.edge * side / self.side))

@@ -1,4 +1,4 @@
-"""What a run is: one frozen pydantic model, stored whole with the run."""
+"""The recipe of a run: one frozen pydantic model, which is stored with the run."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -59,7 +59,7 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 class ModelSettings(SettingsModel):
-    """The pretrained model everything is a delta to."""
+    """The pretrained model. All updates are deltas to it."""
 
     source: str = Field(description="hub:ID, path:FOLDER, gguf:FILE, sample:NAME or run:ID[@ROUND]")
     dtype: Dtype = "float32"
@@ -70,9 +70,10 @@ _OWN = ("techniques", "batch_size", "dtype")
 
 
 class DeviceClass(SettingsModel):
-    """Devices of one kind: how many, the memory each allows a training step, and what they do otherwise than ``train``.
+    """Devices of one kind: their number, their memory for a training step, and settings that replace those of all
+    devices.
 
-    What they train must be a part of what ``train.techniques`` shares; low-rank pairs may be narrower.
+    Their techniques may train only tensors that ``train.techniques`` shares. Low-rank pairs may have a smaller rank.
     """
 
     name: str = "device"
@@ -95,12 +96,12 @@ class DeviceClass(SettingsModel):
 
     @property
     def overridden_settings(self) -> tuple[str, ...]:
-        """Names of the settings it has of its own."""
+        """The names of the settings that this class overrides."""
         return tuple(name for name in _OWN if getattr(self, name) is not None)
 
 
 class EvaluationSettings(SettingsModel):
-    """Validation after every so many rounds; the test part is scored once, at the end."""
+    """Evaluation settings. Validation runs every few rounds; the test split is evaluated once, at the end."""
 
     every_n_rounds: int = Field(1, ge=1)
     max_examples: int | None = Field(
@@ -128,7 +129,7 @@ class EvaluationSettings(SettingsModel):
 
 
 class PrivacySettings(SettingsModel):
-    """What the weights may tell of any one client: bounded contributions, all of equal weight, and Gaussian noise."""
+    """Differential privacy of clients: updates of bounded norm and equal weight, and Gaussian noise."""
 
     clipping_norm: float = Field(gt=0, description="L2 norm each client's whole contribution is scaled down to")
     noise_multiplier: float = Field(
@@ -139,7 +140,7 @@ class PrivacySettings(SettingsModel):
 
 
 class Recipe(SettingsModel):
-    """What to do: the whole of a run, apart from where it is executed.
+    """All settings of a run, except where it is executed.
 
     Keys and values of version 1 are translated, see ``fedtune.recipe.versions``.
     """
@@ -165,16 +166,16 @@ class Recipe(SettingsModel):
 
     @property
     def num_clients(self) -> int:
-        """Number of clients in the federation."""
+        """The number of clients in the federation."""
         return sum(device.count for device in self.devices)
 
     @property
     def cohort_size(self) -> int:
-        """Number of clients sampled each round."""
+        """The number of clients sampled in each round."""
         return self.federation.clients_per_round or max(1, round(self.num_clients * self.federation.fraction_train))
 
     def get_device_class(self, client: int) -> DeviceClass:
-        """The device class of client 0, 1, ..., in the order the recipe lists them."""
+        """Return the device class of client 0, 1, ..., in the order of the recipe."""
         for device in self.devices:
             if client < device.count:
                 return device
@@ -182,11 +183,11 @@ class Recipe(SettingsModel):
         raise IndexError("more clients than devices")
 
     def get_client_recipe(self, client: int) -> Self:
-        """What one client carries out: its device class's own settings in place of the recipe's."""
+        """Return the recipe of one client: settings of its device class replace the recipe's."""
         return self.apply_device_class(self.get_device_class(client))
 
     def apply_device_class(self, device: DeviceClass) -> Self:
-        """The recipe as one device class carries it out; no class has settings of its own any more."""
+        """Return the recipe of one device class. In the result, no class overrides settings."""
         none = dict.fromkeys(_OWN)
         train = {
             "techniques": device.techniques or self.train.techniques,

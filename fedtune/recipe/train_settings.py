@@ -1,4 +1,4 @@
-"""The part of a recipe that says how one client trains in one round, with which techniques."""
+"""The settings of a recipe for local training: one client in one round, with its techniques."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, Self
@@ -34,7 +34,7 @@ class Unit(SettingsModel):
 
 
 def split_joined(value: Any) -> Any:
-    """Names joined by ``+`` as a list; anything else as it is."""
+    """Split names joined by ``+`` into a list. Other values are returned unchanged."""
     return value.split("+") if isinstance(value, str) else value
 
 
@@ -42,14 +42,14 @@ Optimiser = Literal["adamw", "sgd", "adamw_8bit", "paged_adamw_8bit", "lion_8bit
 
 
 def _accept_optimizer(value: Any) -> Any:
-    """The optimiser may be spelt with a z; a key under both names is left, so that one of them is refused."""
+    """Accept the spelling ``optimizer``. If both spellings are given, keep both, so that validation refuses one."""
     if not isinstance(value, Mapping) or "optimizer" not in value or "optimiser" in value:
         return value
     return {"optimiser" if key == "optimizer" else key: entry for key, entry in value.items()}
 
 
 class Train(SettingsModel):
-    """The local loop one client runs in one round."""
+    """Settings of the local training of one client in one round."""
 
     techniques: list[Unit] = Field([Unit(name="full")], min_length=1)
     optimiser: Optimiser = "adamw"
