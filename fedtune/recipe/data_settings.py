@@ -25,15 +25,15 @@ class ColumnSettings(SettingsModel):
 
     text: str = "text"
     image: str = "image"
-    text_pair: str = Field("text_pair", description="the second text of a pair")
-    label: str = Field("label", description="a class, several classes or a number, as the task takes it")
-    target: str = Field("target", description="the text to write")
-    words: str = Field("words", description="a list of words")
-    tags: str = Field("tags", description="a list with a tag for each word")
-    group: str | None = Field(None, description="examples that share it are never split apart")
-    domain: str | None = Field(None, description="results are also reported per value of it")
+    text_pair: str = Field("text_pair", description="second text of a pair")
+    label: str = Field("label", description="a class, several classes or a number, depending on the task")
+    target: str = Field("target", description="text to generate")
+    words: str = Field("words", description="list of words")
+    tags: str = Field("tags", description="list with one tag per word")
+    group: str | None = Field(None, description="examples of the same group are kept together")
+    domain: str | None = Field(None, description="results are also reported per domain")
     split: str | Literal[False] | None = Field(
-        None, description="says train, validation or test of each row; by default one called split; false: nothing does"
+        None, description="split of each row: train, validation or test; default: a column called split; false: none"
     )
 
 
@@ -67,7 +67,9 @@ class Dirichlet(SettingsModel):
     kind: Literal["dirichlet"] = "dirichlet"
     alpha: float = Field(0.5, gt=0)
     min_examples: int = Field(1, ge=1)
-    balance: bool = Field(True, description="who has an even share of all examples gets none of the next class")
+    balance: bool = Field(
+        True, description="clients that hold an even share of all examples get none of the next class"
+    )
 
 
 class EqualDirichlet(SettingsModel):
@@ -113,12 +115,12 @@ class DataSettings(SettingsModel):
     columns: ColumnSettings = ColumnSettings()
     splits: SplitFractions = SplitFractions()
     partition: PartitionSettings = Iid()
-    max_train_examples: int | None = Field(
-        None, ge=1, description="keep at most so many training examples, chosen by seed"
+    max_train_examples: int | None = Field(None, ge=1, description="limit of training examples, sampled with the seed")
+    delimiter: str | None = Field(
+        None, min_length=1, max_length=1, description="delimiter of csv files; default: detected from the header"
     )
-    delimiter: str | None = Field(None, min_length=1, max_length=1, description="of csv; by default the heading's")
-    encoding: str | None = Field(None, description="of csv and text, e.g. cp1252; by default as its bytes look")
-    skip_unreadable: bool = Field(False, description="leave out pictures that cannot be read, and say how many")
+    encoding: str | None = Field(None, description="encoding of csv and text files, e.g. cp1252; default: detected")
+    skip_unreadable: bool = Field(False, description="leave out images that cannot be read, and report their number")
 
     @field_validator("encoding")
     @classmethod

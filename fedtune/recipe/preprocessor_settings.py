@@ -19,14 +19,14 @@ class Preprocessor(SettingsModel):
     The defaults apply to models without a ``preprocessor_config.json``.
     """
 
-    side: int = Field(96, ge=1, le=4096, description="height and width of what the model reads, in pixels")
-    edge: int | None = Field(None, ge=1, le=8192, description="pixels before the middle is cut out; by default side")
+    side: int = Field(96, ge=1, le=4096, description="height and width of the model's input, in pixels")
+    edge: int | None = Field(None, ge=1, le=8192, description="size in pixels before the centre crop; default: side")
     resize: Literal["both", "shortest"] = Field(
-        "both", description="edges that become `edge` long: both, or the shortest, which keeps proportions"
+        "both", description="edges that are resized to `edge`: both, or the shortest, which keeps the aspect ratio"
     )
     resample: Resample = "bilinear"
     channels: Literal["rgb", "bgr"] = "rgb"
-    scale: float = Field(1.0, gt=0, description="what a pixel of 0 to 255 is multiplied by")
+    scale: float = Field(1.0, gt=0, description="factor of the pixel values 0 to 255")
     mean: Triple = (127.0, 127.0, 127.0)
     std: tuple[Positive, Positive, Positive] = (128.0, 128.0, 128.0)
 

@@ -63,7 +63,9 @@ class ModelSettings(SettingsModel):
 
     source: str = Field(description="hub:ID, path:FOLDER, gguf:FILE, sample:NAME or run:ID[@ROUND]")
     dtype: Dtype = "float32"
-    preprocessor: Preprocessor | None = Field(None, description="how pictures are read; by default as its folder says")
+    preprocessor: Preprocessor | None = Field(
+        None, description="image preprocessing; default: that of the model's folder"
+    )
 
 
 _OWN = ("techniques", "batch_size", "dtype")
@@ -79,15 +81,15 @@ class DeviceClass(SettingsModel):
     name: str = "device"
     count: int = Field(ge=1)
     memory: ByteSize = Field(ByteSize(1_000_000_000), description="e.g. 512MB or 2GiB")
-    techniques: list[Unit] | None = Field(None, min_length=1, description="in place of train.techniques")
-    batch_size: int | None = Field(None, ge=1, description="in place of train.batch_size")
-    dtype: Dtype | None = Field(None, description="in place of model.dtype")
-    tags: list[Tag] = Field([], description="what federation.selection goes by in a simulation")
+    techniques: list[Unit] | None = Field(None, min_length=1, description="replaces train.techniques")
+    batch_size: int | None = Field(None, ge=1, description="replaces train.batch_size")
+    dtype: Dtype | None = Field(None, description="replaces model.dtype")
+    tags: list[Tag] = Field([], description="tags for federation.selection in a simulation")
     examples_per_second: float | None = Field(
-        None, gt=0, description="examples a second in a simulation's time; without it a deadline is never missed"
+        None, gt=0, description="examples per simulated second; without it, no deadline is missed"
     )
-    spread: float = Field(0.25, ge=0, le=2, description="standard deviation of the logarithm of a simulated duration")
-    dropout: float = Field(0.0, ge=0, lt=1, description="chance that a simulated client never answers a round")
+    spread: float = Field(0.25, ge=0, le=2, description="standard deviation of the logarithm of simulated durations")
+    dropout: float = Field(0.0, ge=0, lt=1, description="probability that a simulated client sends no reply in a round")
 
     @field_validator("techniques", mode="before")
     @classmethod
@@ -105,18 +107,22 @@ class EvaluationSettings(SettingsModel):
 
     every_n_rounds: int = Field(1, ge=1)
     max_examples: int | None = Field(
-        None, ge=1, description="validation examples scored before the last round, drawn by seed; without it all"
+        None,
+        ge=1,
+        description="validation examples evaluated before the last round, sampled with the seed; default: all",
     )
     batch_size: int = Field(64, ge=1)
     local_holdout: float = Field(
-        0.0, ge=0, le=0.5, description="share of its examples each client keeps to score the model on"
+        0.0, ge=0, le=0.5, description="share of its examples that each client holds out for evaluation"
     )
-    metrics: list[str] = Field([], max_length=16, description="beside accuracy and loss: f1, auc, balanced-accuracy")
+    metrics: list[str] = Field(
+        [], max_length=16, description="metrics besides accuracy and loss: f1, auc, balanced-accuracy"
+    )
     main_metric: str | None = Field(
-        None, description="what tables show and what selects the best checkpoint; by default as the task says"
+        None, description="metric that is shown in tables and selects the best checkpoint; default: the task's"
     )
     clients: Literal["all"] | Annotated[int, Field(ge=1)] | None = Field(
-        None, description="so many clients, or all, score each evaluated round's result on what they hold out"
+        None, description="number of clients, or all, that evaluate results of rounds on their held-out data"
     )
 
     @model_validator(mode="after")
@@ -131,12 +137,12 @@ class EvaluationSettings(SettingsModel):
 class PrivacySettings(SettingsModel):
     """Differential privacy of clients: updates of bounded norm and equal weight, and Gaussian noise."""
 
-    clipping_norm: float = Field(gt=0, description="L2 norm each client's whole contribution is scaled down to")
+    clipping_norm: float = Field(gt=0, description="L2 norm to which each client's whole update is clipped")
     noise_multiplier: float = Field(
-        gt=0, description="standard deviation over clipping_norm: of the sum, or of each with noise_added_by: clients"
+        gt=0, description="noise standard deviation / clipping_norm, for the sum, or for each update if clients add it"
     )
-    noise_added_by: Literal["server", "clients"] = Field("server", description="who adds the noise, and is trusted to")
-    target_delta: float = Field(1e-5, gt=0, lt=1, description="at which epsilon is told")
+    noise_added_by: Literal["server", "clients"] = Field("server", description="who adds the noise and must be trusted")
+    target_delta: float = Field(1e-5, gt=0, lt=1, description="delta at which epsilon is reported")
 
 
 class Recipe(SettingsModel):
