@@ -33,8 +33,8 @@ def table(
     text, guessed = decode_text(_content(path), encoding, str(path))
     if not text.strip():
         raise DataError(f"{path} holds no example; bring data")
-    text, told = _told_delimiter(text)
-    by = delimiter or told or _delimiter(text, wanted, path)
+    text, declared = _told_delimiter(text)
+    by = delimiter or declared or _delimiter(text, wanted, path)
     heading = _heading(text, by, path)
     found = _parsed(text, by, heading, path)
     columns: dict[str, Column] = {name: Values(objects(fields)) for name, fields in found.items()}
@@ -63,8 +63,8 @@ def _content(path: Path) -> bytes:
 def _told_delimiter(text: str) -> tuple[str, str | None]:
     """Remove a first line such as ``sep=;``, which spreadsheets write. Return the text and that delimiter, if any."""
     first, _, rest = text.partition("\n")
-    told = re.fullmatch(r"sep=(.)\r?", first)
-    return (rest, told[1]) if told else (text, None)
+    match = re.fullmatch(r"sep=(.)\r?", first)
+    return (rest, match[1]) if match else (text, None)
 
 
 def _delimiter(text: str, wanted: Sequence[str], path: Path) -> str:

@@ -40,16 +40,16 @@ def parts_of(files: Sequence[Path], folder: Path, *, named: bool, by_file: bool 
     """
     if not named or len(files) == 1:
         return {"train": list(files)}
-    told = {file: _part(file.relative_to(folder), by_file=by_file) for file in files}
-    if not any(told.values()):
+    split_of = {file: _part(file.relative_to(folder), by_file=by_file) for file in files}
+    if not any(split_of.values()):
         return {"train": list(files)}
-    without = next((file for file in files if told[file] is None), None)
+    without = next((file for file in files if split_of[file] is None), None)
     if without is not None:
         raise DataError(
             f"{folder}: the name of {without.relative_to(folder)} says neither train, validation nor test, as those "
             "beside it do; rename it, move it away, or set data.columns.split: false to take all files together"
         )
-    return {part: of for part in PARTS if (of := [file for file in files if told[file] == part])}
+    return {part: of for part in PARTS if (of := [file for file in files if split_of[file] == part])}
 
 
 def _part(file: Path, *, by_file: bool) -> str | None:

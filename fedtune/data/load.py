@@ -59,8 +59,8 @@ def load_data(recipe: Recipe, columns: Sequence[str], known: Sequence[str] = ())
         if recipe.data.max_train_examples is None
         else _limited(recipe, divided["train"], recipe.data.max_train_examples)
     )
-    told = (*notes, *(_absent(source, divided, name, labels) if name else ()))
-    return DataSplits(train, divided["validation"], divided["test"], labels, told)
+    all_notes = (*notes, *(_absent(source, divided, name, labels) if name else ()))
+    return DataSplits(train, divided["validation"], divided["test"], labels, all_notes)
 
 
 def load_all_examples(recipe: Recipe, columns: Sequence[str], labels: Sequence[str], part: str = "all") -> Table:

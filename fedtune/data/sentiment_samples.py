@@ -32,8 +32,8 @@ def sentiment() -> dict[str, Table]:
     Sentences with a rating within 0.25 of zero count as neutral and are left out.
     """
     rows = [row for row in _read() if abs(row["rating"]) > MAX_NEUTRAL_RATING]
-    told = [row | {"label": "positive" if row["rating"] > 0 else "negative"} for row in rows]
-    return {"train": _table(told, ("text", "rating", "group", "domain", "label"))}
+    labelled = [row | {"label": "positive" if row["rating"] > 0 else "negative"} for row in rows]
+    return {"train": _table(labelled, ("text", "rating", "group", "domain", "label"))}
 
 
 def films() -> dict[str, Table]:

@@ -42,8 +42,8 @@ def read_data_source(data: DataSettings) -> Found:
         found = Found(by_column(found.parts["train"], data), found.notes)
     parts = {part: found.parts[part] for part in PARTS if part in found.parts}
     if "train" not in parts:
-        told = ", ".join(map(str, found.parts))
-        raise DataError(f"{data.source} has no part named train, only {told}; choose another source")
+        names = ", ".join(map(str, found.parts))
+        raise DataError(f"{data.source} has no part named train, only {names}; choose another source")
     if not len(parts["train"]):
         if len(parts) > 1:
             raise DataError(f"{data.source} has rows for {' and '.join(list(parts)[1:])} only; bring some to train on")
@@ -121,8 +121,8 @@ def _sample(name: str, _data: DataSettings) -> Found:
 def _of_domain(sample: str, table: Table, domain: str) -> Table:
     known = table.unique("domain") if "domain" in table.column_names else []
     if domain not in known:
-        told = suggest_nearest(domain, known) if known else "leave it out"
-        raise SourceError(f"sample:{sample} has no domain {domain!r}; {told}")
+        hint = suggest_nearest(domain, known) if known else "leave it out"
+        raise SourceError(f"sample:{sample} has no domain {domain!r}; {hint}")
     return table.select(np.flatnonzero(np.asarray(table["domain"][:]) == domain))
 
 

@@ -38,9 +38,9 @@ def encode_known_tags(table: Table, labels: Sequence[str], source: str) -> Table
     return _with_numbers(table, tags, labels)
 
 
-def _order(names: set[str], told: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
-    for order in (told, known):
-        if order and names <= set(order) and (order is told or names == set(order)):
+def _order(names: set[str], declared: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+    for order in (declared, known):
+        if order and names <= set(order) and (order is declared or names == set(order)):
             return tuple(order)
     return tuple(sorted(names, key=lambda name: (name != "O", name)))
 

@@ -182,8 +182,8 @@ def _check_head(model: ModelSettings, task: ModelTask, config: PretrainedConfig)
 
 def _find_problem_type(config: PretrainedConfig) -> str | None:
     """Return the problem type of a checkpoint's head, or None if its configuration does not name one."""
-    told = None if config.problem_type is None else str(config.problem_type)
-    return "regression" if told is None and config.num_labels == 1 else told
+    declared = None if config.problem_type is None else str(config.problem_type)
+    return "regression" if declared is None and config.num_labels == 1 else declared
 
 
 _PROBLEMS = {

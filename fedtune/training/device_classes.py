@@ -41,8 +41,8 @@ def check_device_class(context: "RunContext", part: "RunContext", device: str) -
     own = get_received_shapes(context, part)
     if lacking := sorted(set(context.shared_names) - own.keys()):
         raise RecipeError(f"{start} leave no place for {lacking[0]}, which train.techniques shares; {mend}")
-    if beside := sorted({name for number in _ROUNDS for name in list_tensors_of_round(part, number)} - own.keys()):
-        raise RecipeError(f"{start} train {beside[0]}, which train.techniques does not share; {mend}")
+    if unshared := sorted({name for number in _ROUNDS for name in list_tensors_of_round(part, number)} - own.keys()):
+        raise RecipeError(f"{start} train {unshared[0]}, which train.techniques does not share; {mend}")
     pairs = techniques.list_low_rank_pairs(context.techniques, context.model)
     whole = get_tensor_shapes(context.model)
     if unfit := [name for name in own if not _fits(own[name], whole[name], name in _factors(pairs))]:
@@ -80,13 +80,13 @@ def _check_factors(context: "RunContext", part: "RunContext", pairs: Sequence[Lo
 
 def _check_merge(pipeline: merging.MergePipeline, device: str) -> None:
     """Raise RecipeError for merge steps that need every tensor of every model, if classes train different tensors."""
-    asked = merging.build_calibration_request(pipeline.steps)
+    request = merging.build_calibration_request(pipeline.steps)
     combine = pipeline.combine
     needy = [step.name for step in (*pipeline.align, *pipeline.renormalise)]
     needy += [combine.name] if combine.min_models > 1 or combine.max_models is not None or combine.needs else []
     needy += (
         [step.name for step in pipeline.relax if step.needs]
-        if asked is not None and asked.calibrate_on == "clients"
+        if request is not None and request.calibrate_on == "clients"
         else []
     )
     if needy:

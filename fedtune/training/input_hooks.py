@@ -27,13 +27,13 @@ def hook_layer_inputs(layers: Mapping[str, tuple[nn.Module, int]], on_input: Not
         mask = batch.get("attention_mask")
         real[0] = mask.bool() if mask is not None and mask.dim() == 2 else None
 
-    def heard(name: str, inward: int, _: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def pass_input(name: str, axis: int, _: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         entered: Tensor = given[0] if given else next(iter(named.values()))
-        on_input(name, _rows(entered.movedim(inward, -1), real[0]))
+        on_input(name, _rows(entered.movedim(axis, -1), real[0]))
 
     with ExitStack() as stack:
-        for name, (layer, inward) in layers.items():
-            hook = partial(heard, name, inward)
+        for name, (layer, axis) in layers.items():
+            hook = partial(pass_input, name, axis)
             stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield begin
 

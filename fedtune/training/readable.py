@@ -59,9 +59,9 @@ def _require_words(examples: EncodedDataset, tokenizer: Any, recipe: Recipe) -> 
         strange += int((ids == unknown).sum())
         words += int((~torch.isin(ids, special)).sum())
     if strange > _MOST_UNKNOWN * (words + strange) or not words:
-        told = f"knows {words} of the {words + strange} words and signs" if strange else "makes no tokens"
+        flaw = f"knows {words} of the {words + strange} words and signs" if strange else "makes no tokens"
         raise DataError(
-            f"{recipe.model.source}: its tokenizer {told} of the examples, which nothing could be learned from; take "
+            f"{recipe.model.source}: its tokenizer {flaw} of the examples, which nothing could be learned from; take "
             "a model for their language, with its tokenizer's files"
         )
 
@@ -73,8 +73,8 @@ def _batches(examples: EncodedDataset) -> Sequence[dict[str, Tensor]]:
 
 def _require_positions(model: nn.Module, ids: Tensor, recipe: Recipe) -> None:
     longest = ids.shape[1]
-    told = _told_positions(model)
-    if told is None or longest <= told - _NEAR or _reads(model, {"input_ids": ids}) is None:
+    declared = _told_positions(model)
+    if declared is None or longest <= declared - _NEAR or _reads(model, {"input_ids": ids}) is None:
         return
     able, unable = 0, longest
     while unable - able > 1:

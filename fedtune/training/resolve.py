@@ -138,15 +138,15 @@ def _check_late(chosen: Sequence[Technique], pipeline: merging.MergePipeline, ev
             "evaluation.local_holdout tells nothing of a round; drop one, and with it what leaves the server "
             "no whole model"
         )
-    asked = merging.build_calibration_request(pipeline.steps)
-    told = (
+    request = merging.build_calibration_request(pipeline.steps)
+    measured = (
         [step.name for step in pipeline.steps if step.needs]
-        if asked is not None and asked.calibrate_on == "clients"
+        if request is not None and request.calibrate_on == "clients"
         else []
     )
     whole = [step.name for step in (*pipeline.align, *pipeline.renormalise)]
     pairs = [] if pipeline.combine.update_kind == "tensors" else [pipeline.combine.name]
-    if unfit := [*whole, *pairs, *told]:
+    if unfit := [*whole, *pairs, *measured]:
         raise RecipeError(
             f"federation.asynchronous: {unfit[0]} wants the models of one round, but late answers are deltas to "
             "older ones; drop one, or merge by e.g. mean"

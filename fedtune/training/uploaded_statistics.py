@@ -52,19 +52,19 @@ def compute_uploaded_statistics(
 
 
 def sum_uploaded_statistics(
-    model: nn.Module, names: Collection[str], told: Sequence[Mapping[str, Tensor]]
+    model: nn.Module, names: Collection[str], uploads: Sequence[Mapping[str, Tensor]]
 ) -> dict[str, ActivationStatistics]:
     """On the server, add the statistics of several clients in the given order and return them as means."""
     places = find_input_channels(model, set(names))
-    if not places or not told:
+    if not places or not uploads:
         return {}
-    sums = sum((one[_SUMS].double() for one in told), torch.zeros(()))
-    counts = sum((one[_COUNTS].double() for one in told), torch.zeros(()))
+    sums = sum((one[_SUMS].double() for one in uploads), torch.zeros(()))
+    counts = sum((one[_COUNTS].double() for one in uploads), torch.zeros(()))
     parts = sums.split([place.size for place in places.values()])
     found = {name: ActivationSums(part, int(count)) for name, part, count in zip(places, parts, counts, strict=True)}
     return average_activations(places, found)
 
 
 def _client_measurement(recipe: Recipe) -> CalibrationRequest | None:
-    asked = merging.build_calibration_request(merging.build_pipeline(recipe.merge).steps)
-    return asked if asked is not None and asked.calibrate_on == "clients" else None
+    request = merging.build_calibration_request(merging.build_pipeline(recipe.merge).steps)
+    return request if request is not None and request.calibrate_on == "clients" else None
