@@ -34,7 +34,7 @@ def describe_picture(picture: Mapping[str, Any], row: int) -> str:
 
 
 def decode(picture: Mapping[str, Any], name: str) -> Bytes:
-    """Decode an image to uint8 [height, width, 3], rotated as its EXIF orientation says.
+    """Decode an image to uint8 [height, width, 3], rotated by its EXIF orientation.
 
     Grey images of 16 bits are scaled to 8 bits. Raises Unreadable with the image's name.
     """

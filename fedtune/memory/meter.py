@@ -1,13 +1,16 @@
 """Measure the memory that tensors of a training step occupy, counting each storage once.
 
-The meter counts a storage from its creation until it is freed, whoever holds it. It sees what saved-tensor hooks miss:
-keyword arguments of checkpointed blocks and attributes of custom functions. The hook adds tensors that existed before
-the step and that autograd keeps (a batch). The meter leaves out the tensors that the caller excludes, which are usually
-parameters and buffers. It reports their gradients separately in ``gradients``. When a gradient reaches its parameter,
-the meter removes it from the peak since its creation, together with the tensors it was summed from (a weight that is
-used twice gets two). Memory that an operation uses internally is not counted; the peak of the process shows it. The
-peak is an upper bound. Autograd adds gradients in place, but not while operations are observed, so where two gradients
-of one tensor meet, a third exists for a moment.
+The meter counts a storage from its creation until it is freed. It sees what saved-tensor hooks miss: keyword arguments
+of checkpointed blocks and attributes of custom functions. A hook adds tensors that existed before the step and that
+autograd keeps, such as a batch.
+
+Tensors that the caller excludes, usually parameters and buffers, are not counted. Their gradients are reported
+separately as ``gradient_bytes``. A gradient that reaches its parameter is left out of the peak since its creation. So
+are the tensors it was summed from; a weight that is used twice has two.
+
+Memory that an operation uses internally is not counted; the peak of the process includes it. The peak is an upper
+bound: autograd adds gradients in place, but not while operations are observed. Where two gradients of one tensor are
+added, a third one then exists for a short time.
 """
 
 import weakref

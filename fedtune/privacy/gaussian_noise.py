@@ -31,7 +31,7 @@ _BLOCK = 2 * _SUMMANDS * 8
 
 
 class NormalStream:
-    """A stream of standard normal numbers. Streams of different places or secrets are independent."""
+    """A stream of standard normal numbers. Streams of different places or secrets are unrelated."""
 
     def __init__(self, secret: bytes, *place: int | str) -> None:
         self._key = hmac.digest(secret, "/".join(str(part) for part in place).encode(), "sha256")

@@ -22,7 +22,7 @@ Translate = Callable[[Location, Any], tuple[Location, Any]]
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read the recipe in a YAML file and apply ``key.key=value`` overrides; RecipeError gives file, line and key.
 
-    If a file of version 1 would be written differently in version 2, one line on standard error says so.
+    If a file of version 1 would be written differently in version 2, a line is printed on standard error.
     """
     text = read_text_file(path, "the recipe")
     recipe = parse_recipe(text, str(path), overrides)

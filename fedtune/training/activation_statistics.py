@@ -41,7 +41,7 @@ class InputChannels(NamedTuple):
 
 @dataclass
 class ActivationSums:
-    """Sums of |x| [channels], fp64, over ``count`` tokens, pixels or examples. Sums of several clients can be added."""
+    """Sums of |x| [channels], fp64, over ``count`` tokens, pixels or examples. Sums can be added."""
 
     sums: Tensor
     count: int = 0

@@ -12,7 +12,7 @@ PROTOCOL_VERSION = 2
 
 
 def check_protocol_version(server: int) -> None:
-    """Raise DeviceError, with a code for the server, unless the server speaks this device's version."""
+    """Raise DeviceError, with a code for the server, unless the server has this device's protocol version."""
     if server != PROTOCOL_VERSION:
         outdated = "device-outdated" if server > PROTOCOL_VERSION else "server-outdated"
         problem = Problem(outdated, {"device": PROTOCOL_VERSION, "server": server})
