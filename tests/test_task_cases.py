@@ -143,7 +143,8 @@ def test_the_result_loads_in_plain_transformers(case: str, home: Path, tmp_path:
     torch.testing.assert_close(_first_output(loaded(**inputs)).detach(), expected, rtol=0, atol=1e-5)
     if shop.corpus.label_names:
         assert tuple(loaded.config.id2label.values()) == shop.corpus.label_names
-    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("red cat")["input_ids"]
+    if shop.task.reads_text:
+        assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("red cat")["input_ids"]
 
 
 def _first_output(found: Any) -> Tensor:
