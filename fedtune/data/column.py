@@ -31,6 +31,10 @@ class Column(ABC):
     def values(self) -> list[Any]:
         """All values as Python has them."""
 
+    def structures(self) -> list[Any]:
+        """All values, with what is stored as JSON read."""
+        return self.values()
+
     @abstractmethod
     def texts(self) -> "Column":
         """The same as text; TypeError for values that are made of several."""

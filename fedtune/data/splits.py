@@ -1,6 +1,7 @@
 """Train, validation and test: the source's own parts, or a stable hash of the group; the seed of a run has no say."""
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -49,6 +50,8 @@ def _place(content: bytes) -> float:
 def _contents(table: Table) -> Iterator[bytes]:
     if "text" in table.column_names:
         yield from (text.encode() for text in table["text"])
+    elif "messages" in table.column_names:
+        yield from (json.dumps(messages, sort_keys=True).encode() for messages in table["messages"])
     elif "words" in table.column_names:
         yield from ("\x1f".join(words).encode() for words in table["words"])
     elif isinstance(table.kinds["image"], Pictures):
