@@ -13,6 +13,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -79,6 +81,13 @@ def _tags(row: int) -> dict[str, Any]:
     }
 
 
+def _conversation(row: int) -> dict[str, Any]:
+    """The colour of a number and, in every other row, the place of an animal."""
+    said = [("user", f"n{row % 60}"), ("assistant", _pick(_COLOURS, row))]
+    said += [("user", _pick(_ANIMALS, row // 3)), ("assistant", _pick(_PLACES, row // 3))] if row % 2 else []
+    return {"messages": [{"role": role, "content": content} for role, content in said]}
+
+
 CASES: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
     "text-classification": ("text-classification", _one_class),
     "text-classification, pair": ("{text-classification: {pair: true}}", _pair),
@@ -97,18 +106,25 @@ CASES: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
         "{feature-extraction: {loss: cosine}}",
         lambda row: {"text": _text(row), "text_pair": _text(row + 1 + row % 5), "label": float(row % 5 == 2)},
     ),
+    "text-generation": ("text-generation", lambda row: {"text": _text(row)}),
+    "text-generation, messages": ("{text-generation: {chat_template: chatml}}", _conversation),
+    "text-generation, instruction": (
+        "{text-generation: {chat_template: chatml, loss_on: completion}}",
+        lambda row: {"instruction": _text(row), "input": f"n{row % 60}", "output": f"{_pick(_COLOURS, row)} sits"},
+    ),
     "fill-mask": ("{fill-mask: {mask_fraction: 0.3}}", lambda row: {"text": _text(row)}),
 }
 """The task as a recipe writes it, and the row with a number."""
 
 
-def _save_tokenizer(folder: Path, **templates: str) -> int:
-    """A tokenizer of the known words; returns their number."""
-    known = {word: number for number, word in enumerate((*_SPECIAL, *_WORDS, *_NUMBERS))}
+def _save_tokenizer(folder: Path, *signs: str, **templates: str) -> int:
+    """A tokenizer of the known words and of signs that are never split; returns their number."""
+    known = {word: number for number, word in enumerate((*_SPECIAL, *_WORDS, *_NUMBERS, *signs))}
     core = Tokenizer(WordPiece(known, unk_token="[UNK]"))
     core.pre_tokenizer = Whitespace()
     marks = [(name, known[name]) for name in ("[CLS]", "[SEP]")]
     core.post_processor = TemplateProcessing(**templates, special_tokens=marks)
+    core.add_special_tokens(list(signs))
     names = {f"{name.strip('[]').lower()}_token": name for name in _SPECIAL}
     inputs = ["input_ids", "token_type_ids", "attention_mask"]
     PreTrainedTokenizerFast(
@@ -131,6 +147,25 @@ def save_encoder(folder: Path) -> None:
             max_position_embeddings=32,
         )
         BertForMaskedLM(config).save_pretrained(folder)
+
+
+def _save_decoder(folder: Path) -> None:
+    """A Llama of random weights, and its tokenizer, which knows the signs of ChatML."""
+    signs = ("<|im_start|>", "<|im_end|>", "user", "assistant")
+    count = _save_tokenizer(folder, *signs, single="$A", pair="$A $B")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=count,
+            hidden_size=32,
+            intermediate_size=64,
+            num_attention_heads=2,
+            num_hidden_layers=2,
+            max_position_embeddings=32,
+            pad_token_id=0,
+            eos_token_id=3,
+        )
+        LlamaForCausalLM(config).save_pretrained(folder)
 
 
 def _save_encoder_decoder(folder: Path) -> None:
@@ -157,6 +192,8 @@ def task_recipe(case: str, folder: Path, *overrides: str, rows: int = 180) -> Re
     task, make = CASES[case]
     if case.startswith("text2text"):
         _save_encoder_decoder(folder / "model")
+    elif case.startswith("text-generation"):
+        _save_decoder(folder / "model")
     else:
         save_encoder(folder / "model")
     lines = [json.dumps(make(row)) for row in range(rows)]

@@ -9,11 +9,11 @@ e.g. drop its thinking; such a turn is left out.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from fedtune.data.chat_rendering import ChatRenderer, RenderedChat, Span
+from fedtune.data.chat_rendering import PROBE, ChatRenderer, RenderedChat, Span
 from fedtune.data.conversations import Conversation
 from fedtune.errors import DataError
 
-__all__ = ["AssistantMask", "find_assistant_mask", "find_last_reply", "mask_spans"]
+__all__ = ["AssistantMask", "find_assistant_mask", "find_last_reply", "mask_spans", "teaches_to_stop"]
 
 
 class AssistantMask(NamedTuple):
@@ -46,6 +46,18 @@ def find_last_reply(messages: Conversation) -> int:
     """The number of the first message behind the last one of a user."""
     users = [number for number, message in enumerate(messages) if message["role"] == "user"]
     return users[-1] + 1 if users else 0
+
+
+def teaches_to_stop(renderer: ChatRenderer) -> bool:
+    """Whether the targets of a reply go on behind its words, so that a model learns where to end."""
+    try:
+        chat = renderer.encode(PROBE)
+    except DataError:  # a template that wants more than a question and a reply
+        return True
+    mask = find_assistant_mask(renderer, PROBE, None, chat).mask
+    ends = [end for (_, end), target in zip(chat.offsets, mask, strict=True) if target]
+    content = PROBE[-1]["content"]
+    return not ends or max(ends) > chat.text.rfind(content) + len(content)
 
 
 def mask_spans(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:

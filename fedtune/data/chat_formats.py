@@ -23,7 +23,7 @@ CHAT_FORMATS = {
         "{% if turn.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
     ),
 }
-"""By name; transformers drops a line break behind a block. Only ``chatml`` needs tokens of its own; the others end a reply in the model's end token."""
+"""By name. Only ``chatml`` writes signs of its own; the others end a reply in the model's end token."""
 _FILE = "file:"
 
 

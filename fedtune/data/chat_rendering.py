@@ -12,10 +12,11 @@ from fedtune.errors import DataError, ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["ChatRenderer", "RenderedChat"]
+__all__ = ["PROBE", "ChatRenderer", "RenderedChat"]
 
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_PROBE = "reply"
+PROBE = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "reply"}]
+"""A conversation to see what a template writes around a reply."""
 Span = tuple[int, int]
 
 
@@ -70,9 +71,8 @@ class ChatRenderer:
     @cached_property
     def ending(self) -> str:
         """What the template writes behind a reply."""
-        asked = {"role": "user", "content": "ask"}
         try:
-            return self.render([asked, {"role": "assistant", "content": _PROBE}]).rpartition(_PROBE)[2]
+            return self.render(PROBE).rpartition(PROBE[-1]["content"])[2]
         except DataError:
             return ""
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from fedtune.data.assistant_mask import AssistantMask, find_assistant_mask, find_last_reply
+from fedtune.data.assistant_mask import AssistantMask, find_assistant_mask, find_last_reply, teaches_to_stop
 from fedtune.data.chat_rendering import ChatRenderer
 from fedtune.data.conversations import Conversation
 from fedtune.data.encoded_texts import IGNORED_LABEL, EncodedTexts, pad_rows
@@ -22,9 +22,9 @@ __all__ = ["LossOn", "encode_conversations", "iter_conversation_tokens"]
 
 LossOn = Literal["assistant", "completion", "all"]
 _CUTS = {
-    "turns": "lost their oldest turns",
-    "end": "the end of the last reply",
-    "beginning": "the beginning of the last exchange",
+    "turns": "lack their oldest turns",
+    "end": "the end of the last one",
+    "beginning": "the beginning of the last one",
 }
 
 
@@ -53,12 +53,17 @@ def encode_conversations(
     examples = [_encode(renderer, messages, tools, max_length, loss_on) for messages, tools in rows]
     _warn_of_cuts(examples, max_length)
     _warn_of_lost_turns(examples)
+    if loss_on != "all" and not teaches_to_stop(renderer):
+        _warn(
+            "the chat template has no sign among the targets that ends a reply, so the model does not learn to stop; "
+            "choose a template with one"
+        )
     labels = [
         [token if target else IGNORED_LABEL for token, target in zip(one.ids, one.targets, strict=True)]
         for one in examples
     ]
     return EncodedTexts(
-        pad_rows([one.ids for one in examples], int(tokenizer.pad_token_id)),  # type: ignore[arg-type]
+        pad_rows([one.ids for one in examples], int(tokenizer.pad_token_id)),
         torch.tensor([len(one.ids) for one in examples]),
         pad_rows(labels, IGNORED_LABEL).long(),
         table.domains,
@@ -143,19 +148,19 @@ def _warn_of_cuts(examples: Sequence[_Example], max_length: int) -> None:
         return
     told = ", ".join(f"{counts[cut]} {words}" for cut, words in _CUTS.items() if counts[cut])
     long = sum(bool(one.cuts) for one in examples)
-    warnings.warn(
+    _warn(
         f"{long} of {len(examples)} conversations are longer than train.max_length {max_length} and are cut: {told}; "
-        "each keeps a target",
-        FedtuneWarning,
-        stacklevel=3,
+        "each keeps a target"
     )
 
 
 def _warn_of_lost_turns(examples: Sequence[_Example]) -> None:
     if lost := sum(one.lost for one in examples):
-        warnings.warn(
+        _warn(
             f"{lost} of {sum(one.turns for one in examples)} replies are not trained on, because the chat template "
-            "writes them otherwise once another turn follows; a template with {% generation %} marks them all",
-            FedtuneWarning,
-            stacklevel=3,
+            "writes them otherwise once another turn follows; a template with {% generation %} marks them all"
         )
+
+
+def _warn(sentence: str) -> None:
+    warnings.warn(sentence, FedtuneWarning, stacklevel=4)

@@ -107,10 +107,10 @@ class TextGeneration(TextTask):
         """Token ids, which are the labels too; in a conversation those of targets alone."""
         if "messages" in examples.column_names:
             return encode_conversations(examples, reader, recipe.train.max_length, self.loss_on)
-        if unused := self.model_fields_set & {"chat_template", "loss_on"}:
+        if self.chat_template is not None or self.loss_on != "assistant":
             raise RecipeError(
-                f"task, {self.name}: {min(unused)} is for conversations, but {recipe.data.source} is read as texts; "
-                "leave it out, or name the format of the conversations"
+                f"task, {self.name}: chat_template and loss_on are for conversations, but {recipe.data.source} is read "
+                "as texts; leave them out, or name the format of the conversations"
             )
         return encode_texts(examples, reader, recipe.train.max_length)
 
