@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from fedtune import tasks
@@ -57,10 +58,11 @@ def test_texts_are_read_as_before(home: Path, tmp_path: Path) -> None:
         task = tasks.get_task(task_recipe("text-generation", tmp_path, f"task={chosen}", rows=20).task)
         examples = tasks.load_all_examples(recipe, ())
         batch = task.encode_examples(examples, recipe, reader).make_batch(range(20))
+        mask = batch["attention_mask"].bool()
         expected = [[*reader(text)["input_ids"], reader.eos_token_id][:16] for text in examples["text"]]
-        lengths = batch["attention_mask"].sum(1).tolist()
-        assert [row[:length] for row, length in zip(batch["input_ids"].tolist(), lengths, strict=True)] == expected
-        assert batch["labels"].masked_select(batch["attention_mask"].bool()).tolist() == sum(expected, [])
+        rows = zip(batch["input_ids"], mask, strict=True)
+        assert [ids[tokens].tolist() for ids, tokens in rows] == expected
+        assert torch.equal(batch["labels"], batch["input_ids"].masked_fill(~mask, -100))
 
 
 def test_a_column_may_be_called_otherwise(home: Path, tmp_path: Path) -> None:
@@ -143,7 +145,8 @@ def test_a_bad_row_of_another_form_is_named(row: Any, sentence: str, home: Path,
     ("settings", "error", "sentence"),
     [
         ("chat_template: chatlm", RecipeError, "chat_template: 'chatlm' is none of chatml, headings, plain, nor file:"),
-        ("chat_template: 'file:/nowhere'", RecipeError, "chat_template: cannot read /nowhere"),
+        ("chat_template: 'file:/nowhere.jinja'", RecipeError, "chat_template: cannot read /nowhere.jinja; check"),
+        ("chat_template: 'file:/etc/hosts'", RecipeError, "chat_template: /etc/hosts is no template; name a file"),
         ("format: text", DataError, "has no column 'text'"),
         ("format: conversations", DataError, "has no column 'conversations', which data.columns.conversations names"),
         ("loss_on: user", RecipeError, "loss_on"),

@@ -97,7 +97,7 @@ def test_what_nobody_replies_to_is_left_out() -> None:
 
 def test_tool_calls_are_targets_and_their_results_are_not() -> None:
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
-    conversation = [
+    conversation: Conversation = [
         {"role": "user", "content": "hello"},
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "content": "result"},

@@ -28,11 +28,13 @@ _FILE = "file:"
 
 
 def read_chat_template(wanted: str) -> str:
-    """The template of a name, of ``file:PATH``, or written out in full; RecipeError for anything else."""
+    """The template of a name, of ``file:PATH.jinja``, or written out in full; RecipeError for anything else."""
     if wanted in CHAT_FORMATS:
         return CHAT_FORMATS[wanted]
     if wanted.startswith(_FILE):
         path = Path(wanted.removeprefix(_FILE)).expanduser()
+        if path.suffix != ".jinja":  # what is read is stored with a run: no other file should get there
+            raise RecipeError(f"chat_template: {path} is no template; name a file that ends in .jinja")
         try:
             return path.read_text(encoding="utf-8")
         except (OSError, UnicodeError) as error:
@@ -40,7 +42,7 @@ def read_chat_template(wanted: str) -> str:
     if "{" in wanted:
         return wanted
     known = ", ".join(CHAT_FORMATS)
-    raise RecipeError(f"chat_template: {wanted!r} is none of {known}, nor file:PATH or a Jinja template in full")
+    raise RecipeError(f"chat_template: {wanted!r} is none of {known}, nor file:PATH.jinja or a Jinja template in full")
 
 
 def set_chat_template(tokenizer: Any, wanted: str) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -101,6 +101,10 @@ class Task(NamedUnit):
 
     def save_model_extras(self, model: nn.Module, recipe: Recipe, folder: Path) -> None:
         """Write what else a user of an exported model needs, beside the model and the reader."""
+
+    def read_files(self) -> Self:
+        """The task with the contents of files that its settings name, which other machines lack."""
+        return self
 
     def resolve_reader(self, recipe: Recipe) -> Recipe:
         """The recipe with the reader's settings written out."""

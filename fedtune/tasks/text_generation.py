@@ -25,7 +25,7 @@ Models: those of transformers' ``AutoModelForCausalLM``.
 
 import math
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, field_validator
@@ -59,7 +59,7 @@ class TextGeneration(TextTask):
         "auto", description="what the data are; by default as their columns say"
     )
     chat_template: str | None = Field(
-        None, description="chatml, headings, plain, file:PATH or Jinja in full; by default the model's own"
+        None, description="chatml, headings, plain, file:PATH.jinja or Jinja in full; by default the model's own"
     )
     loss_on: LossOn = Field("assistant", description="the targets in a conversation")
 
@@ -96,12 +96,11 @@ class TextGeneration(TextTask):
             set_chat_template(tokenizer, self.chat_template)
         return tokenizer
 
-    def resolve_reader(self, recipe: Recipe) -> Recipe:
-        """The recipe with the text of a template file, which other machines lack."""
+    def read_files(self) -> Self:
+        """With the text of a template's file."""
         if self.chat_template is None or not self.chat_template.startswith("file:"):
-            return recipe
-        settings = {**recipe.task.settings, "chat_template": read_chat_template(self.chat_template)}
-        return recipe.model_copy(update={"task": recipe.task.model_copy(update={"settings": settings})})
+            return self
+        return self.model_copy(update={"chat_template": read_chat_template(self.chat_template)})
 
     def encode_examples(self, examples: Table, recipe: Recipe, reader: Any) -> EncodedDataset:
         """Token ids, which are the labels too; in a conversation those of targets alone."""
