@@ -36,6 +36,16 @@ TEMPLATES = (
     *("cohere", "deepseekv3", "gemma", "glm4moe", "gptoss", "lfm2", "llama3", "phi3", "qwen2_5", "qwen3"),
     *("qwen3_5_think", "smolvlm"),
 )
+CALLING = ("qwen2_5", "qwen3", "qwen3_5_think", "glm4moe", "gptoss", "lfm2_v2")
+"""Templates that write calls of tools."""
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Weather of a place.",
+        "parameters": {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]},
+    },
+}
 COUNT, LENGTH = 200, 100_000
 CONTENTS = (
     *(
@@ -72,7 +82,10 @@ SIGN = re.compile(r"<[|\uff5c][^<>\s]{1,30}[|\uff5c]>|<(?:start|end)_of_turn>|<e
 Encoded = tuple[list[int], list[bool]]
 
 
-def make_conversations(seed: int = 0) -> list[list[dict[str, str]]]:
+Conversation = list[dict[str, Any]]
+
+
+def make_conversations(seed: int = 0) -> list[Conversation]:
     """With a system prompt or not, of one to six exchanges."""
     draw = random.Random(seed)
     found = []
@@ -82,10 +95,27 @@ def make_conversations(seed: int = 0) -> list[list[dict[str, str]]]:
     return found
 
 
-def encode(tokenizer: Any, template: str, messages: list[dict[str, str]]) -> tuple[Encoded | None, str]:
+def add_calls(conversations: list[Conversation]) -> list[Conversation]:
+    """Each third reply first calls a tool, or two after another."""
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"place": "Oslo"}}}
+    found = []
+    for number, messages in enumerate(conversations):
+        called: Conversation = []
+        for place, message in enumerate(messages):
+            for _ in range((number + place) % 3 if message["role"] == "assistant" else 0):
+                called += [{"role": "assistant", "content": "", "tool_calls": [call]}]
+                called += [{"role": "tool", "name": "weather", "content": "5 degrees"}]
+            called.append(message)
+        found.append(called)
+    return found
+
+
+def encode(
+    tokenizer: Any, template: str, messages: Conversation, tools: list[Any] | None
+) -> tuple[Encoded | None, str]:
     """What fedtune gives, or nothing; and what it says."""
     tokenizer.chat_template = template
-    table = Table({"messages": Values(objects([messages])), "tools": Values(objects([None]))})
+    table = Table({"messages": Values(objects([messages])), "tools": Values(objects([tools]))})
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", FedtuneWarning)
         try:
@@ -96,13 +126,13 @@ def encode(tokenizer: Any, template: str, messages: list[dict[str, str]]) -> tup
     return (batch["input_ids"][0].tolist(), targets), str(said[0].message) if said else ""
 
 
-def ask_trl(tokenizer: Any, template: str, messages: list[dict[str, str]]) -> Encoded | None:
+def ask_trl(tokenizer: Any, template: str, messages: Conversation, tools: list[Any] | None) -> Encoded | None:
     """What TRL's trainer gives; nothing where the template refuses the conversation."""
     from jinja2 import TemplateError
     from trl.trainer.sft_trainer import _tokenize
 
     try:
-        found = _tokenize(tokenizer, messages, return_assistant_tokens_mask=True, chat_template=template)
+        found = _tokenize(tokenizer, messages, tools=tools, return_assistant_tokens_mask=True, chat_template=template)
     except TemplateError:
         return None
     return list(found["input_ids"]), list(map(bool, found["assistant_masks"]))
@@ -144,15 +174,17 @@ def classify(tokenizer: Any, ids: list[int], found: list[bool], run: range) -> I
         yield "other targets"
 
 
-def count(tokenizer: Any, published: str, marked: str) -> dict[str, dict[str, int]]:
+def count(
+    tokenizer: Any, published: str, marked: str, conversations: list[Conversation], tools: list[Any] | None = None
+) -> dict[str, dict[str, int]]:
     """How the conversations compare for one template."""
     unmarked = re.sub(r"\bgeneration\b(?=\s*-?%\})", "if true", marked)
     unmarked = re.sub(r"\bendgeneration\b(?=\s*-?%\})", "endif", unmarked)
     counts = {way: Counter[str]() for way in ("marked", "unmarked", "published")}
-    for messages in make_conversations():
-        wanted = ask_trl(tokenizer, marked, messages)
+    for messages in conversations:
+        wanted = ask_trl(tokenizer, marked, messages, tools)
         for way, template in (("marked", marked), ("unmarked", unmarked), ("published", published)):
-            found, said = encode(tokenizer, template, messages)
+            found, said = encode(tokenizer, template, messages, tools)
             if wanted is None or found is None:
                 both = wanted is None and found is None
                 counts[way]["refused by both" if both else f"refused: {said.partition(':')[0][:60]}"] += 1
@@ -168,14 +200,19 @@ def main() -> None:
     except ImportError as error:
         raise SystemExit("TRL is not installed; run: pip install --no-deps trl==1.16.0") from error
     folder = Path(chat_template_utils.__file__).parent / "chat_templates"
+    plain = make_conversations()
+    calling = add_calls(plain)
     results = {}
-    for name in TEMPLATES:
+    for name in dict.fromkeys((*TEMPLATES, *CALLING)):
         published, marked = ((folder / f"{one}.jinja").read_text("utf-8") for one in (name, f"{name}_training"))
         tokenizer = load_tokenizer(ModelSettings(source="sample:smollm2"))
         signs = sorted({*SIGN.findall(marked), "<think>", "</think>"})
         tokenizer.add_special_tokens({"additional_special_tokens": signs, "bos_token": "<|endoftext|>"})
-        results[name] = count(tokenizer, published, marked)
-        print(name, results[name], flush=True)
+        if name in TEMPLATES:
+            results[name] = count(tokenizer, published, marked, plain)
+        if name in CALLING:
+            results[f"{name}, tools"] = count(tokenizer, published, marked, calling, [TOOL])
+        print(name, flush=True)
     report.save("chat_masks", {"conversations": COUNT, "templates": results})
 
 
