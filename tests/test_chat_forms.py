@@ -217,6 +217,15 @@ def test_show_prints_the_label_of_a_text(home: Path, tmp_path: Path) -> None:
     assert not text["target"]
 
 
+def test_show_prints_both_completions_of_a_preference(home: Path, tmp_path: Path) -> None:
+    recipe = task_recipe("preference", tmp_path)
+    (tmp_path / "recipe.yaml").write_text(recipe.model_dump_json(), encoding="utf-8")
+    arguments = ["show", str(tmp_path / "recipe.yaml"), "--examples", "1", "--json"]
+    [parts] = json.loads(CliRunner().invoke(command, arguments, catch_exceptions=False).stdout)["examples"]
+    assert [one["text"] for one in parts if one["target"]] == ["runs to rome [SEP]", "sits in oslo [SEP]"]
+    assert [one["target"] for one in parts] == [False, True] * 2
+
+
 def test_a_refused_conversation_ends_the_command_with_one_sentence(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

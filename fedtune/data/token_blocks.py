@@ -1,4 +1,4 @@
-"""Texts end to end in blocks of tokens, as calibration data of language models is usually made."""
+"""Texts concatenated into blocks of tokens, the usual calibration data of language models."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -18,13 +18,13 @@ _SEED, _DOCUMENTS, _BLOCK = 42, 256, 512
 
 
 def iter_shuffled_tokens(documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[int]]:
-    """Token ids of texts in a shuffled order, one text at a time."""
+    """Yield the token ids of one text at a time, in shuffled order."""
     for row in shuffle_rows(len(documents)):
         yield tokenizer(documents[row], verbose=False)["input_ids"]
 
 
 def shuffle_rows(count: int) -> list[int]:
-    """The numbers of so many rows in an order that is always the same."""
+    """Return the row numbers in an order that is always the same."""
     order: list[int] = np.random.default_rng(_SEED).permutation(count).tolist()
     return order
 
@@ -32,9 +32,10 @@ def shuffle_rows(count: int) -> list[int]:
 def iter_token_blocks(
     rows: Iterable[Sequence[int]], *, block_size: int = _BLOCK, num_documents: int = _DOCUMENTS, batch: int = 8
 ) -> Iterator[dict[str, Tensor]]:
-    """Token ids [k, block] of texts end to end: the first ``num_documents`` not empty, at most a block long.
+    """Yield batches of token ids [k, block] from concatenated texts.
 
-    What is left over is dropped; DataError when there is not a single block.
+    Only the first ``num_documents`` texts that are not empty and fit in a block are used. The remainder is dropped.
+    Raises DataError when there is less than one block.
     """
     taken: list[int] = []
     count = 0

@@ -21,17 +21,18 @@ class Segment(NamedTuple):
 
 def decode_example(batch: Mapping[str, Tensor], tokenizer: Any, names: Sequence[str]) -> list[Segment]:
     """The parts of the one example in a batch; labels that are no tokens follow the text, by their names if any."""
-    ids, labels = batch["input_ids"], batch["labels"]
-    if labels.shape == ids.shape and ids.shape[0] == 1:
-        return _split_runs(ids[0].tolist(), (labels[0] != IGNORED_LABEL).tolist(), tokenizer)
-    rows = zip(ids, batch["attention_mask"].bool(), strict=True)
-    texts = [Segment(tokenizer.decode(row[mask]), False) for row, mask in rows]
+    rows = [ids[mask] for ids, mask in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)]
+    labels = batch["labels"]
+    if labels.shape == batch["input_ids"].shape:
+        targets = [row[: len(ids)] != IGNORED_LABEL for row, ids in zip(labels, rows, strict=True)]
+        return [part for pair in zip(rows, targets, strict=True) for part in _split_runs(*pair, tokenizer)]
+    texts = [Segment(tokenizer.decode(row), False) for row in rows]
     return [*texts, Segment(_describe_labels(labels[0], tokenizer, names), True)]
 
 
-def _split_runs(ids: list[int], targets: list[bool], tokenizer: Any) -> list[Segment]:
+def _split_runs(ids: Tensor, targets: Tensor, tokenizer: Any) -> list[Segment]:
     """Neighbours that are all targets, or all not, together."""
-    runs = groupby(zip(ids, targets, strict=True), key=lambda pair: pair[1])
+    runs = groupby(zip(ids.tolist(), targets.tolist(), strict=True), key=lambda pair: pair[1])
     return [Segment(tokenizer.decode([token for token, _ in run]), target) for target, run in runs]
 
 
