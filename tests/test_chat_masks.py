@@ -153,7 +153,7 @@ def test_a_reply_without_a_target_is_refused() -> None:
         ("{% for %}", "the chat template is no valid Jinja", ModelError),
         ("{{ raise_exception('System role not supported') }}", "begins with 'hello': System role not su", DataError),
         ("{{ messages[0].content + 1 }}", "the chat template cannot write the conversation", DataError),
-        ("", "the tokenizer has no chat template, .* chat_template: chatml", ModelError),
+        ("", r"the tokenizer has no chat template, .* \{chat_template: chatml\}", ModelError),
     ],
 )
 def test_a_template_that_cannot_be_used_is_refused(template: str, problem: str, error: type[Exception]) -> None:

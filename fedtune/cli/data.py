@@ -35,7 +35,7 @@ def show(recipe: Path, overrides: tuple[str, ...], output: Path | None, examples
     With --examples also how the first training examples are read. What is a target stands in [[double brackets]].
 
     \b
-    Examples:
+    Example:
       fedtune data show recipes/sentiment.yaml --set data.partition.kind=iid
       fedtune data show recipes/instruct.yaml --examples 3
     """
