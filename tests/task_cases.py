@@ -52,7 +52,7 @@ def _pick(words: tuple[str, ...], row: int) -> str:
 
 
 def _text(row: int) -> str:
-    return f"{_pick(_COLOURS, row)} {_pick(_ANIMALS, row // 3)} runs n{row % 60}"
+    return f"{_pick(_COLOURS, row)} {_pick(_ANIMALS, row // 3)} runs n{row % 60}{' sits' * (row % 2)}"
 
 
 def _one_class(row: int) -> dict[str, Any]:
@@ -79,9 +79,10 @@ def _number(row: int) -> dict[str, Any]:
 
 def _tags(row: int) -> dict[str, Any]:
     name, place = _pick(_NAMES, row), _pick(_PLACES, row // 2)
+    more = row % 3
     return {
-        "words": [name, "runs", "to", place, place, f"n{row % 60}"],
-        "tags": ["B-PER", "O", "O", "B-LOC", "I-LOC", "O"],
+        "words": [name, "runs", "to", place, place, f"n{row % 60}", *["red"] * more],
+        "tags": ["B-PER", "O", "O", "B-LOC", "I-LOC", "O", *["O"] * more],
     }
 
 
