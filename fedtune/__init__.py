@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from fedtune.library.model_merge import merge as merge
     from fedtune.library.prepared_model import PreparedModel as PreparedModel
     from fedtune.library.prepared_model import prepare as prepare
+    from fedtune.library.recipe_input import load_recipe as load_recipe
     from fedtune.library.recorded_run import Run as Run
     from fedtune.library.recorded_runs import Runs as Runs
     from fedtune.library.recorded_runs import runs as runs
     from fedtune.library.simulated_run import StopRun as StopRun
     from fedtune.library.simulated_run import simulate as simulate
-    from fedtune.library.recipe_input import load_recipe as load_recipe
     from fedtune.recipe.schema import Recipe as Recipe
     from fedtune.server.events import ReplyReceived as ReplyReceived
     from fedtune.server.events import RoundEnded as RoundEnded

@@ -43,9 +43,7 @@ def test_the_numbers_are_those_of_the_command(method: str, parameters: dict[str,
     folders = base_and_tuned(tmp_path)
     expected = run_command(folders, tmp_path / "command", method, parameters)
     base, *tuned = folders
-    written = fedtune.merge(
-        tuned, base=base, method=method, weights=WEIGHTS, output=tmp_path / "library", **parameters
-    )
+    written = fedtune.merge(tuned, base=base, method=method, weights=WEIGHTS, output=tmp_path / "library", **parameters)
     assert written == tmp_path / "library"
     assert_same(tensors(written), expected)
     states = [tensors(folder) for folder in folders]

@@ -1,7 +1,5 @@
 """A prepared model in loops that are not fedtune's: a plain one and the Trainer of transformers."""
 
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,7 +62,7 @@ def train_in_fedtune(
     shared = techniques.apply_techniques(chosen, model, task, derive_seed(0, "techniques"))
     state = get_model_state(model, shared)
     for number in range(1, rounds + 1):
-        client = ClientRound(model, chosen, recipe, examples, np.arange(count), number, 0)  # type: ignore[arg-type]
+        client = ClientRound(model, chosen, recipe, examples, np.arange(count), number, 0)
         outcome = train_local_model(client, state)
         state = get_model_state(model, shared)
         sent = [ExtraPayload(1.0, outcome.extra_payload)]
@@ -75,8 +73,9 @@ def train_in_fedtune(
 
 def make_optimiser(kind: str, model: nn.Module) -> torch.optim.Optimizer:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    chosen = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[kind]
-    return chosen(parameters, lr=0.05, weight_decay=0.01)
+    if kind == "sgd":
+        return torch.optim.SGD(parameters, lr=0.05, weight_decay=0.01)
+    return torch.optim.AdamW(parameters, lr=0.05, weight_decay=0.01)
 
 
 def dropout_seed(number: int = 1) -> int:
@@ -119,9 +118,13 @@ def train_in_trainer(
         output_dir=str(folder), max_steps=len(batches), max_grad_norm=0, save_strategy="no", report_to=[],
         logging_strategy="no", disable_tqdm=True, use_cpu=True, **options,
     )  # fmt: skip
-    constant = torch.optim.lr_scheduler.ConstantLR(optimiser, factor=1.0)
+    constant = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda _: 1.0)
     InOrder(
-        model, arguments, train_dataset=Batches(batches), optimizers=(optimiser, constant), callbacks=callbacks  # type: ignore[arg-type]
+        model,
+        arguments,
+        train_dataset=Batches(batches),
+        optimizers=(optimiser, constant),
+        callbacks=callbacks,
     ).train()
 
 
@@ -184,3 +187,141 @@ def test_techniques_that_act_between_rounds_do_so_in_every_loop(count: int, unit
     other = fedtune.prepare(llama(), units, task="text-generation")
     train_in_trainer(other.model, batches, "adamw", tmp_path, [other.make_callback(steps_per_round=STEPS // ROUNDS)])
     assert_same(parameters_of(other.model), expected)
+
+
+def test_without_the_optimiser_a_technique_that_changes_gradients_is_refused() -> None:
+    prepared = fedtune.prepare(llama(), {"dynamic-pruning": {"density": 0.5}}, task="text-generation")
+    batch = texts(prepared.model)  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match=r"dynamic-pruning changes the gradients .* call attach\(optimiser"):
+        prepared.model.train()(**batch)
+    assert prepared.measure(batch).activation_bytes > 0
+    with torch.no_grad():
+        prepared.model(**batch)
+    optimiser = make_optimiser("sgd", prepared.model)
+    with pytest.raises(ModelError, match="trains something else in each round; say how many steps"):
+        prepared.attach(optimiser)
+    prepared.attach(optimiser, steps_per_round=5)
+    prepared.model(**batch).loss.backward()
+    optimiser.step()
+    weight = prepared.model.get_parameter("model.layers.0.mlp.up_proj.weight")
+    mask = prepared.model.get_buffer("model.layers.0.mlp.up_proj.mask")
+    assert not weight[mask == 0].any()
+    assert weight[mask == 1].all()
+
+
+def test_the_learning_rate_of_a_technique_holds_for_one_step() -> None:
+    """Extrusion raises the rate; the schedule of the optimiser goes on as if it had not."""
+    units = [{"dynamic-pruning": {"update_every": 1, "density": 0.5}}]
+    prepared = fedtune.prepare(llama(), units, task="text-generation")
+    optimiser = make_optimiser("sgd", prepared.model.train())
+    rates: list[float] = []
+    prepared.attach(optimiser, steps_per_round=4)
+    optimiser.register_step_pre_hook(lambda one, *_: rates.append(one.param_groups[0]["lr"]))
+    optimiser.param_groups[0]["lr"] = 1e-5
+    prepared.model(**texts(prepared.model)).loss.backward()  # type: ignore[arg-type]
+    optimiser.step()
+    assert rates[0] > 1e-5
+    assert optimiser.param_groups[0]["lr"] == 1e-5
+
+
+@pytest.mark.parametrize("units", ["lora+deft", MEFT])
+def test_it_is_saved_while_training_goes_on_and_merges_into_the_same_model(units: str, tmp_path: Path) -> None:
+    prepared = fedtune.prepare(llama(), units, task="text-generation")
+    batch = texts(prepared.model)  # type: ignore[arg-type]
+    optimiser = make_optimiser("sgd", prepared.model.train())
+    for _ in range(3):
+        prepared.model(**batch).loss.backward()
+        optimiser.step()
+    before = {name: one.clone() for name, one in prepared.model.named_parameters()}
+    expected = prepared.model.eval()(**batch).logits
+    saved = prepared.save(tmp_path / "saved")
+    assert_same(parameters_of(prepared.model), before)
+    loaded = AutoModelForCausalLM.from_pretrained(saved, trust_remote_code=True).eval()
+    torch.testing.assert_close(loaded(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+    assert prepared.merge() is prepared.model
+    torch.testing.assert_close(prepared.model(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+    prepared.save(tmp_path / "merged")
+    with pytest.raises(ModelError, match="merged into the model already"):
+        prepared.merge()
+    with pytest.raises(fedtune.FedtuneError, match="exists already"):
+        prepared.save(tmp_path / "merged")
+
+
+def test_a_merged_model_is_prepared_again_and_a_prepared_one_is_not() -> None:
+    model = llama()
+    prepared = fedtune.prepare(model, ["lora"], task="text-generation")
+    with pytest.raises(ModelError, match="is prepared already"):
+        fedtune.prepare(model, ["lora"], task="text-generation")
+    prepared.merge()
+    assert fedtune.prepare(model, {"lora": {"rank": 2}}, task="text-generation").count_parameters().trainable > 0
+
+
+def test_measuring_changes_nothing_and_sees_what_a_technique_saves() -> None:
+    batch = texts(llama(), rows=8, length=32)
+    figures = {}
+    for units in ("full", MEFT):
+        prepared = fedtune.prepare(llama(), units, task="text-generation")
+        prepared.model.eval()
+        parameter = next(one for one in prepared.model.parameters() if one.requires_grad)
+        parameter.grad = torch.ones_like(parameter)
+        state, random = {n: one.clone() for n, one in prepared.model.state_dict().items()}, torch.get_rng_state()
+        figures[units] = prepared.measure(batch)
+        assert_same(prepared.model.state_dict(), state)
+        assert torch.equal(torch.get_rng_state(), random)
+        assert parameter.grad is not None
+        assert bool((parameter.grad == 1).all())
+        assert not any(layer.training for layer in prepared.model.modules())
+    assert figures[MEFT].activation_bytes < figures["full"].activation_bytes / 3
+    assert figures[MEFT].peak_bytes < figures["full"].peak_bytes
+
+
+def test_the_trainer_is_refused_where_it_would_fail_at_its_first_checkpoint(tmp_path: Path) -> None:
+    prepared = fedtune.prepare(llama(), "lora", task="text-generation")
+    arguments = TrainingArguments(output_dir=str(tmp_path), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True)
+    trainer = InOrder(
+        prepared.model, arguments, train_dataset=Batches([texts(llama())]),
+        callbacks=[prepared.make_callback(steps_per_round=1)],
+    )  # fmt: skip
+    with pytest.raises(ModelError, match="set save_strategy='no' and call save"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("units", "error", "message"),
+    [
+        ("lorra", RecipeError, "techniques: there is no 'lorra'; did you mean 'lora'"),
+        ("deft", RecipeError, "techniques: deft trains nothing; add full"),
+        ({"lora": {"rank": 0}}, RecipeError, "techniques, lora: rank is 0"),
+        ([3], RecipeError, "techniques: write them as 'lora[+]bias'"),
+        ("full+lora", RecipeError, "full cannot be combined with lora"),
+        ("qlora", ModelError, "qlora needs a model in four bits"),
+        ("mobiletl", ModelError, "LlamaForCausalLM"),
+    ],
+)
+def test_wrong_units_are_refused(units: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        fedtune.prepare(llama(), units, task="text-generation")
+
+
+def test_batch_norms_keep_their_statistics_in_a_plain_loop() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.head = nn.BatchNorm2d(3), nn.Linear(3, 2)
+
+        def forward(self, pixel_values: Tensor) -> Tensor:
+            return self.head(self.norm(pixel_values).mean((2, 3)))  # type: ignore[no-any-return]
+
+    prepared = fedtune.prepare(Net(), "head-only", task="image-classification")
+    before = {name: one.clone() for name, one in prepared.model.named_buffers()}
+    prepared.model.train()(torch.randn(4, 3, 5, 5)).sum().backward()
+    assert_same(dict(prepared.model.named_buffers()), before)
+    assert prepared.trainable == ["head.weight", "head.bias"]
+
+
+def test_positional_inputs_are_named() -> None:
+    prepared = fedtune.prepare(bert(), "full+deft", task="text-classification")
+    batch = texts(prepared.model)  # type: ignore[arg-type]
+    prepared.model.eval()
+    named = prepared.model(**batch).loss
+    assert torch.equal(prepared.model(batch["input_ids"], batch["attention_mask"], labels=batch["labels"]).loss, named)

@@ -111,7 +111,9 @@ def _merge_folders(config: MergeConfig, text: str, output: Path) -> Path:
 
     prepared = prepare_merge(config)
     if prepared.steps.needs:
-        raise RecipeError(f"merge: {config.merge_method} measures activations; use fedtune merge with --calibration-data")
+        raise RecipeError(
+            f"merge: {config.merge_method} measures activations; use fedtune merge with --calibration-data"
+        )
     card = CardContents(output.name, prepared, text, hash_model_files(prepared), None, {}, prepared.warnings)
     write_merged_model(prepared, output, build_model_card(card))
     return output

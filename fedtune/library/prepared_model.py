@@ -36,7 +36,9 @@ class ParameterCount(NamedTuple):
     total: int
 
 
-def prepare(model: nn.Module, units: str | Mapping[str, Any] | Sequence[Any], *, task: str, seed: int = 0) -> "PreparedModel":
+def prepare(
+    model: nn.Module, units: str | Mapping[str, Any] | Sequence[Any], *, task: str, seed: int = 0
+) -> "PreparedModel":
     """Apply techniques to ``model`` itself, so that any loop trains what they select in the memory they need.
 
     ``units`` is ``"lora+gradient-checkpointing"``, a list of units, or a mapping such as ``{"lora": {"rank": 4}}``.
@@ -51,16 +53,16 @@ def prepare(model: nn.Module, units: str | Mapping[str, Any] | Sequence[Any], *,
     >>> prepared.model is model
     True
     >>> prepared.count_parameters()
-    ParameterCount(trainable=4352, total=10192)
+    ParameterCount(trainable=2176, total=8656)
     """
     if vars(model).get(_MARK):
-        raise ModelError(f"this {type(model).__name__} is prepared already; call merge() on it, or load the model again")
+        raise ModelError(
+            f"this {type(model).__name__} is prepared already; call merge() on it, or load the model again"
+        )
     chosen = techniques.build_techniques(_parse_units(units), "techniques")
     quantising = [one.name for one in chosen if one.make_quantisation_config() is not None]
     if quantising and not getattr(model, "is_quantized", False):
-        raise ModelError(
-            f"{quantising[0]} needs a model that was loaded in four bits; load it with quantization_config, or take lora"
-        )
+        raise ModelError(f"{quantising[0]} needs a model in four bits; load it with quantization_config, or take lora")
     found = get_task(task)
     shared = techniques.apply_techniques(chosen, model, found, derive_seed(seed, "techniques"))
     vars(model)[_MARK] = True
@@ -80,9 +82,7 @@ def _parse_units(units: str | Mapping[str, Any] | Sequence[Any]) -> list[Unit]:
 class PreparedModel:
     """A handle around a model that techniques have rewritten. ``model`` is the object that was given."""
 
-    def __init__(
-        self, model: nn.Module, chosen: Sequence[Technique], task: Task, shared_names: Sequence[str]
-    ) -> None:
+    def __init__(self, model: nn.Module, chosen: Sequence[Technique], task: Task, shared_names: Sequence[str]) -> None:
         self.model, self.techniques, self.task = model, tuple(chosen), task
         self._shared_names = list(shared_names)
         self._hooks = StepHooks(chosen, task, shared_names)
@@ -127,7 +127,9 @@ class PreparedModel:
         hooks.base_lr, hooks.is_attached = float(group.get("initial_lr", group["lr"])), True
         known = {id(parameter) for one in inner.param_groups for parameter in one["params"]}
         named = dict(self.model.named_parameters())
-        group["params"] += [named[name] for name in self._shared_names if name in named and id(named[name]) not in known]
+        group["params"] += [
+            named[name] for name in self._shared_names if name in named and id(named[name]) not in known
+        ]
         self._optimiser_handles = [
             inner.register_step_pre_hook(lambda *_: hooks.before_step(self.model, inner)),
             inner.register_step_post_hook(lambda *_: hooks.after_step(self.model, inner)),
@@ -171,7 +173,9 @@ class PreparedModel:
         if target.exists():
             raise StoreError(f"{target} exists already; choose another folder")
         if not hasattr(type(self.model), "save_pretrained"):
-            raise ModelError(f"a {type(self.model).__name__} cannot save itself; call merge() and save its state_dict()")
+            raise ModelError(
+                f"a {type(self.model).__name__} cannot save itself; call merge() and save its state_dict()"
+            )
         target.absolute().parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(dir=target.absolute().parent, prefix=f".{target.name}."))
         try:

@@ -101,7 +101,10 @@ class StepHooks:
         info = StepInfo(self.round_number, self.step % length, length, self.base_lr, lr)
         changed = techniques.before_optimiser_step(self._techniques, model, info)
         for group in optimiser.param_groups if changed != lr else ():
-            group["lr"], group["scheduled_lr"] = changed if group["lr"] == lr else group["lr"] * changed / lr, group["lr"]
+            group["lr"], group["scheduled_lr"] = (
+                changed if group["lr"] == lr else group["lr"] * changed / lr,
+                group["lr"],
+            )
 
     def after_step(self, model: nn.Module, optimiser: Optimizer) -> None:
         """Restore the scheduled learning rate, count the step, and begin the next round after the last step of one."""

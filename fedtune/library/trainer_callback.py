@@ -27,9 +27,7 @@ class PreparedModelCallback(TrainerCallback):
                 "the Trainer cannot save a model that its configuration does not describe; set save_strategy='no' and "
                 "call save(folder) after the training"
             )
-        self._prepared.attach(
-            kwargs["optimizer"], steps_per_round=self._steps_per_round, total_steps=state.max_steps
-        )
+        self._prepared.attach(kwargs["optimizer"], steps_per_round=self._steps_per_round, total_steps=state.max_steps)
         if state.global_step:
             self._prepared.skip_to_step(state.global_step)
 
