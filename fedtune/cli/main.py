@@ -20,7 +20,7 @@ _COMMANDS = {
     "evaluate": ("evaluate:evaluate", "Score a run, a checkpoint or the base on any data source."),
     "export": ("export:export", "Write the result of a run for transformers or PEFT."),
     "merge": ("merge:merge", "Merge fine-tunes of one base into one model."),
-    "methods": ("methods:methods", "List techniques and merge steps, or print a card."),
+    "methods": ("methods:methods", "List techniques, merge steps and tasks, or print a card."),
     "profile": ("profile:profile", "Measure what a training step costs with each technique."),
     "recipe": ("recipe:recipe", "Rewrite a recipe in the newest version."),
     "runs": ("runs:runs", "List, show, compare, plot, export, delete, roll back, watch, stop and resume runs."),

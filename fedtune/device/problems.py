@@ -14,6 +14,7 @@ from fedtune.errors import (
     SourceError,
     StoreError,
 )
+from fedtune.recipe.validation_errors import UNIT_UNAVAILABLE
 from fedtune.wire.protocol_codes import Problem
 
 __all__ = ["problem_of"]
@@ -37,6 +38,8 @@ def problem_of(error: BaseException) -> Problem:
     """The code of an error, with the counts it names itself; nothing of its text."""
     if isinstance(error, FedtuneError) and error.code:
         return Problem(error.code, error.counts)
+    if isinstance(error, ValidationError) and any(one["type"] == UNIT_UNAVAILABLE for one in error.errors()):
+        return Problem("unit-unavailable")
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return Problem("disk-failed")
     return Problem(next((code for kind, code in _CODES if isinstance(error, kind)), "code-failed"))

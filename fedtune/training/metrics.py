@@ -4,13 +4,12 @@ A metric takes probabilities [n, classes] and class numbers [n], and gives a num
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache
-from importlib.metadata import entry_points
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedtune.errors import RecipeError
+from fedtune.recipe.plug_ins import find_plug_in, find_plug_ins
 from fedtune.recipe.schema import Recipe
 from fedtune.recipe.validation_errors import suggest_nearest
 from fedtune.tasks import get_task
@@ -24,6 +23,7 @@ Metric = Callable[[Floats, Ints], float]
 _GROUP = "fedtune.metrics"
 """Packages publish metrics of their own under this group of entry points, the name being what recipes call it."""
 
+_WHERE = "evaluation.metrics"
 _BUILT_IN = ("auc", "balanced-accuracy", "f1")
 _registered: dict[str, Metric] = {}
 
@@ -35,7 +35,7 @@ def register(name: str, metric: Metric) -> None:
 
 def list_metric_names() -> list[str]:
     """The names of all metrics, in order."""
-    return sorted({*_BUILT_IN, *_registered, *_published()})
+    return sorted({*_BUILT_IN, *_registered, *find_plug_ins(_GROUP)})
 
 
 def measure(names: Sequence[str], probabilities: Floats, labels: Ints) -> dict[str, float]:
@@ -64,15 +64,16 @@ def check_metrics(recipe: Recipe) -> None:
 def _find(name: str) -> Metric:
     if name in _registered:
         return _registered[name]
-    if name in _BUILT_IN:
-        return _built_in(name)
-    if name not in _published():
+    built_in = "fedtune.training.class_metrics" if name in _BUILT_IN else None
+    plug_in = find_plug_in(_GROUP, name, _WHERE, built_in)
+    if plug_in is not None:
+        found: Metric = plug_in.load(_WHERE, code="metric-unavailable")
+        return found
+    if built_in is None:
         raise RecipeError(
-            f"evaluation.metrics: there is no {name!r}; {suggest_nearest(name, list_metric_names())}",
-            code="metric-unavailable",
+            f"{_WHERE}: there is no {name!r}; {suggest_nearest(name, list_metric_names())}", code="metric-unavailable"
         )
-    found: Metric = _published()[name]()
-    return found
+    return _built_in(name)
 
 
 def _built_in(name: str) -> Metric:
@@ -85,8 +86,3 @@ def _built_in(name: str) -> Metric:
             code="metric-unavailable",
         ) from error
     return class_metrics.METRICS[name]
-
-
-@cache
-def _published() -> dict[str, Callable[[], Metric]]:
-    return {point.name: point.load for point in entry_points(group=_GROUP)}

@@ -1,0 +1,195 @@
+"""Units, metrics and callbacks of other packages: found, listed, validated, and refused where they are missing."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from pydantic import ValidationError
+
+import fedtune
+from fedtune.cli.methods import methods
+from fedtune.device.local_data import LocalData
+from fedtune.device.problems import problem_of
+from fedtune.errors import RecipeError
+from fedtune.recipe.schema import Recipe, Unit
+from fedtune.recipe.task_settings import list_task_names
+from fedtune.recipe.unit_registry import build_unit, find_unit_package, list_unit_names
+from fedtune.tasks import get_task
+from fedtune.training.metrics import list_metric_names, measure
+from fedtune.wire.client_update import TrainRequest
+from fedtune.wire.protocol_codes import parse_problem
+from tests.federations import trivial
+from tests.installed import TECHNIQUE, install
+from tests.tiny import llama, texts
+
+TASK = '''"""Sorting: pictures into classes, as image-classification does."""
+
+from typing import ClassVar
+
+from fedtune.tasks.image_classification import ImageClassification
+
+
+class Sorting(ImageClassification):
+    """One picture, one class."""
+
+    name: ClassVar[str] = "sorting"
+'''
+STEP = '''"""Half mean: half of the weighted mean."""
+
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from fedtune.merging import CombineStep, MergeInput, Shape
+from fedtune.merging.combine.mean import Mean
+
+
+class HalfMean(CombineStep):
+    """Half of the mean."""
+
+    name: ClassVar[str] = "half-mean"
+    scale: float = Field(0.5, gt=0)
+
+    def combine(self, name: str, shape: Shape, merge_inputs: Sequence[MergeInput]) -> Iterator[Tensor]:
+        """Scale the mean."""
+        for rows in Mean().combine(name, shape, merge_inputs):
+            yield rows * self.scale
+'''
+Install = Callable[..., None]
+
+
+@pytest.fixture
+def put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
+    """Install a package on a path of its own."""
+
+    def install_package(
+        package: str, points: Mapping[str, Mapping[str, str]], modules: Mapping[str, str] | None = None
+    ) -> None:
+        monkeypatch.syspath_prepend(install(tmp_path / package, package, points, modules))
+
+    return install_package
+
+
+def test_a_technique_of_a_package_is_built_validated_and_trained(put: Install) -> None:
+    assert "last-layer" not in list_unit_names("fedtune.techniques")
+    put("half-tuned", {"fedtune.techniques": {"last-layer": "half_tuned_a:LastLayer"}}, {"half_tuned_a": TECHNIQUE})
+    assert "last-layer" in list_unit_names("fedtune.techniques")
+    assert find_unit_package("fedtune.techniques", "last-layer") == "half-tuned"
+    assert find_unit_package("fedtune.techniques", "lora") == "fedtune"
+    with pytest.raises(RecipeError, match=r"^here, last-layer: share is 2, but must be less than or equal to 1"):
+        build_unit("fedtune.techniques", Unit(name="last-layer", settings={"share": 2}), "here")
+    with pytest.raises(RecipeError, match=r"^here, last-layer: unknown key 'shares'; did you mean 'share'\?"):
+        build_unit("fedtune.techniques", Unit(name="last-layer", settings={"shares": 1}), "here")
+    prepared = fedtune.prepare(llama(tie_word_embeddings=False), "last-layer", task="text-generation")
+    assert prepared.trainable == ["lm_head.weight"]
+    prepared.model.train()(**texts(llama())).loss.backward()
+    assert prepared.model.get_parameter("lm_head.weight").grad is not None
+
+
+def test_a_federation_uses_a_task_a_technique_and_a_merge_step_of_packages(put: Install, home: Path) -> None:
+    put("half-tuned", {"fedtune.techniques": {"last-layer": "half_tuned_b"}}, {"half_tuned_b": TECHNIQUE})
+    points = {"fedtune.tasks": {"sorting": "sorter:Sorting"}, "fedtune.merging": {"half-mean": "sorter_steps"}}
+    put("sorter", points, {"sorter": TASK, "sorter_steps": STEP})
+    assert "sorting" in list_task_names()
+    assert get_task("sorting").main_metric == "accuracy"
+    recipe = trivial("task=sorting", "merge=[half-mean]", "train.techniques=last-layer")
+    run = fedtune.simulate(recipe, workers=1)
+    assert run.status == "completed"
+    assert [unit.settings for unit in run.recipe.merge] == [{"scale": 0.5}]
+    plain = fedtune.simulate(trivial(), workers=1)
+    assert run.rounds[1].client_records[0].update_norm == plain.rounds[1].client_records[0].update_norm
+    assert run.rounds[1].checkpoint != plain.rounds[1].checkpoint
+
+
+BROKEN = "raise ImportError('needs libfoo')"
+
+
+def test_the_list_shows_packages_and_survives_one_that_cannot_be_imported(put: Install) -> None:
+    put("half-tuned", {"fedtune.techniques": {"last-layer": "half_tuned_c"}}, {"half_tuned_c": TECHNIQUE})
+    put("brittle", {"fedtune.merging": {"shatter": "brittle_step:Shatter"}}, {"brittle_step": BROKEN})
+    loud = 'def shout(event):\n    """Print every event."""\n'
+    put("loud", {"fedtune.callbacks": {"shout": "loud_calls:shout"}}, {"loud_calls": loud})
+    listed = CliRunner().invoke(methods, ["--json"], catch_exceptions=False)
+    rows = {row["name"]: row for row in json.loads(listed.stdout)}
+    assert (rows["last-layer"]["kind"], rows["last-layer"]["package"]) == ("technique", "half-tuned")
+    assert rows["last-layer"]["settings"] == ["share: float = 1.0   not used"]
+    assert (rows["text-generation"]["kind"], rows["text-generation"]["package"]) == ("task", "fedtune")
+    assert (rows["shout"]["kind"], rows["shout"]["card"]) == ("callback", "Print every event.")
+    assert "needs libfoo" in rows["shatter"]["problem"]
+    assert rows["shatter"]["package"] == "brittle"
+    text = CliRunner(env={"COLUMNS": "160"}).invoke(methods, catch_exceptions=False).stdout
+    assert "half-tuned" in text
+    assert "From the package half-tuned." in CliRunner().invoke(methods, ["last-layer"]).stdout
+    said = (
+        r"^merge: shatter is published by the package brittle, which cannot be imported \(ImportError: needs libfoo\)"
+    )
+    with pytest.raises(RecipeError, match=said):
+        build_unit("fedtune.merging", Unit(name="shatter"), "merge")
+    with pytest.raises(RecipeError, match="merging: shatter is published by the package brittle"):
+        CliRunner().invoke(methods, ["shatter"], catch_exceptions=False)
+
+
+@pytest.mark.parametrize("name", ["lora", "last-layer"])
+def test_a_name_that_is_taken_is_refused_with_both_publishers(name: str, put: Install) -> None:
+    put("one", {"fedtune.techniques": {name: "nowhere_a"}})
+    first = "fedtune"
+    if name == "last-layer":
+        first = "one"
+        put("two", {"fedtune.techniques": {name: "nowhere_b"}})
+    other = "one" if first == "fedtune" else "two"
+    with pytest.raises(RecipeError, match=rf"^here: {first} and the package {other} both publish '{name}'"):
+        build_unit("fedtune.techniques", Unit(name=name), "here")
+    assert build_unit("fedtune.techniques", Unit(name="full"), "here").name == "full"
+
+
+@pytest.mark.parametrize(
+    ("value", "text", "why"),
+    [
+        ("odd_a:LastLayer", TECHNIQUE.replace('"last-layer"', '"lst-layer"'), "the class calls itself 'lst-layer'"),
+        ("odd_b:Field", TECHNIQUE, "its entry point must name one Technique"),
+        ("odd_c:HalfMean", STEP, "its entry point must name one Technique"),
+        ("odd_d", "", "its entry point must name one Technique"),
+    ],
+)
+def test_an_entry_point_that_names_something_else_is_refused(value: str, text: str, why: str, put: Install) -> None:
+    put("odd", {"fedtune.techniques": {"last-layer": value}}, {value.partition(":")[0]: text})
+    with pytest.raises(RecipeError, match=rf"^here: last-layer of the package odd is no unit that fits: {why}"):
+        build_unit("fedtune.techniques", Unit(name="last-layer"), "here")
+
+
+def test_metrics_of_packages_collide_and_break_in_a_sentence(put: Install) -> None:
+    import numpy as np
+
+    put("gauge", {"fedtune.metrics": {"f1": "gauge_a:f", "width": "gauge_b:f"}}, {"gauge_b": BROKEN})
+    assert {"f1", "width"} <= set(list_metric_names())
+    for name, said in {
+        "f1": "fedtune and the package gauge both publish",
+        "width": r"gauge, which cannot .*libfoo",
+    }.items():
+        with pytest.raises(RecipeError, match=said):
+            measure([name], np.array([[0.5, 0.5]]), np.array([0]))
+
+
+def test_a_device_refuses_a_recipe_whose_units_are_not_installed_there(put: Install, home: Path) -> None:
+    """The recipe is made where the package is installed, and read where it is not."""
+    recipe = trivial()
+    absent = recipe.model_copy(
+        update={"train": recipe.train.model_copy(update={"techniques": [Unit(name="last-layer")]})}
+    )
+    with pytest.raises(RecipeError, match="there is no 'last-layer'") as caught:
+        LocalData("partition:0").get_context(TrainRequest(absent.model_dump_json(), 1, 0, "run-1", "[]"))
+    assert problem_of(caught.value).text == "unit-unavailable"
+    text = recipe.model_dump_json().replace('"image-classification"', '"sorting"')
+    with pytest.raises(ValidationError) as refused:
+        Recipe.model_validate_json(text)
+    assert problem_of(refused.value).text == "unit-unavailable"
+    problem = parse_problem("unit-unavailable")
+    assert problem is not None
+    assert "install the package that publishes it on the device" in problem.remote_sentence
+    put("sorter", {"fedtune.tasks": {"sorting": "sorter_b:Sorting"}}, {"sorter_b": TASK})
+    with pytest.raises(RecipeError, match="there is no 'sortin'; did you mean 'sorting'"):
+        get_task("sortin")
