@@ -10,9 +10,10 @@ from pydantic import ValidationError
 
 import fedtune
 from fedtune.cli.methods import methods
+from fedtune.cli.simulate import simulate
 from fedtune.device.local_data import LocalData
 from fedtune.device.problems import problem_of
-from fedtune.errors import RecipeError
+from fedtune.errors import RecipeError, RunError
 from fedtune.recipe.schema import Recipe, Unit
 from fedtune.recipe.task_settings import list_task_names
 from fedtune.recipe.unit_registry import build_unit, find_unit_package, list_unit_names
@@ -20,7 +21,7 @@ from fedtune.tasks import get_task
 from fedtune.training.metrics import list_metric_names, measure
 from fedtune.wire.client_update import TrainRequest
 from fedtune.wire.protocol_codes import parse_problem
-from tests.federations import trivial
+from tests.federations import TRIVIAL, trivial
 from tests.installed import TECHNIQUE, install
 from tests.tiny import llama, texts
 
@@ -193,3 +194,45 @@ def test_a_device_refuses_a_recipe_whose_units_are_not_installed_there(put: Inst
     put("sorter", {"fedtune.tasks": {"sorting": "sorter_b:Sorting"}}, {"sorter_b": TASK})
     with pytest.raises(RecipeError, match="there is no 'sortin'; did you mean 'sorting'"):
         get_task("sortin")
+
+
+CALLBACKS = '''
+seen = []
+
+
+def note(event):
+    seen.append(type(event).__name__)
+
+
+class Stop:
+    def __call__(self, event):
+        import fedtune
+
+        if isinstance(event, fedtune.RoundEnded) and event.record.number == 1:
+            raise fedtune.StopRun
+
+
+def fail(event):
+    raise ValueError("disk gone")
+'''
+
+
+def test_callbacks_of_packages_are_called_by_name(put: Install, home: Path, tmp_path: Path) -> None:
+    names = {"note": "loud_b:note", "stop": "loud_b:Stop", "fail": "loud_b:fail"}
+    put("loud", {"fedtune.callbacks": names}, {"loud_b": CALLBACKS})
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(TRIVIAL, encoding="utf-8")
+    command = [str(recipe), "--workers", "1", "--callback"]
+    done = CliRunner().invoke(simulate, [*command, "note", "--callback", "stop"])
+    assert "Aborted!" in done.output
+    from loud_b import seen  # type: ignore[import-not-found]
+
+    assert seen.count("RoundEnded") == 2
+    [run] = fedtune.runs()
+    assert run.status == "interrupted"
+    assert fedtune.simulate(run, callbacks=["note"], workers=1).status == "completed"
+    assert seen.count("RoundEnded") == 3
+    with pytest.raises(RunError, match=r"the callback fail of the package loud failed \(ValueError: disk gone\)"):
+        CliRunner().invoke(simulate, [*command, "fail"], catch_exceptions=False)
+    with pytest.raises(RecipeError, match="callbacks: there is no 'stopp'; did you mean 'stop'"):
+        fedtune.simulate(recipe, callbacks=["stopp"])

@@ -30,6 +30,7 @@ __all__ = ["simulate"]
     help="Where clients run.",
 )
 @click.option("--workers", type=click.IntRange(1), help="Processes that run clients.  [default: one per core]")
+@click.option("--callback", "callbacks", multiple=True, metavar="NAME", help="Callback of a package; repeatable.")
 @click.option("--store", metavar="URL", help="SQLAlchemy URL of the run store.")
 @click.option("--json", "as_json", is_flag=True, help="Print the finished run as JSON.")
 def simulate(
@@ -41,6 +42,7 @@ def simulate(
     rounds: int | None,
     engine: str,
     workers: int | None,
+    callbacks: tuple[str, ...],
     store: str | None,
     as_json: bool,
 ) -> None:
@@ -55,6 +57,7 @@ def simulate(
     """
     from fedtune.cli.run_progress import show_run_progress
     from fedtune.library.local_runs import begin_run, check_simulated_recipe, execute_run
+    from fedtune.library.run_callbacks import load_callbacks, pass_events
     from fedtune.recipe.yaml_file import read_recipe
     from fedtune.tracking import Store, get_default_url
 
@@ -65,7 +68,7 @@ def simulate(
     if (extended is None) != (rounds is None):
         raise click.UsageError("--extend RUN and --rounds N go together, e.g. --extend latest --rounds 32")
     added = (*overrides, f"train.techniques={techniques}") if techniques else overrides
-    url = store or get_default_url()
+    url, called = store or get_default_url(), load_callbacks(callbacks)
     with Store.open(url) as opened:
         if recipe is not None:
             checked = check_simulated_recipe(read_recipe(recipe, added), url)
@@ -74,7 +77,7 @@ def simulate(
             run = _extend(opened, str(extended), rounds, url)
         else:
             run = _reopen(opened, str(resumed), url)
-        with show_run_progress(run.context.recipe.federation.rounds):
+        with show_run_progress(run.context.recipe.federation.rounds), pass_events(called, keep=True):
             execute_run(run, url, opened.run(run.id).engine, workers)
         _show(opened, run, as_json)
 

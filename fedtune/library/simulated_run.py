@@ -2,8 +2,8 @@
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Literal
 
 from fedtune.errors import FedtuneWarning, StoreError
@@ -18,14 +18,11 @@ from fedtune.library.local_runs import (
 )
 from fedtune.library.recipe_input import Overrides, RecipeInput, make_recipe
 from fedtune.library.recorded_run import Run
+from fedtune.library.run_callbacks import Callback, load_callbacks, pass_events
 from fedtune.recipe.schema import Recipe
-from fedtune.server.events import Event, event_handler
 from fedtune.tracking import Store, get_default_url
 
-__all__ = ["Callback", "StopRun", "simulate"]
-
-Callback = Callable[[Event], object]
-"""Called with each event of a run: RunStarted, RoundStarted, ReplyReceived, RoundEnded, and those of scoring."""
+__all__ = ["StopRun", "simulate"]
 
 
 class StopRun(KeyboardInterrupt):  # like Ctrl-C, so that no code takes it for an error that it could handle
@@ -36,15 +33,16 @@ def simulate(
     recipe: RecipeInput | Run,
     *,
     overrides: Overrides = (),
-    callbacks: Sequence[Callback] = (),
+    callbacks: Sequence[Callback | str] = (),
     engine: Literal["in-process", "flower"] = "in-process",
     workers: int | None = None,
     store: str | None = None,
 ) -> Run:
     """Run a recipe, or resume a run that was stopped, with the same bits as ``fedtune simulate``.
 
-    ``recipe`` is a file, a mapping, a ``fedtune.Recipe``, or a ``fedtune.Run`` to resume. A callback may raise
-    ``fedtune.StopRun``; the run is then ``interrupted``.
+    ``recipe`` is a file, a mapping, a ``fedtune.Recipe``, or a ``fedtune.Run`` to resume. A callback is called with
+    each event, or is the name of one that an installed package publishes. It may raise ``fedtune.StopRun``; the run is
+    then ``interrupted``.
 
     >>> import fedtune, os, tempfile
     >>> os.environ["FEDTUNE_HOME"] = tempfile.mkdtemp()
@@ -61,15 +59,16 @@ def simulate(
     """
     for name in ("FLWR_TELEMETRY_ENABLED", "FLWR_DISABLE_UPDATE_CHECK"):
         os.environ.setdefault(name, str(int("DISABLE" in name)))
+    called = load_callbacks(callbacks)
     if isinstance(recipe, Run):
-        return _resume(recipe, overrides, callbacks, workers)
+        return _resume(recipe, overrides, called, workers)
     url = store or get_default_url()
     with Store.open(url) as opened:
         context = build_simulation_context(check_simulated_recipe(make_recipe(recipe, overrides), url))
         for note in context.corpus.notes:
             warnings.warn(note, FedtuneWarning, stacklevel=2)
         run = begin_run(opened, context, engine)
-    return _execute(run, url, engine, callbacks, workers)
+    return _execute(run, url, engine, called, workers)
 
 
 def _resume(run: Run, overrides: Overrides, callbacks: Sequence[Callback], workers: int | None) -> Run:
@@ -84,21 +83,6 @@ def _resume(run: Run, overrides: Overrides, callbacks: Sequence[Callback], worke
 
 
 def _execute(run: LocalRun, url: str, engine: str, callbacks: Sequence[Callback], workers: int | None) -> Run:
-    with _called(callbacks), suppress(StopRun):
+    with pass_events(callbacks), suppress(StopRun):
         execute_run(run, url, engine, workers)
     return Run(run.id, url)
-
-
-@contextmanager
-def _called(callbacks: Sequence[Callback]) -> Iterator[None]:
-    """Pass the events of the block to each callback in order."""
-
-    def handle(event: Event) -> None:
-        for callback in callbacks:
-            callback(event)
-
-    token = event_handler.set(handle)
-    try:
-        yield
-    finally:
-        event_handler.reset(token)
