@@ -196,7 +196,7 @@ def test_a_device_refuses_a_recipe_whose_units_are_not_installed_there(put: Inst
         get_task("sortin")
 
 
-CALLBACKS = '''
+CALLBACKS = """
 seen = []
 
 
@@ -214,7 +214,7 @@ class Stop:
 
 def fail(event):
     raise ValueError("disk gone")
-'''
+"""
 
 
 def test_callbacks_of_packages_are_called_by_name(put: Install, home: Path, tmp_path: Path) -> None:

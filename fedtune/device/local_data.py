@@ -83,5 +83,5 @@ def _own(recipe: Recipe, labels: tuple[str, ...], source: str) -> tuple[RunConte
     examples = tasks.load_trainable_examples(recipe, labels)
     nothing = examples.select([])
     corpus = data.DataSplits(examples, nothing, nothing, labels)
-    model, chosen, shared = prepare_model(recipe, labels)
-    return RunContext(recipe, corpus, model, chosen, shared), np.arange(len(examples))
+    model, applied, shared = prepare_model(recipe, labels)
+    return RunContext(recipe, corpus, model, applied, shared), np.arange(len(examples))

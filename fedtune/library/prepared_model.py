@@ -84,7 +84,7 @@ class PreparedModel:
 
     def __init__(self, model: nn.Module, chosen: Sequence[Technique], task: Task, shared_names: Sequence[str]) -> None:
         self.model, self.techniques, self.task = model, tuple(chosen), task
-        self._shared_names = list(shared_names)
+        self.shared_names = list(shared_names)
         self._hooks = StepHooks(chosen, task, shared_names)
         self._handles = self._hooks.install(model)
         self._optimiser_handles: list[RemovableHandle] = []
@@ -127,9 +127,7 @@ class PreparedModel:
         hooks.base_lr, hooks.is_attached = float(group.get("initial_lr", group["lr"])), True
         known = {id(parameter) for one in inner.param_groups for parameter in one["params"]}
         named = dict(self.model.named_parameters())
-        group["params"] += [
-            named[name] for name in self._shared_names if name in named and id(named[name]) not in known
-        ]
+        group["params"] += [named[name] for name in self.shared_names if name in named and id(named[name]) not in known]
         self._optimiser_handles = [
             inner.register_step_pre_hook(lambda *_: hooks.before_step(self.model, inner)),
             inner.register_step_post_hook(lambda *_: hooks.after_step(self.model, inner)),

@@ -62,13 +62,19 @@ class StepHooks:
         self._block.close()
         self._terms = self._block.enter_context(techniques.collect_loss_terms())
 
-    def _end_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+    def _end_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
         terms, self._terms = self._terms, []
         self._block.close()
-        loss = getattr(output, "loss", None)
-        if terms and loss is not None:
-            share = self._share_of_batch(kwargs)
-            output["loss"] = torch.stack([loss, *(term if share == 1 else term * share for term in terms)]).sum()
+        if not terms or output is None or kwargs.get("labels") is None:
+            return None
+        if getattr(output, "loss", None) is None:
+            raise ModelError(
+                f"{type(model).__name__} returns no loss by its name, to which a technique adds a term; call it with "
+                "return_dict=True"
+            )
+        share = self._share_of_batch(kwargs)
+        scaled = [term if share == 1 else term * share for term in terms]
+        return _replace_loss(output, torch.stack([output.loss, *scaled]).sum())
 
     def _share_of_batch(self, kwargs: Mapping[str, Any]) -> float:
         """The share of a micro-batch in the predictions of its batch, which a Trainer that accumulates tells."""
@@ -140,6 +146,13 @@ class StepHooks:
 
 def _changes_gradients(technique: Technique) -> bool:
     return type(technique).before_optimiser_step is not Technique.before_optimiser_step
+
+
+def _replace_loss(output: Any, loss: Tensor) -> Any:
+    """The output of a model, which is a mapping in transformers and a named tuple here, with another loss."""
+    if isinstance(output, Mapping):
+        return type(output)(**{**output, "loss": loss})
+    return output._replace(loss=loss)
 
 
 def _name_inputs(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def _load_plug_in(plug_in: PlugIn, package: str, where: str) -> type[NamedUnit]:
         raise _make_misfit(plug_in, where, f"its entry point must name one {kind}")
     if getattr(found[0], "name", None) != plug_in.name:
         raise _make_misfit(plug_in, where, f"the class calls itself {getattr(found[0], 'name', None)!r}")
-    return found[0]  # type: ignore[return-value]
+    return found[0]
 
 
 def _make_misfit(plug_in: PlugIn, where: str, why: str) -> RecipeError:
