@@ -43,7 +43,7 @@ def _build_encoder(seed: int) -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(seed)
-    return BertForSequenceClassification(BertConfig(**_describe_text_model(), **{"num_labels": _LABELS}))
+    return BertForSequenceClassification(BertConfig(**(_describe_text_model() | {"num_labels": _LABELS})))
 
 
 def _build_residual_net(seed: int) -> nn.Module:
