@@ -5,7 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 from tokenizers.pre_tokenizers import Whitespace
@@ -18,6 +20,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from fedtune.models.image_model_files import save_image_model
+from fedtune.models.logistic import LogisticRegression
 from fedtune.recipe.schema import Recipe
 from fedtune.recipe.yaml_file import parse_recipe
 from fedtune.simulation import resolve_recipe
@@ -79,6 +83,25 @@ def _tags(row: int) -> dict[str, Any]:
     }
 
 
+def _image(row: int, *, several: bool) -> dict[str, Any]:
+    """An image whose left or right half is bright, or both; ``_save_images`` writes its file."""
+    bright = [name for name, on in (("left", row % 2), ("right", row // 2 % 2)) if on]
+    return (
+        {"image": f"{row}.png", "label": bright or ["dark"]}
+        if several
+        else {"image": f"{row}.png", "label": str(row % 2)}
+    )
+
+
+def _save_images(folder: Path, rows: int) -> None:
+    random = np.random.default_rng(0)
+    for row in range(rows):
+        pixels = random.integers(0, 60, (8, 8), np.uint8)
+        pixels[:, :4] += np.uint8(180 * (row % 2))
+        pixels[:, 4:] += np.uint8(180 * (row // 2 % 2))
+        Image.fromarray(pixels).save(folder / f"{row}.png")
+
+
 CASES: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
     "text-classification": ("text-classification", _one_class),
     "text-classification, pair": ("{text-classification: {pair: true}}", _pair),
@@ -96,6 +119,11 @@ CASES: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
     "feature-extraction, numbers": (
         "{feature-extraction: {loss: cosine}}",
         lambda row: {"text": _text(row), "text_pair": _text(row + 1 + row % 5), "label": float(row % 5 == 2)},
+    ),
+    "image-classification": ("image-classification", lambda row: _image(row, several=False)),
+    "image-classification, several": (
+        "{image-classification: {problem_type: multi_label_classification}}",
+        lambda row: _image(row, several=True),
     ),
     "fill-mask": ("{fill-mask: {mask_fraction: 0.3}}", lambda row: {"text": _text(row)}),
 }
@@ -155,7 +183,12 @@ def _save_encoder_decoder(folder: Path) -> None:
 def task_recipe(case: str, folder: Path, *overrides: str, rows: int = 180) -> Recipe:
     """The recipe of a case; model and data are written to ``folder``."""
     task, make = CASES[case]
-    if case.startswith("text2text"):
+    if case.startswith("image"):
+        _save_images(folder, rows)
+        (folder / "model").mkdir(exist_ok=True)
+        save_image_model(LogisticRegression(2), folder / "model")
+        overrides = ("train.image_size=28", *overrides)
+    elif case.startswith("text2text"):
         _save_encoder_decoder(folder / "model")
     else:
         save_encoder(folder / "model")

@@ -156,10 +156,9 @@ def _show(store: "Store", run: "LocalRun", as_json: bool) -> None:
     from fedtune import paths
     from fedtune.cli.domain_table import make_domain_rows, show_domain_table
     from fedtune.library.privacy_text import describe_privacy
-    from fedtune.tasks import get_task
     from fedtune.tracking.run_plot import draw_runs
 
-    figure = get_task(run.context.recipe.task).main_metric
+    figure = run.context.main_metric
     console = Console(markup=False)
     console.print()
     if rows := make_domain_rows(

@@ -61,9 +61,17 @@ def encode_texts(
 ) -> EncodedTexts:
     """The column ``text``, and ``text_pair`` behind it where there is one, as at most ``max_length`` tokens.
 
-    Without labels a text that is not cut ends in the end token; ModelError when the tokenizer has none.
+    Without labels a text that is not cut ends in the end token. ModelError when the tokenizer has no end token for it,
+    or puts nothing between the texts of a pair.
     """
     pairs = list(table["text_pair"]) if "text_pair" in table.column_names else None
+    if pairs is not None and tokenizer.num_special_tokens_to_add(pair=True) == tokenizer.num_special_tokens_to_add(
+        pair=False
+    ):
+        raise ModelError(
+            "the tokenizer puts nothing between the two texts of a pair; write both into one column, or choose an "
+            "encoder such as BERT"
+        )
     found = tokenizer(list(table["text"]), pairs, truncation=True, max_length=max_length)
     rows = _end_texts(found["input_ids"], tokenizer, max_length, ends=labels is None)
     told = found.get("token_type_ids") if pairs is not None else None

@@ -1,6 +1,7 @@
 """Words with tags as tokens with labels: the first token of a word carries its tag."""
 
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["encode_words"]
 
+_SAMPLED_ROWS = 64
+
 
 def encode_words(table: Table, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> EncodedTexts:
     """The columns ``words`` and ``tags`` (numbers) as at most ``max_length`` tokens with a label each.
@@ -23,8 +26,8 @@ def encode_words(table: Table, tokenizer: "PreTrainedTokenizerBase", max_length:
     """
     if not tokenizer.is_fast:
         raise ModelError("the tokenizer cannot tell which word a token belongs to; choose a model with a fast one")
-    words, tags = table["words"], table["tags"]
-    found = tokenizer([list(row) for row in words], is_split_into_words=True, truncation=True, max_length=max_length)
+    words, tags = _space_words(table["words"], tokenizer), table["tags"]
+    found = tokenizer(words, is_split_into_words=True, truncation=True, max_length=max_length)
     ids = [row or [int(tokenizer.pad_token_id)] for row in found["input_ids"]]
     labels = [_label_tokens(found.word_ids(row), tags[row], len(ids[row])) for row in range(len(ids))]
     lost = sum(map(len, words)) - sum(label != IGNORED_LABEL for row in labels for label in row)
@@ -43,6 +46,23 @@ def encode_words(table: Table, tokenizer: "PreTrainedTokenizerBase", max_length:
         table.domains,
         labels_per_token=True,
     )
+
+
+def _space_words(rows: Sequence[Sequence[str]], tokenizer: "PreTrainedTokenizerBase") -> list[list[str]]:
+    """The words as the tokenizer must get them one by one, so that they have the tokens that they have in a text.
+
+    Byte-level tokenizers mark the space before a word. A word on its own has none and would have tokens that are rare
+    in running text; such words get a space, apart from the first one. Some rows show which way is right.
+    """
+    plain = [list(row) for row in rows]
+    spaced = [[row[0], *(f" {word}" for word in row[1:])] for row in rows]
+    texts = tokenizer([" ".join(row) for row in plain[:_SAMPLED_ROWS]])["input_ids"]
+
+    def count_equal(variant: list[list[str]]) -> int:
+        found = tokenizer(variant[:_SAMPLED_ROWS], is_split_into_words=True)["input_ids"]
+        return sum(one == text for one, text in zip(found, texts, strict=True))
+
+    return spaced if count_equal(spaced) > count_equal(plain) else plain
 
 
 def _label_tokens(words: list[int | None], tags: list[int], length: int) -> list[int]:

@@ -23,7 +23,8 @@ def encode_label_sets(
     Where the names are those ``known``, they keep that order. DataError when there is no class.
     """
     sets = {part: _read_sets(table, source) for part, table in found.items()}
-    names = sorted({name for rows in sets.values() for row in rows for name in row})
+    different = {name for rows in sets.values() for row in rows for name in row}
+    names = sorted(different, key=int if all(name.isdecimal() for name in different) else None)
     if not names:
         raise DataError(f"{source} has no example with a label; name the column that has them in data.columns.label")
     order = tuple(known) if set(known) == set(names) else tuple(names)

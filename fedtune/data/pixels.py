@@ -37,10 +37,10 @@ class EncodedPictures:
         return {"pixel_values": _normal(sized, self.preprocessor), "labels": self.labels[rows]}
 
 
-def encode_pictures(table: Table, preprocessor: Preprocessor) -> EncodedPictures:
-    """The columns ``image`` and ``label``; DataError for a picture that cannot be decoded."""
+def encode_pictures(table: Table, preprocessor: Preprocessor, labels: Tensor) -> EncodedPictures:
+    """The column ``image``, with ``labels`` [n, ...]; DataError for an image that cannot be decoded."""
     found, fitted = _read_pixels(table, preprocessor)
-    return EncodedPictures(found, preprocessor, torch.tensor(table["label"][:]), table.domains, fitted)
+    return EncodedPictures(found, preprocessor, labels, table.domains, fitted)
 
 
 def _read_pixels(table: Table, preprocessor: Preprocessor) -> tuple[Tensor, bool]:

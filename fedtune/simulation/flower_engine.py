@@ -70,7 +70,7 @@ def _follow(superlink: SuperLink, flower_run_id: int, recipe: Recipe, run: str, 
             )  # asked first: what was committed before the end is passed on
             ended = found.status == "finished"
             for record in opened.rounds(run, last):
-                emit_event(RoundEnded(record))
+                emit_event(RoundEnded(record, recipe.evaluation.main_metric))
                 last = record.number
             time.sleep(0 if ended else _POLL_SECONDS)
         if found.outcome != "completed":

@@ -85,9 +85,9 @@ class ProcessPoolWorkers(ClientWorkers):
     Messages wait here and not in the executor: one that breaks chokes on futures that were cancelled.
     """
 
-    def __init__(self, shop: RunContext, processes: int, app: ClientApp = client_app) -> None:
-        shop.share_memory()
-        self._shop, self._processes, self._app = shop, processes, app
+    def __init__(self, run_context: RunContext, processes: int, app: ClientApp = client_app) -> None:
+        run_context.share_memory()
+        self._run_context, self._processes, self._app = run_context, processes, app
         self._queue: deque[tuple[str, Message, Context]] = deque()
         self._futures: dict[Future[tuple[Message, Context]], str] = {}
         self._executor, self._lifeline = self._start()
@@ -96,7 +96,7 @@ class ProcessPoolWorkers(ClientWorkers):
         """Workers, and the end of a pipe they do not outlive, whether it is closed or this process is killed."""
         context = torch.multiprocessing.get_context("spawn")
         watched, lifeline = context.Pipe(duplex=False)
-        begin = (self._shop, watched)
+        begin = (self._run_context, watched)
         return ProcessPoolExecutor(self._processes, mp_context=context, initializer=_begin, initargs=begin), lifeline
 
     def submit(self, message_id: str, message: Message, context: Context) -> None:
@@ -161,12 +161,12 @@ def _result(future: Future[tuple[Message, Context]]) -> ClientResult:
     return error if isinstance(error, Exception) else RuntimeError(repr(error))
 
 
-def _begin(shop: RunContext, watched: Connection) -> None:
+def _begin(run_context: RunContext, watched: Connection) -> None:
     """Make a fresh worker process ready: it ends with its parent, and owns what it trains."""
     threading.Thread(target=_end_with, args=(watched,), daemon=True).start()
     set_node_identity(_CLIENT)
-    shop.copy_writable_tensors()
-    set_run_context(shop)
+    run_context.copy_writable_tensors()
+    set_run_context(run_context)
 
 
 def _end_with(watched: Connection) -> None:

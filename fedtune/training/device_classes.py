@@ -21,37 +21,39 @@ _ROUNDS = (1, 2)
 """Techniques that alternate do so from one round to the next."""
 
 
-def list_tensors_of_round(shop: "RunContext", number: int) -> list[str]:
-    """Names of the tensors that a workshop's clients train in a round."""
-    techniques.begin_round(shop.techniques, shop.model, number)
-    return techniques.list_trainable_tensors(shop.model)
+def list_tensors_of_round(context: "RunContext", number: int) -> list[str]:
+    """Names of the tensors that the clients of a context train in a round."""
+    techniques.begin_round(context.techniques, context.model, number)
+    return techniques.list_trainable_tensors(context.model)
 
 
-def get_received_shapes(shop: "RunContext", part: "RunContext") -> dict[str, tuple[int, ...]]:
+def get_received_shapes(context: "RunContext", part: "RunContext") -> dict[str, tuple[int, ...]]:
     """What a class is sent of the shared state: its own shapes, by name."""
     own = get_tensor_shapes(part.model)
-    return {name: own[name] for name in shop.shared_names if name in own}
+    return {name: own[name] for name in context.shared_names if name in own}
 
 
-def check_device_class(shop: "RunContext", part: "RunContext", device: str) -> None:
+def check_device_class(context: "RunContext", part: "RunContext", device: str) -> None:
     """RecipeError unless a device class trains a part of the shared state on the model that all have."""
     start = f"devices: the techniques of {device}"
     mend = "give the class and train.techniques such as differ in how much they train"
-    own = get_received_shapes(shop, part)
-    if lacking := sorted(set(shop.shared_names) - own.keys()):
+    own = get_received_shapes(context, part)
+    if lacking := sorted(set(context.shared_names) - own.keys()):
         raise RecipeError(f"{start} leave no place for {lacking[0]}, which train.techniques shares; {mend}")
     if beside := sorted({name for number in _ROUNDS for name in list_tensors_of_round(part, number)} - own.keys()):
         raise RecipeError(f"{start} train {beside[0]}, which train.techniques does not share; {mend}")
-    pairs = techniques.list_low_rank_pairs(shop.techniques, shop.model)
-    whole = get_tensor_shapes(shop.model)
+    pairs = techniques.list_low_rank_pairs(context.techniques, context.model)
+    whole = get_tensor_shapes(context.model)
     if unfit := [name for name in own if not _fits(own[name], whole[name], name in _factors(pairs))]:
         raise RecipeError(
             f"{start} make {unfit[0]} {list(own[unfit[0]])}, which is no part of {list(whole[unfit[0]])} as "
             f"train.techniques has it; raise the rank there"
         )
-    _check_factors(shop, part, pairs, start)
-    if any(set(list_tensors_of_round(shop, number)) != set(list_tensors_of_round(part, number)) for number in _ROUNDS):
-        _check_merge(merging.build_pipeline(shop.recipe.merge), device)
+    _check_factors(context, part, pairs, start)
+    if any(
+        set(list_tensors_of_round(context, number)) != set(list_tensors_of_round(part, number)) for number in _ROUNDS
+    ):
+        _check_merge(merging.build_pipeline(context.recipe.merge), device)
 
 
 def _factors(pairs: Sequence[LowRankPair]) -> set[str]:
@@ -64,10 +66,10 @@ def _fits(own: tuple[int, ...], whole: tuple[int, ...], is_factor: bool) -> bool
     return len(own) == len(whole) and all(a <= b for a, b in zip(own, whole, strict=True))
 
 
-def _check_factors(shop: "RunContext", part: "RunContext", pairs: Sequence[LowRankPair], start: str) -> None:
+def _check_factors(context: "RunContext", part: "RunContext", pairs: Sequence[LowRankPair], start: str) -> None:
     """A mean of factors is one of products only while all train the same one."""
     for number in _ROUNDS:
-        one, other = (_factors(pairs) & set(list_tensors_of_round(each, number)) for each in (shop, part))
+        one, other = (_factors(pairs) & set(list_tensors_of_round(each, number)) for each in (context, part))
         if one != other:
             raise RecipeError(
                 f"{start} and train.techniques train different factors of low-rank pairs in round {number}; set "

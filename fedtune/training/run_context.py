@@ -92,6 +92,11 @@ class RunContext:
         """The recipe's task."""
         return tasks.get_task(self.recipe.task)
 
+    @property
+    def main_metric(self) -> str:
+        """The metric that counts: the recipe's, or else the task's."""
+        return self.recipe.evaluation.main_metric or self.task.main_metric
+
     @cached_property
     def reader(self) -> Any:
         """What turns examples into inputs: a tokenizer or a preprocessor."""
@@ -127,14 +132,14 @@ class RunContext:
 
     def share_memory(self) -> None:
         """Move the models into memory that worker processes can map, and split and encode before they do."""
-        for shop in (self, *self.by_device_class.values()):
-            shop.model.share_memory()
+        for context in (self, *self.by_device_class.values()):
+            context.model.share_memory()
         _ = self.client_rows, self.train
 
     def copy_writable_tensors(self) -> None:
         """In a worker process: replace the mapped copies of what is trained or received by own ones."""
-        for shop in (self, *self.by_device_class.values()):
-            tensors = named_tensors(shop.model)
+        for context in (self, *self.by_device_class.values()):
+            tensors = named_tensors(context.model)
             for name in [*self.shared_names, *self.local_tensors]:
                 tensors[name].data = tensors[name].data.clone()
 
@@ -148,22 +153,22 @@ _current_context: dict[str, RunContext] = {}
 
 
 def get_run_context(recipe: str) -> RunContext:
-    """The workshop of a recipe given as JSON; the latest one is kept, so that a base model is loaded once."""
+    """The context of a recipe given as JSON. The latest one is kept, so that a base model is loaded once."""
     if recipe not in _current_context:
-        shop = _build(recipe)
-        set_run_context(shop)
-        _current_context[recipe] = shop  # as it was asked for, before the model's preprocessor was written into it
+        context = _build(recipe)
+        set_run_context(context)
+        _current_context[recipe] = context  # as it was asked for, before the model's preprocessor was written into it
     return _current_context[recipe]
 
 
-def set_run_context(shop: RunContext) -> None:
-    """Make a workshop the one this process uses for its recipe."""
+def set_run_context(context: RunContext) -> None:
+    """Make this process use the context for its recipe."""
     _current_context.clear()
-    _current_context[shop.recipe.model_dump_json()] = shop
+    _current_context[context.recipe.model_dump_json()] = context
 
 
 def clear_run_context() -> None:
-    """Let go of the workshop that is kept: once its model was trained, it is no start for another run."""
+    """Release the context that is kept. Once its model was trained, it is no start for another run."""
     _current_context.clear()
 
 
@@ -174,16 +179,16 @@ def _build(recipe: str) -> RunContext:
     model, chosen, shared = prepare_model(parsed, corpus.label_names)
     check_merge_has_targets(merging.build_pipeline(parsed.merge).steps, model, shared)
     check_model_privacy(parsed, model, chosen, shared)
-    shop = RunContext(parsed, corpus, model, chosen, shared)
-    shop.by_device_class = _build_device_classes(shop)
-    return shop
+    context = RunContext(parsed, corpus, model, chosen, shared)
+    context.by_device_class = _build_device_classes(context)
+    return context
 
 
-def _build_device_classes(shop: RunContext) -> dict[str, RunContext]:
+def _build_device_classes(context: RunContext) -> dict[str, RunContext]:
     found: dict[str, RunContext] = {}
-    for device in (device for device in shop.recipe.devices if device.overridden_settings):
-        recipe = shop.recipe.apply_device_class(device)
-        part = RunContext(recipe, shop.corpus, *prepare_model(recipe, shop.corpus.label_names))
-        check_device_class(shop, part, device.name)
+    for device in (device for device in context.recipe.devices if device.overridden_settings):
+        recipe = context.recipe.apply_device_class(device)
+        part = RunContext(recipe, context.corpus, *prepare_model(recipe, context.corpus.label_names))
+        check_device_class(context, part, device.name)
         found[device.name] = part
     return found
