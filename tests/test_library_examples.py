@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import pkgutil
+import re
 from pathlib import Path
 
 import pytest
@@ -31,3 +32,11 @@ def test_every_function_of_the_library_has_an_example() -> None:
     for name, module in functions.items():
         found = getattr(importlib.import_module(f"fedtune.library.{module}"), name)
         assert ">>> " in (found.__doc__ or ""), name
+
+
+def test_the_blocks_of_the_page_run_one_after_the_other() -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 7
+    names: dict[str, object] = {"__name__": "page"}
+    for block in blocks:
+        exec(compile(block, str(PAGE), "exec"), names)
