@@ -13,7 +13,7 @@ from fedtune.cli.methods import methods
 from fedtune.cli.simulate import simulate
 from fedtune.device.local_data import LocalData
 from fedtune.device.problems import problem_of
-from fedtune.errors import RecipeError, RunError
+from fedtune.errors import FedtuneError, RecipeError, RunError
 from fedtune.recipe.schema import Recipe, Unit
 from fedtune.recipe.task_settings import list_task_names
 from fedtune.recipe.unit_registry import build_unit, find_unit_package, list_unit_names
@@ -236,3 +236,48 @@ def test_callbacks_of_packages_are_called_by_name(put: Install, home: Path, tmp_
         CliRunner().invoke(simulate, [*command, "fail"], catch_exceptions=False)
     with pytest.raises(RecipeError, match="callbacks: there is no 'stopp'; did you mean 'stop'"):
         fedtune.simulate(recipe, callbacks=["stopp"])
+
+
+SOURCES = """
+import numpy as np
+
+
+def read_grid(name):
+    random = np.random.default_rng(int(name))
+    labels = random.integers(0, 2, 200)
+    pixels = (random.random((200, 8, 8)) * 100 + 100 * labels[:, None, None]).astype(np.uint8)
+    return {"train": {"image": pixels, "label": [("dark", "light")[number] for number in labels]}}
+
+
+def read_wrongly(name):
+    return {"train": {"image": [1, 2], "label": [1]}}
+
+
+def fail(name):
+    raise ConnectionError("no route to " + name)
+
+
+def fetch(name):
+    from fedtune.models.sample_models import make_logistic_regression_folder
+
+    return make_logistic_regression_folder()
+"""
+
+
+def test_sources_of_packages_give_examples_and_models(put: Install, home: Path) -> None:
+    data = {"grid": "sources_a:read_grid", "odd": "sources_a:read_wrongly", "far": "sources_a:fail"}
+    models = {"shelf": "sources_a:fetch", "far": "sources_a:fail"}
+    put("shelves", {"fedtune.data_sources": data, "fedtune.model_sources": models}, {"sources_a": SOURCES})
+    run = fedtune.simulate(trivial("data.source=grid:7", "model.source=shelf:logistic"), workers=1)
+    assert run.status == "completed"
+    accuracy = [m.value for m in run.rounds[-1].metrics if (m.split, m.domain, m.name) == ("test", "all", "accuracy")]
+    assert accuracy[0] > 0.9
+    for key, source, said in [
+        ("data", "odd:1", r"data.source: odd of the package shelves: train has columns of different lengths"),
+        ("data", "far:away", r"data.source: far of the package shelves failed \(ConnectionError: no route to away\)"),
+        ("model", "far:away", r"model.source: far of the package shelves failed \(ConnectionError: no route to away\)"),
+        ("data", "gird:1", r"data.source is 'gird:1'; write .* disk:FOLDER, far:NAME, grid:NAME, odd:NAME or sample"),
+        ("model", "shlef:1", r"model.source is 'shlef:1'; write .* sample:NAME, far:NAME, shelf:NAME or run:ID"),
+    ]:
+        with pytest.raises(FedtuneError, match=said):
+            fedtune.simulate(trivial(f"{key}.source={source}"), workers=1)

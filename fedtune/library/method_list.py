@@ -16,7 +16,12 @@ UNIT_ROOMS: Mapping[str, str] = {
     "task": "fedtune.tasks",
 }
 """The package of each kind of unit, which is also the group of its entry points."""
-_OTHER_GROUPS: Mapping[str, str] = {"metric": "fedtune.metrics", "callback": "fedtune.callbacks"}
+_OTHER_GROUPS: Mapping[str, str] = {
+    "metric": "fedtune.metrics",
+    "callback": "fedtune.callbacks",
+    "data source": "fedtune.data_sources",
+    "model source": "fedtune.model_sources",
+}
 """Groups of functions that packages publish; they have no settings."""
 
 

@@ -11,6 +11,7 @@ from fedtune.library.method_list import UNIT_ROOMS, list_methods
 from fedtune.library.run_callbacks import load_callbacks
 from fedtune.library.task_check import check_task
 from fedtune.library.technique_check import check_technique
+from fedtune.recipe.plug_ins import find_plug_in
 from fedtune.recipe.schema import Unit
 from fedtune.recipe.unit_registry import build_unit, describe_unit_settings, read_unit_card
 from fedtune.recipe.validation_errors import suggest_nearest
@@ -72,6 +73,14 @@ def _make_callback_check(name: str) -> tuple[str, Callable[[], object]]:
     return "can be called", lambda: load_callbacks([name])
 
 
+def _make_source_check(group: str) -> Callable[[str], tuple[str, Callable[[], object]]]:
+    def load(name: str) -> None:
+        plug_in = find_plug_in(group, name, "source")
+        require(plug_in is not None and callable(plug_in.load("source")), "its entry point is no function")
+
+    return lambda name: ("is a function", lambda: load(name))
+
+
 _UNITS: Mapping[str, Callable[[str], Iterator[CheckResult]]] = {
     "technique": check_technique,
     "merge": check_merge_step,
@@ -80,4 +89,6 @@ _UNITS: Mapping[str, Callable[[str], Iterator[CheckResult]]] = {
 _SINGLE: Mapping[str, Callable[[str], tuple[str, Callable[[], object]]]] = {
     "metric": _make_metric_check,
     "callback": _make_callback_check,
+    "data source": _make_source_check("fedtune.data_sources"),
+    "model source": _make_source_check("fedtune.model_sources"),
 }
