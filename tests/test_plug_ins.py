@@ -4,7 +4,9 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from pydantic import ValidationError
 
@@ -13,11 +15,13 @@ from fedtune.cli.methods import methods
 from fedtune.cli.simulate import simulate
 from fedtune.device.local_data import LocalData
 from fedtune.device.problems import problem_of
-from fedtune.errors import FedtuneError, RecipeError, RunError
+from fedtune.errors import DataError, FedtuneError, RecipeError, RunError
+from fedtune.library.plug_in_check import check_plug_in
 from fedtune.recipe.schema import Recipe, Unit
 from fedtune.recipe.task_settings import list_task_names
 from fedtune.recipe.unit_registry import build_unit, find_unit_package, list_unit_names
 from fedtune.tasks import get_task
+from fedtune.training import get_run_context
 from fedtune.training.metrics import list_metric_names, measure
 from fedtune.wire.client_update import TrainRequest
 from fedtune.wire.protocol_codes import parse_problem
@@ -147,6 +151,19 @@ def test_a_name_that_is_taken_is_refused_with_both_publishers(name: str, put: In
     assert build_unit("fedtune.techniques", Unit(name="full"), "here").name == "full"
 
 
+def test_a_merge_of_models_uses_a_step_of_a_package_also_beside_a_broken_one(put: Install) -> None:
+    put("brittle", {"fedtune.merging": {"shatter": "brittle_more:Shatter"}}, {"brittle_more": BROKEN})
+    put("halves", {"fedtune.merging": {"half-mean": "halves_steps"}}, {"halves_steps": STEP})
+    base = {"w": torch.zeros(2, 2)}
+    tuned = [{"w": torch.full((2, 2), value)} for value in (2.0, 4.0)]
+    merged = fedtune.merge(tuned, base=base, method="half-mean", weights=[0.5, 0.5])
+    assert merged["w"].tolist() == [[1.5, 1.5], [1.5, 1.5]]
+    with pytest.raises(RecipeError, match="there is no 'half-men'; did you mean 'half-mean'"):
+        fedtune.merge(tuned, base=base, method="half-men")
+    with pytest.raises(RecipeError, match="shatter is published by the package brittle, which cannot be imported"):
+        fedtune.merge(tuned, base=base, method="shatter")
+
+
 @pytest.mark.parametrize(
     ("value", "text", "why"),
     [
@@ -163,7 +180,6 @@ def test_an_entry_point_that_names_something_else_is_refused(value: str, text: s
 
 
 def test_metrics_of_packages_collide_and_break_in_a_sentence(put: Install) -> None:
-    import numpy as np
 
     put("gauge", {"fedtune.metrics": {"f1": "gauge_a:f", "width": "gauge_b:f"}}, {"gauge_b": BROKEN})
     assert {"f1", "width"} <= set(list_metric_names())
@@ -281,3 +297,68 @@ def test_sources_of_packages_give_examples_and_models(put: Install, home: Path) 
     ]:
         with pytest.raises(FedtuneError, match=said):
             fedtune.simulate(trivial(f"{key}.source={source}"), workers=1)
+
+
+PARTITION = '''"""Round robin: deal groups out in order."""
+
+from typing import ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from fedtune.data import Partition
+
+
+class RoundRobin(Partition):
+    """Deal groups out in order."""
+
+    name: ClassVar[str] = "round-robin"
+    start: int = Field(0, ge=0)
+
+    def assign(self, labels, sizes, num_clients, random):
+        return (np.arange(len(sizes)) + self.start) % num_clients
+
+
+class Beyond(RoundRobin):
+    """Count from one."""
+
+    name: ClassVar[str] = "beyond"
+
+    def assign(self, labels, sizes, num_clients, random):
+        return super().assign(labels, sizes, num_clients, random) + 1
+'''
+
+
+def test_a_partition_of_a_package_shares_the_examples(put: Install, home: Path) -> None:
+    names = {"round-robin": "partitions_a:RoundRobin", "beyond": "partitions_a:Beyond"}
+    put("dealer", {"fedtune.partitions": names}, {"partitions_a": PARTITION})
+    recipe = trivial("data.partition={kind: round-robin, start: 1}")
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+    context = get_run_context(recipe.model_dump_json())
+    owner = np.concatenate([np.full(len(rows), client) for client, rows in enumerate(context.client_rows)])
+    order = np.argsort(np.concatenate(context.client_rows))
+    assert owner[order][:8].tolist() == [1, 2, 3, 0, 1, 2, 3, 0]
+    with pytest.raises(RecipeError, match=r"^data\.partition, round-robin: start is -1, but must be greater than"):
+        trivial("data.partition={kind: round-robin, start: -1}")
+    with pytest.raises(RecipeError, match=r"data\.partition\.kind is 'round-robbin', but must be one of"):
+        trivial("data.partition={kind: round-robbin}")
+    with pytest.raises(DataError, match="beyond must give a client from 0 to 3 for each of the"):
+        _ = get_run_context(trivial("data.partition={kind: beyond}").model_dump_json()).client_rows
+    text = recipe.model_dump_json().replace("round-robin", "somewhere-else")
+    with pytest.raises(ValidationError) as refused:
+        Recipe.model_validate_json(text)
+    assert problem_of(refused.value).text == "unit-unavailable"
+
+
+def test_a_partition_is_checked_too(put: Install) -> None:
+    names = {
+        "round-robin": "partitions_b:RoundRobin",
+        "beyond": "partitions_b:Beyond",
+        "iid": "partitions_b:RoundRobin",
+    }
+    put("dealer", {"fedtune.partitions": names}, {"partitions_b": PARTITION})
+    assert [one.status for one in check_plug_in("round-robin")] == ["ok"]
+    [found] = check_plug_in("beyond")
+    assert (found.status, "must give a client from 0 to 2" in found.reason) == ("failed", True)
+    [taken] = check_plug_in("iid")
+    assert "data.partition: fedtune and the package dealer both publish 'iid'" in taken.reason

@@ -325,3 +325,32 @@ def test_positional_inputs_are_named() -> None:
     prepared.model.eval()
     named = prepared.model(**batch).loss
     assert torch.equal(prepared.model(batch["input_ids"], batch["attention_mask"], labels=batch["labels"]).loss, named)
+
+
+def test_accumulated_batches_count_the_terms_of_techniques_once(tmp_path: Path) -> None:
+    """The Trainer tells the loss of a batch, whole or in two halves."""
+    whole = texts(llama(), rows=4)
+    halves = [{name: one[rows] for name, one in whole.items()} for rows in (slice(2), slice(2, 4))]
+    losses = []
+    for place, batches in enumerate(([whole], halves)):
+        prepared = fedtune.prepare(llama(), {"full": {}, "deft": {"density_weight": 5.0}}, task="text-generation")
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / str(place)), max_steps=1, save_strategy="no", report_to=[], disable_tqdm=True,
+            logging_strategy="no", use_cpu=True, gradient_accumulation_steps=len(batches),
+        )  # fmt: skip
+        callbacks = [prepared.make_callback()]
+        trainer = InOrder(prepared.model, arguments, train_dataset=Batches(batches), callbacks=callbacks)
+        losses.append(trainer.train().training_loss)
+    plain = float(llama()(**whole).loss.detach())
+    assert losses[0] > plain + 4
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_a_resumed_training_is_in_the_round_of_its_step() -> None:
+    prepared = fedtune.prepare(llama(), "lora", task="text-generation")
+    assert all(".lora_B." in name for name in prepared.trainable)
+    prepared.attach(make_optimiser("sgd", prepared.model), steps_per_round=2)
+    prepared.skip_to_step(3)
+    assert all(".lora_A." in name for name in prepared.trainable)
+    prepared.skip_to_step(4)
+    assert all(".lora_B." in name for name in prepared.trainable)

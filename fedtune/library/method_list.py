@@ -21,6 +21,7 @@ _OTHER_GROUPS: Mapping[str, str] = {
     "callback": "fedtune.callbacks",
     "data source": "fedtune.data_sources",
     "model source": "fedtune.model_sources",
+    "partition": "fedtune.partitions",
 }
 """Groups of functions that packages publish; they have no settings."""
 

@@ -9,6 +9,7 @@ import yaml
 from torch import Tensor
 
 from fedtune.errors import RecipeError
+from fedtune.library.cached_export import export_run_to_cache
 from fedtune.offline_merge.merge_config import MergeConfig
 from fedtune.offline_merge.read_config import parse_merge_config
 from fedtune.offline_merge.run_merge import prepare_merge
@@ -109,7 +110,7 @@ def _make_config(
 def _merge_folders(config: MergeConfig, text: str, output: Path) -> Path:
     from fedtune.offline_merge.model_card import CardContents, build_model_card, hash_model_files
 
-    prepared = prepare_merge(config)
+    prepared = prepare_merge(config, lambda reference: export_run_to_cache(reference, None))
     if prepared.steps.needs:
         raise RecipeError(
             f"merge: {config.merge_method} measures activations; use fedtune merge with --calibration-data"

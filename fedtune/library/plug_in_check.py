@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
+from fedtune.data.partition_plug_in import assign_groups
 from fedtune.errors import RecipeError
 from fedtune.library.check_result import CheckResult, require, run_check
 from fedtune.library.merge_step_check import check_merge_step
@@ -11,6 +12,7 @@ from fedtune.library.method_list import UNIT_ROOMS, list_methods
 from fedtune.library.run_callbacks import load_callbacks
 from fedtune.library.task_check import check_task
 from fedtune.library.technique_check import check_technique
+from fedtune.recipe.plug_in_partition import PlugInPartition
 from fedtune.recipe.plug_ins import find_plug_in
 from fedtune.recipe.schema import Unit
 from fedtune.recipe.unit_registry import build_unit, describe_unit_settings, read_unit_card
@@ -73,6 +75,17 @@ def _make_callback_check(name: str) -> tuple[str, Callable[[], object]]:
     return "can be called", lambda: load_callbacks([name])
 
 
+def _make_partition_check(name: str) -> tuple[str, Callable[[], object]]:
+    labels, sizes = np.arange(12) % 3, np.arange(12) + 1
+    settings = PlugInPartition(kind=name, settings={})
+
+    def assign() -> None:
+        first, second = (assign_groups(settings, labels, sizes, 3, np.random.default_rng(1)) for _ in range(2))
+        require(bool((first == second).all()), "the same seed gives another partition")
+
+    return "shares twelve groups over three clients", assign
+
+
 def _make_source_check(group: str) -> Callable[[str], tuple[str, Callable[[], object]]]:
     def load(name: str) -> None:
         plug_in = find_plug_in(group, name, "source")
@@ -89,6 +102,7 @@ _UNITS: Mapping[str, Callable[[str], Iterator[CheckResult]]] = {
 _SINGLE: Mapping[str, Callable[[str], tuple[str, Callable[[], object]]]] = {
     "metric": _make_metric_check,
     "callback": _make_callback_check,
+    "partition": _make_partition_check,
     "data source": _make_source_check("fedtune.data_sources"),
     "model source": _make_source_check("fedtune.model_sources"),
 }
