@@ -354,3 +354,13 @@ def test_a_resumed_training_is_in_the_round_of_its_step() -> None:
     assert all(".lora_A." in name for name in prepared.trainable)
     prepared.skip_to_step(4)
     assert all(".lora_B." in name for name in prepared.trainable)
+
+
+def test_a_loss_that_would_lose_the_term_of_a_technique_is_refused() -> None:
+    prepared = fedtune.prepare(llama(), "full+deft", task="text-generation")
+    batch = texts(llama())
+    with pytest.raises(ModelError, match="a technique adds a term to the loss, but the loss is computed outside"):
+        prepared.model.train()(input_ids=batch["input_ids"])
+    with torch.no_grad():
+        prepared.model(input_ids=batch["input_ids"])
+    assert float(prepared.model(**batch).loss.detach()) > float(llama()(**batch).loss.detach()) + 0.5

@@ -76,6 +76,8 @@ def _resume(run: Run, overrides: Overrides, callbacks: Sequence[Callback], worke
         raise StoreError(f"run {run.id} keeps its recipe; resume it without overrides")
     with Store.open(run.store) as opened:
         found = opened.run(run.id)
+        if found.engine not in ("in-process", "flower"):
+            raise StoreError(f"run {found.id} belongs to a server; resume it there: fedtune runs resume {found.id}")
         recipe: Recipe = export_base_run(read_recorded_recipe(found)[0], run.store)
         local = LocalRun(found.id, build_simulation_context(recipe))
         opened.reopen(found.id)

@@ -24,6 +24,10 @@ from fedtune.training.model_state import get_model_state, set_model_state
 __all__ = ["StepHooks"]
 
 
+_TRL_HEAD = "fused_lm_head"
+"""With this argument Trainers of TRL get what they compute their own loss from."""
+
+
 class StepHooks:
     """The place in the training, and the hooks that are called there. Rounds count from 1, steps from 0."""
 
@@ -56,6 +60,8 @@ class StepHooks:
             techniques.begin_step(self._techniques, model, inputs, 1.0)
             return
         self._require_optimiser()
+        if kwargs.get(_TRL_HEAD) and any(one.name == "fused-cross-entropy" for one in self._techniques):
+            raise ModelError("this Trainer computes the loss in chunks by itself; leave out fused-cross-entropy")
         freeze_batch_norm_statistics(model)
         self._inputs = {**inputs}
         techniques.begin_step(self._techniques, model, inputs, self.progress)
@@ -65,12 +71,12 @@ class StepHooks:
     def _end_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
         terms, self._terms = self._terms, []
         self._block.close()
-        if not terms or output is None or kwargs.get("labels") is None:
+        if not terms or output is None or not torch.is_grad_enabled():
             return None
-        if getattr(output, "loss", None) is None:
+        if kwargs.get(_TRL_HEAD) or getattr(output, "loss", None) is None:
             raise ModelError(
-                f"{type(model).__name__} returns no loss by its name, to which a technique adds a term; call it with "
-                "return_dict=True"
+                f"a technique adds a term to the loss, but the loss is computed outside {type(model).__name__}; pass "
+                "labels to the model, or use the Trainer of transformers"
             )
         share = self._share_of_batch(kwargs)
         scaled = [term if share == 1 else term * share for term in terms]
