@@ -50,7 +50,7 @@ _MODULES = {
 }
 """Where each public name is defined."""
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import it warns of an optional package in every process
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its import warns of an optional package
 
 
 def __getattr__(name: str) -> Any:

@@ -15,6 +15,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -50,7 +52,7 @@ def _pick(words: tuple[str, ...], row: int) -> str:
 
 
 def _text(row: int) -> str:
-    return f"{_pick(_COLOURS, row)} {_pick(_ANIMALS, row // 3)} runs n{row % 60}"
+    return f"{_pick(_COLOURS, row)} {_pick(_ANIMALS, row // 3)} runs n{row % 60}{' sits' * (row % 2)}"
 
 
 def _one_class(row: int) -> dict[str, Any]:
@@ -77,9 +79,10 @@ def _number(row: int) -> dict[str, Any]:
 
 def _tags(row: int) -> dict[str, Any]:
     name, place = _pick(_NAMES, row), _pick(_PLACES, row // 2)
+    more = row % 3
     return {
-        "words": [name, "runs", "to", place, place, f"n{row % 60}"],
-        "tags": ["B-PER", "O", "O", "B-LOC", "I-LOC", "O"],
+        "words": [name, "runs", "to", place, place, f"n{row % 60}", *["red"] * more],
+        "tags": ["B-PER", "O", "O", "B-LOC", "I-LOC", "O", *["O"] * more],
     }
 
 
@@ -124,6 +127,14 @@ CASES: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
     "image-classification, several": (
         "{image-classification: {problem_type: multi_label_classification}}",
         lambda row: _image(row, several=True),
+    ),
+    "preference": (
+        "{preference: {beta: 0.5}}",
+        lambda row: {
+            "prompt": f"{_pick(_COLOURS, row)} {_pick(_ANIMALS, row // 3)} n{row % 60}",
+            "chosen": "runs to rome",
+            "rejected": "sits in oslo",
+        },
     ),
     "fill-mask": ("{fill-mask: {mask_fraction: 0.3}}", lambda row: {"text": _text(row)}),
 }
@@ -180,6 +191,25 @@ def _save_encoder_decoder(folder: Path) -> None:
         T5ForConditionalGeneration(config).save_pretrained(folder)
 
 
+def _save_decoder(folder: Path) -> None:
+    """A Llama of random weights, and its tokenizer."""
+    count = _save_tokenizer(folder, single="[CLS] $A", pair="[CLS] $A $B")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=count,
+            hidden_size=32,
+            intermediate_size=64,
+            num_attention_heads=2,
+            num_hidden_layers=2,
+            max_position_embeddings=32,
+            pad_token_id=0,
+            bos_token_id=2,
+            eos_token_id=3,
+        )
+        LlamaForCausalLM(config).save_pretrained(folder)
+
+
 def task_recipe(case: str, folder: Path, *overrides: str, rows: int = 180) -> Recipe:
     """The recipe of a case; model and data are written to ``folder``."""
     task, make = CASES[case]
@@ -188,6 +218,8 @@ def task_recipe(case: str, folder: Path, *overrides: str, rows: int = 180) -> Re
         (folder / "model").mkdir(exist_ok=True)
         save_image_model(LogisticRegression(2), folder / "model")
         overrides = ("train.image_size=28", *overrides)
+    elif case.startswith("preference"):
+        _save_decoder(folder / "model")
     elif case.startswith("text2text"):
         _save_encoder_decoder(folder / "model")
     else:

@@ -153,6 +153,61 @@ def _first_output(found: Any) -> Tensor:
     return output
 
 
+def test_preferences_are_compared_with_the_model_that_the_run_starts_from(home: Path, tmp_path: Path) -> None:
+    """Equation 7 of the DPO paper, token by token in float64, before and after the weights have moved."""
+    shop = context("preference", tmp_path)
+    batch = shop.train.make_batch(range(3))
+
+    def slow(row: int) -> float:
+        length = int(batch["attention_mask"][row].sum())
+        ids, labels = batch["input_ids"][row, :length], batch["labels"][row, :length]
+        with torch.no_grad():
+            scores = shop.model.eval()(input_ids=ids[None]).logits[0].double().log_softmax(-1)
+        return sum(float(scores[at - 1, ids[at]]) for at in range(1, length) if labels[at] != -100)
+
+    start = [slow(row) for row in range(6)]
+    torch.testing.assert_close(batch["references"], torch.tensor(start), rtol=1e-5, atol=1e-5)
+    assert float(shop.task.compute_loss(shop.model, batch).detach()) == pytest.approx(math.log(2), rel=1e-5)
+    with torch.no_grad():
+        for parameter in shop.model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    now = [slow(row) for row in range(6)]
+    margins = [0.5 * ((now[row] - start[row]) - (now[row + 3] - start[row + 3])) for row in range(3)]
+    wanted = sum(math.log1p(math.exp(-margin)) for margin in margins) / 3
+    assert float(shop.task.compute_loss(shop.model, batch).detach()) == pytest.approx(wanted, rel=1e-4)
+    scores = shop.task.score_batch(shop.model, batch, None)
+    assert [score.output for score in scores] == pytest.approx(margins, rel=1e-3)
+    with pytest.raises(RuntimeError, match="encoded before the model is trained"):
+        shop.encode_source(f"jsonl:{tmp_path}/data.jsonl", {})
+
+
+def test_a_prompt_loses_its_beginning_where_the_text_is_too_long(home: Path, tmp_path: Path) -> None:
+    recipe = task_recipe("preference", tmp_path, "train.max_length=6")
+    batch = tasks.encode_examples(tasks.load_data(recipe).train, recipe, tasks.load_reader(recipe)).make_batch([0])
+    names = tasks.load_reader(recipe).convert_ids_to_tokens(batch["input_ids"][0].tolist())
+    assert names[2:] == ["runs", "to", "rome", "[SEP]"]
+    assert batch["labels"][0].tolist()[:2] == [-100, -100]
+    assert "references" not in batch
+
+
+@pytest.mark.parametrize(
+    ("change", "length", "sentence"),
+    [
+        ({"rejected": "runs to rome"}, 16, "row 1 has the same text chosen and rejected"),
+        ({"chosen": "runs " * 20}, 16, "row 1 has a completion of 21 tokens, which leaves no token of its prompt"),
+    ],
+)
+def test_pairs_that_say_nothing_are_refused(
+    change: dict[str, str], length: int, sentence: str, home: Path, tmp_path: Path
+) -> None:
+    recipe = task_recipe("preference", tmp_path, f"train.max_length={length}")
+    row = {"prompt": "red cat", "chosen": "runs to rome", "rejected": "sits in oslo"} | change
+    rows = [row | {"prompt": f"red n{number}"} for number in range(60)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match=sentence):
+        tasks.encode_examples(tasks.load_data(recipe).train, recipe, tasks.load_reader(recipe))
+
+
 def test_a_pair_is_told_apart_by_its_segments(home: Path, tmp_path: Path) -> None:
     shop = context("text-classification, pair", tmp_path)
     batch = shop.train.make_batch([0, 1])

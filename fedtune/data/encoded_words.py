@@ -1,4 +1,4 @@
-"""Words with tags as tokens with labels: the first token of a word carries its tag."""
+"""Tagged words as token ids and token labels. The first token of a word carries the word's tag."""
 
 import warnings
 from collections.abc import Sequence
@@ -19,10 +19,11 @@ _SAMPLED_ROWS = 64
 
 
 def encode_words(table: Table, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> EncodedTexts:
-    """The columns ``words`` and ``tags`` (numbers) as at most ``max_length`` tokens with a label each.
+    """Encode the columns ``words`` and ``tags`` (numbers), truncated to ``max_length`` tokens, with one label per
+    token.
 
-    Further tokens of a word and special tokens have no label. Words beyond ``max_length`` are cut off, and a warning
-    says how many. ModelError for a tokenizer that cannot tell which word a token belongs to.
+    The other tokens of a word and special tokens have no label. Words beyond ``max_length`` are dropped, and a warning
+    gives their number. Raises ModelError for a tokenizer that does not map tokens to words.
     """
     if not tokenizer.is_fast:
         raise ModelError("the tokenizer cannot tell which word a token belongs to; choose a model with a fast one")
@@ -49,10 +50,11 @@ def encode_words(table: Table, tokenizer: "PreTrainedTokenizerBase", max_length:
 
 
 def _space_words(rows: Sequence[Sequence[str]], tokenizer: "PreTrainedTokenizerBase") -> list[list[str]]:
-    """The words as the tokenizer must get them one by one, so that they have the tokens that they have in a text.
+    """Return the words with or without a leading space, so that they get the same tokens as in running text.
 
-    Byte-level tokenizers mark the space before a word. A word on its own has none and would have tokens that are rare
-    in running text; such words get a space, apart from the first one. Some rows show which way is right.
+    Byte-level tokenizers encode the space before a word. A word without it gets tokens that are rare in running text,
+    so each word but the first needs a space. The function tokenises some rows both ways and keeps the way that agrees
+    with the joined text more often.
     """
     plain = [list(row) for row in rows]
     spaced = [[row[0], *(f" {word}" for word in row[1:])] for row in rows]
@@ -66,7 +68,7 @@ def _space_words(rows: Sequence[Sequence[str]], tokenizer: "PreTrainedTokenizerB
 
 
 def _label_tokens(words: list[int | None], tags: list[int], length: int) -> list[int]:
-    """The tag of each token's word at the word's first token."""
+    """Return one label per token: the tag at the first token of a word, else the ignored label."""
     labels, last = [], None
     for word in words:
         labels.append(IGNORED_LABEL if word is None or word == last else tags[word])

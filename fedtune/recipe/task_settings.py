@@ -15,7 +15,7 @@ __all__ = ["TaskUnit", "list_task_names"]
 
 
 def list_task_names() -> tuple[str, ...]:
-    """The names of all tasks in alphabetical order: files of ``fedtune.tasks``, and plug-ins. None is imported."""
+    """Return the names of all tasks, sorted: the files of ``fedtune.tasks``, and plug-ins. None is imported."""
     return tuple(sorted({*_list_built_in_names(), *find_plug_ins("fedtune.tasks")}))
 
 
@@ -25,7 +25,7 @@ def _list_built_in_names() -> frozenset[str]:
 
 
 class TaskUnit(Unit):
-    """A task by name. Without settings it is written as the name alone."""
+    """A task by name. Without settings it is serialised as the name alone."""
 
     @model_validator(mode="after")
     def _is_known(self) -> Self:

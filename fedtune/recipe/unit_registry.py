@@ -1,8 +1,8 @@
-"""Published units by name. Units are found by listing folders, so that only the unit that is asked for is imported.
+"""Units by name. They are found by listing folders, so that only the requested unit is imported.
 
-Each file of a package, or of a folder inside it, publishes one unit under its own name. Names of files and folders with
-a leading underscore do not count: they help units. Other installed packages publish units by entry points, in the group
-that is called like the package here.
+Each file of a package, or of a folder inside it, publishes one unit under its own name. Files and folders with a
+leading underscore are helpers and are left out. Other installed packages publish units by entry points, in the group
+that has the name of the package here.
 """
 
 import importlib
@@ -39,13 +39,13 @@ _KINDS: Mapping[str, tuple[str, ...]] = {
 
 
 class NamedUnit(SettingsModel):
-    """A unit that is its own settings; ``name`` is what recipes call it."""
+    """A unit that consists of its own settings. ``name`` is its name in recipes."""
 
     name: ClassVar[str]
 
 
 def list_unit_names(package: str) -> list[str]:
-    """The names of all units of a package and of its plug-ins, sorted."""
+    """Return the names of all units of a package and of its plug-ins, sorted."""
     return sorted({*find_unit_modules(package), *find_plug_ins(package)})
 
 
@@ -57,7 +57,10 @@ def find_unit_package(package: str, name: str) -> str:
 
 
 def build_unit(package: str, unit: Unit, where: str) -> Any:
-    """The unit a recipe names, validated; RecipeError names what is near or allowed. ``where`` is the recipe's key."""
+    """Return the validated unit that a recipe names at the key ``where``.
+
+    Raises RecipeError with the nearest name or key, or with the allowed ones.
+    """
     chosen = import_unit_class(package, unit.name, where)
     try:
         return chosen.model_validate(unit.settings)
@@ -66,7 +69,7 @@ def build_unit(package: str, unit: Unit, where: str) -> Any:
 
 
 def read_unit_card(package: str, name: str) -> str:
-    """The docstring of the module that publishes a unit."""
+    """Return the card of a unit: the docstring of its module."""
     unit_class = import_unit_class(package, name, _get_room(package))
     return importlib.import_module(unit_class.__module__).__doc__ or ""
 
