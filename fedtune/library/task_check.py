@@ -17,14 +17,18 @@ _MODELS = {
     "AutoModelForImageClassification": "a ResNet",
 }
 
+_COLUMNS = {"text", "label", "image"}
+"""What the batches of tiny models are made of."""
+
 
 def check_task(name: str) -> Iterator[CheckResult]:
     """Check columns and metrics, and the loss and the scores on a tiny model of the task's class."""
     task = get_task(name)
     yield run_check("names its columns and its metrics", lambda: _check_names(task))
     tiny = next((one for one in TINY_MODELS if one.name == _MODELS.get(task.auto_class)), None)
-    if tiny is None:
-        yield CheckResult("skipped", "computes a loss", f"there is no tiny model of {task.auto_class}")
+    if tiny is None or not set(task.columns) <= _COLUMNS:
+        needed = f"{task.auto_class} with {', '.join(task.columns)}"
+        yield CheckResult("skipped", "computes a loss", f"there is no tiny model and batch of {needed}")
         return
     with torch.random.fork_rng(devices=[]):
         model = tiny.build(0)
