@@ -83,3 +83,12 @@ def test_show_gives_json_that_adds_up(recipe_file: Path) -> None:
     assert sum(holding["examples"] for holding in shown["holdings"]) == shown["parts"]["train"]
     assert all(sum(holding["counts"]) == holding["examples"] for holding in shown["holdings"])
     assert sum(shown["parts"].values()) == 400
+
+
+def test_many_labels_are_named_and_not_squeezed_into_columns(recipe_file: Path, tmp_path: Path) -> None:
+    rows = "".join(f"text {row},kind{row % 12}\n" for row in range(400))
+    (tmp_path / "a.csv").write_text(f"text,label\n{rows}")
+    result = CliRunner().invoke(command, ["show", str(recipe_file)], catch_exceptions=False)
+    lines = [line for line in result.output.splitlines() if "phone" in line]
+    assert len(lines) == 4
+    assert all("kind" in line and ", and 9 more" in line for line in lines)
