@@ -17,6 +17,7 @@ CLAIMS = (
     "meft_depth",
     "meft_quality",
     "smollm2_step",
+    "noisy_labels",
     "deft minilm",
     "deft swiglu",
     "deft cost",

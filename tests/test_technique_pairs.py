@@ -35,6 +35,7 @@ from tests.tiny import a_training_recipe, few_texts
 SETTINGS: dict[str, dict[str, Any]] = {
     "activation-pruning": {"prune": 0.0},  # all else has other gradients, which its own tests are about
     "dynamic-pruning": {"density": 0.9, "every": 1},
+    "error-norm-truncation": {"threshold": 0.99},
     "fused-cross-entropy": {"chunk": 5},
     "lora": {"rank": 2, "dropout": 0.1},
     "meft": {"rank": 2},
@@ -105,6 +106,7 @@ MISFITS = {
         "bert",
         "fused-cross-entropy",
     ): "BertForSequenceClassification has no head over a vocabulary; remove the technique fused-",
+    ("bert", "error-norm-truncation"): "BertForSequenceClassification is no causal language model",
     ("opt", "head-only"): "trains a new head, but text-generation has none",
     ("bert", "last-blocks"): "BertForSequenceClassification has no inverted residual blocks",
     ("bert", "batch-norm-statistics"): "BertForSequenceClassification has no batch norm; remove batch-norm-statistics",
