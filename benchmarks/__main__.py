@@ -18,6 +18,7 @@ CLAIMS = (
     "meft_quality",
     "smollm2_step",
     "noisy_labels",
+    "large_text",
     "deft minilm",
     "deft swiglu",
     "deft cost",

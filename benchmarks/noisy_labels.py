@@ -85,7 +85,10 @@ def build_model(seed: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     size: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     heads: dict[str, Any] = {"num_attention_heads": 2, "max_position_embeddings": 16, "pad_token_id": 0}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=KEYS + FILLERS + ANSWERS, use_cache=False, **size, **heads)).train()
+    config = LlamaConfig(vocab_size=KEYS + FILLERS + ANSWERS, use_cache=False, **size, **heads)
+    model: LlamaForCausalLM = LlamaForCausalLM(config)
+    model.train()
+    return model
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ def rename_columns(recipe: Recipe, needed: Sequence[str], table: Table) -> Table
             raise DataError(f"{recipe.data.source}: {problem}") from error
         if kind is not None:
             kinds[name] = kind
-    return Table(columns, kinds)
+    return Table(columns, kinds, origin=table.origin)
 
 
 def get_canonical_column_name(recipe: Recipe, by: str) -> str:

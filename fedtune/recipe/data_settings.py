@@ -112,6 +112,9 @@ class DataSettings(SettingsModel):
     max_train_examples: int | None = Field(
         None, ge=1, description="keep at most so many training examples, chosen by seed"
     )
+    tokens: Literal["memory", "disk"] = Field(
+        "memory", description="disk: texts are tokenised once into the cache and read from there; text-generation only"
+    )
     delimiter: str | None = Field(None, min_length=1, max_length=1, description="of csv; by default the heading's")
     encoding: str | None = Field(None, description="of csv and text, e.g. cp1252; by default as its bytes look")
     skip_unreadable: bool = Field(False, description="leave out pictures that cannot be read, and say how many")
