@@ -45,8 +45,9 @@ class StoredTexts:
 
     @cached_property
     def _starts(self) -> NDArray[np.int64]:
-        ends: NDArray[np.int64] = np.cumsum(self.lengths.numpy())
-        return ends - self.lengths.numpy()
+        lengths: NDArray[np.int64] = self.lengths.numpy()
+        starts: NDArray[np.int64] = np.cumsum(lengths) - lengths
+        return starts
 
     @cached_property
     def _about(self) -> dict[str, Any]:

@@ -63,6 +63,9 @@ class ModelSettings(SettingsModel):
 
     source: str = Field(description="hub:ID, path:FOLDER, gguf:FILE, sample:NAME or run:ID[@ROUND]")
     dtype: Dtype = "float32"
+    position_interpolation: float = Field(
+        1.0, ge=1, description="a rotary model reads texts so many times longer than those of its pretraining"
+    )
     preprocessor: Preprocessor | None = Field(None, description="how pictures are read; by default as its folder says")
 
 

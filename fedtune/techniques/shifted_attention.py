@@ -1,0 +1,133 @@
+"""Shifted short attention: train long texts with attention inside groups of tokens; score them with full attention.
+
+What: with groups of G tokens, token i belongs to group ⌊i / G⌋ for half of the heads and to ⌊(i + G/2) / G⌋ for the
+other half. Each head attends inside its groups and never ahead. The shifted heads link neighbouring groups. Scoring and
+generation use the model's own, full attention.
+Saves: time and the memory of attention, which grow with G instead of the length of the text. With
+padded or packed rows, transformers' mask of length x length bytes remains.
+Exactness: a text of at most G/2 tokens has the gradients of full attention. A longer one is trained as a sparser
+network, whose weights fit the full one.
+Sends: what the other technique sends.
+Use when: texts are much longer than G; with ``model.position_interpolation`` also longer than those of pretraining. The
+paper takes G as a quarter of the length.
+Avoid when: texts are short, or every token must see all others in training.
+Fits: causal language models with transformers' attention interface. Keys that several heads share are repeated first.
+Packing: groups are those of the packed row; texts still do not see each other.
+Source: Chen et al., "LongLoRA" (arXiv 2309.12307), as LongQLoRA (arXiv 2311.04879) trains it. Deviation: the authors
+roll the tokens, by which the first G/2 see the last ones. Here the first and last group of shifted heads are shorter.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from fedtune.errors import ModelError
+from fedtune.tasks import Task
+from fedtune.techniques._technique import Technique
+
+__all__ = ["ShiftedAttention", "attend_in_groups"]
+
+_NAME, _GROUP, _BEFORE = "shifted-attention", "shifted_attention_group", "attention_before_shifting"
+
+
+class ShiftedAttention(Technique):
+    """Attend inside groups of tokens in training, shifted by half a group for half of the heads."""
+
+    name: ClassVar[str] = _NAME
+    selects_trainable_tensors: ClassVar[bool] = False
+
+    group_size: int = Field(512, ge=2, multiple_of=2, description="tokens that see each other")
+
+    def rewrite_model(self, model: nn.Module, task: Task, seed: int) -> None:
+        """Take the place of the model's attention function; ModelError for a model without the interface."""
+        layers = [layer for layer in model.modules() if getattr(layer, "is_causal", False)]
+        if not isinstance(model, PreTrainedModel) or task.auto_class != "AutoModelForCausalLM" or not layers:
+            raise ModelError(f"{type(model).__name__} is no causal language model; remove shifted-attention")
+        before = model.config._attn_implementation
+        try:
+            model.set_attn_implementation("sdpa")
+            model.set_attn_implementation(_NAME)
+        except ValueError as error:
+            raise ModelError(f"{type(model).__name__} has an attention of its own; remove shifted-attention") from error
+        vars(model)[_BEFORE] = before
+        for layer in layers:
+            vars(layer)[_GROUP] = self.group_size
+
+    def _fold(self, model: nn.Module) -> None:
+        """Restore the model's attention function."""
+        assert isinstance(model, PreTrainedModel)
+        model.set_attn_implementation(vars(model).pop(_BEFORE))
+        for layer in model.modules():
+            vars(layer).pop(_GROUP, None)
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls for attention: query [b, heads, s, d]; returns [b, s, heads, d]."""
+    if not module.training:
+        whole: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
+        )
+        return whole
+    repeats = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
+    size = vars(module)[_GROUP]
+    half = query.shape[1] // 2
+    parts = [
+        attend_in_groups(query[:, heads], key[:, heads], value[:, heads], attention_mask, size, shift, dropout, scaling)
+        for heads, shift in ((slice(half), 0), (slice(half, None), size // 2))
+    ]
+    return torch.cat(parts, 1).transpose(1, 2).contiguous(), None
+
+
+def attend_in_groups(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    size: int,
+    shift: int,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+) -> Tensor:
+    """Causal attention [b, heads, s, d] inside the groups ⌊(i + shift) / size⌋.
+
+    ``mask`` [b, 1, s, s] says who may see whom.
+    """
+    length = query.shape[2]
+    padding = (shift, -(length + shift) % size)
+    q, k, v = (F.pad(one, (0, 0, *padding)).unflatten(2, (-1, size)) for one in (query, key, value))
+    seen = _group_mask(mask, length, padding, size, query.device)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout, scale=scaling)
+    return out.flatten(2, 3)[:, :, shift : shift + length]
+
+
+def _group_mask(mask: Tensor | None, length: int, padding: tuple[int, int], size: int, device: torch.device) -> Tensor:
+    """Who may see whom inside each group, [b or 1, 1, groups, size, size]; a place that sees nobody sees itself."""
+    causal = torch.ones(size, size, dtype=torch.bool, device=device).tril()
+    real = F.pad(torch.ones(length, dtype=torch.bool, device=device), padding).unflatten(0, (-1, size))
+    seen = (causal & real[:, None, :])[None, None]
+    if mask is not None:
+        whole = F.pad(mask[..., :length], (*padding, *padding))
+        blocks = whole.unflatten(2, (-1, size)).unflatten(4, (-1, size)).diagonal(dim1=2, dim2=4)
+        seen = seen & blocks.movedim(-1, 2)
+    itself: Tensor = torch.eye(size, dtype=torch.bool, device=device)
+    return torch.logical_or(seen, itself)
+
+
+AttentionInterface.register(_NAME, _attend)
+AttentionMaskInterface.register(_NAME, sdpa_mask)
