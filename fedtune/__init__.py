@@ -2,4 +2,4 @@
 
 import logging
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import it warns of an optional package in every process
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its import warns of an optional package

@@ -1,4 +1,4 @@
-"""The shared state at rest: one safetensors file, whole or absent, with a hash over its tensors."""
+"""Checkpoints of the shared state: one safetensors file, written atomically, with a digest of its tensors."""
 
 import hashlib
 from collections.abc import Mapping
@@ -16,14 +16,14 @@ __all__ = ["hash_tensors", "read_checkpoint", "write_checkpoint"]
 
 
 def write_checkpoint(path: Path, state: Mapping[str, Tensor]) -> str:
-    """Write the state beside ``path`` and rename it; returns its digest."""
+    """Write the state atomically to ``path`` and return its digest."""
     with replace_file_atomically(path) as beside:
         safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in state.items()}, beside)
     return hash_tensors(state)
 
 
 def read_checkpoint(path: Path, expected_sha256: str | None = None) -> dict[str, Tensor]:
-    """The state in a checkpoint; StoreError when it is absent, not safetensors, or not the one that was written."""
+    """Return the state in a checkpoint; StoreError when it is missing, not safetensors, or has another digest."""
     try:
         state = safetensors.torch.load_file(path)
     except FileNotFoundError as error:
@@ -36,7 +36,7 @@ def read_checkpoint(path: Path, expected_sha256: str | None = None) -> dict[str,
 
 
 def hash_tensors(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, precisions, shapes and bytes of the tensors, in the order of their names."""
+    """Return the SHA-256 of the names, dtypes, shapes and bytes of the tensors, in order of their names."""
     hasher = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].contiguous()

@@ -1,4 +1,4 @@
-"""Child processes that import what is installed, never what lies in the folder they are started in."""
+"""Child processes that import only installed modules, never modules from the working directory."""
 
 import os
 import site
@@ -9,15 +9,16 @@ __all__ = ["environment", "make_isolated_command"]
 
 
 def make_isolated_command(module: str, *arguments: str) -> list[str]:
-    """The command that runs one of our modules; ``-P`` keeps the working folder out of the search for modules."""
+    """Return the command that runs a module; ``-P`` keeps the working directory out of the module search path."""
     return [sys.executable, "-P", "-m", module, *arguments]
 
 
 def environment() -> dict[str, str]:
-    """This process's environment for a child, in which what the child starts is kept from the working folder too.
+    """Return this process's environment for a child, which keeps the working directory out of its children's search
+    path.
 
-    An empty entry of ``PYTHONPATH`` means the working folder, so empty entries are dropped. The folder this fedtune was
-    imported from is put first, unless every Python process looks there anyway.
+    An empty entry of ``PYTHONPATH`` means the working directory, so empty entries are dropped. The folder of this
+    fedtune comes first, unless every Python process searches it anyway.
     """
     given = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     root = str(Path(__file__).resolve().parents[1])

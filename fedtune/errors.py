@@ -1,4 +1,4 @@
-"""All errors of fedtune form one tree. Each message says in one sentence what is wrong, where it is, and how to fix it.
+"""All errors of fedtune form one tree. A message states in one sentence what is wrong, where, and how to fix it.
 
 FedtuneError
 ├── RecipeError          a recipe, an override or a setting is invalid
@@ -96,4 +96,4 @@ class StoreError(FedtuneError):
 
 
 class UnexpectedReplyError(Exception):
-    """A server's reply is not what the protocol says: another program replies, or another version."""
+    """A reply does not follow the protocol: the server is another program or has another version."""

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside, flushed to disk, then renamed."""
+"""Writes files atomically: to a temporary file in the same folder, flushed to disk, then renamed."""
 
 import hashlib
 import os
@@ -14,9 +14,9 @@ __all__ = ["hash_file", "replace_file_atomically", "write_bytes_atomically"]
 
 @contextmanager
 def replace_file_atomically(path: Path) -> Iterator[Path]:
-    """A path beside ``path`` to write to; it takes the place of ``path`` when the block ends well.
+    """Yield a temporary path beside ``path``, which replaces ``path`` when the block ends without an error.
 
-    Raises StoreError, with nothing left behind, when the disk is full or the folder cannot be written.
+    Raises StoreError when the disk is full or the folder cannot be written. Then nothing is left behind.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,13 +37,13 @@ def replace_file_atomically(path: Path) -> Iterator[Path]:
 
 
 def write_bytes_atomically(path: Path, content: bytes) -> None:
-    """Write bytes so that ``path`` holds all of them or what it held before."""
+    """Write bytes atomically: ``path`` holds either all of them or its previous content."""
     with replace_file_atomically(path) as beside:
         beside.write_bytes(content)
 
 
 def hash_file(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file, read in pieces."""
+    """Return the hexadecimal SHA-256 of a file, which is read in chunks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

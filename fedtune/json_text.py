@@ -1,7 +1,7 @@
-"""Values as JSON that every reader takes, a terminal among them.
+"""Converts values to JSON that is valid for every parser and safe to print to a terminal.
 
-What is not a finite number becomes null, since JSON has no word for it. Characters that do not print (codes of a
-terminal, direction marks, lone surrogates) are escaped, the others stay readable.
+Numbers that are not finite become null, because JSON cannot express them. Characters that do not print (terminal escape
+codes, direction marks, lone surrogates) are escaped; the others stay readable.
 """
 
 import json
@@ -12,7 +12,7 @@ __all__ = ["json_text"]
 
 
 def json_text(value: Any) -> str:
-    """JSON text, indented by two; tuples become lists."""
+    """Return JSON text, indented by two. Tuples become lists."""
     text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
     return "".join(map(_printable, text)) if not text.replace("\n", "").isprintable() else text
 

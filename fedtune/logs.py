@@ -1,7 +1,8 @@
-"""Logs that are kept: each line with its moment, files of a bounded size, the older ones beside them, nothing cut off.
+"""Log files with timestamps, rotated at a fixed size.
 
-Three are written: ``server.log`` is what the server itself says, ``flower/superlink.log`` what Flower's SuperLink and
-its children print, and ``server.log`` in a run's folder what the process that coordinates the run prints.
+There are three logs. ``server.log`` is written by the server, ``flower/superlink.log`` holds the output of Flower's
+SuperLink and its children, and ``server.log`` in a run's folder holds the output of the process that coordinates the
+run.
 """
 
 import io
@@ -25,7 +26,7 @@ from fedtune.untrusted import clean_text
 __all__ = ["Log", "Logs", "copy_output_to_log", "record_output"]
 
 MOST_BYTES, OLDER = 2_000_000, 4
-"""A log's size before it is put aside, and how many older ones stay."""
+"""The size in bytes at which a log is rotated, and the number of older logs that are kept."""
 _LONGEST = 2000
 _READ = 8192
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
@@ -34,14 +35,14 @@ _TEXT.converter = time.gmtime
 
 
 class _Quiet(RotatingFileHandler):
-    """A full disk costs lines of the log, and never what is logged about."""
+    """A handler that ignores its own errors: on a full disk, log lines are lost and the program continues."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         return
 
 
 class Log:
-    """One log; may be written by many threads at once."""
+    """One log file. Several threads may write to it."""
 
     def __init__(self, path: Path, most: int = MOST_BYTES, older: int = OLDER) -> None:
         self.path = path
@@ -49,14 +50,14 @@ class Log:
         self._handler.setFormatter(_TEXT)
 
     def write(self, text: str) -> None:
-        """Add each line of a text; what does not print is written as its escape, colours are left out."""
+        """Write each line of a text. Characters that do not print are escaped, and colour codes are removed."""
         for line in _COLOURS.sub("", text).splitlines():
             if line.strip():
                 shown = clean_text(line.rstrip(), _LONGEST)
                 self._handler.handle(logging.makeLogRecord({"msg": shown, "levelno": logging.INFO}))
 
     def close(self) -> None:
-        """Let go of the file; what is written later opens it again."""
+        """Close the file. A later write opens it again."""
         with suppress(OSError):
             self._handler.close()
 
@@ -67,7 +68,7 @@ class Log:
         self.close()
 
     def tail(self, count: int) -> list[str]:
-        """The newest lines, oldest first; an older file is read when the newest has too few."""
+        """Return the newest lines, oldest first. If the newest file has too few, an older one is read too."""
         found: list[str] = []
         for path in (self.path, self.path.with_name(f"{self.path.name}.1")):
             if len(found) < count and path.exists():
@@ -77,19 +78,19 @@ class Log:
 
 @dataclass(frozen=True)
 class Logs:
-    """A server's logs; ``folder`` is its home."""
+    """The logs of a server whose home is ``folder``."""
 
     folder: Path
 
     def server(self, count: int) -> list[str]:
-        """The newest lines of the server and of Flower below it, in the order of their moments."""
+        """Return the newest lines of the server and of Flower, sorted by time."""
         own = [(line, "server") for line in Log(self.folder / "server.log").tail(count)]
         flower = [(line, "flower") for line in Log(self.folder / "flower" / "superlink.log").tail(count)]
-        merged = sorted(own + flower, key=lambda one: one[0].partition(" ")[0])  # stable: lines of a second stay so
+        merged = sorted(own + flower, key=lambda one: one[0].partition(" ")[0])  # stable within a second
         return [_marked(line, source) for line, source in merged][-count:]
 
     def run(self, run: str, count: int) -> list[str]:
-        """The newest lines of the process that coordinates a run; none before it began."""
+        """Return the newest lines of the process that coordinates a run; an empty list before it starts."""
         return Log(_of_run(run)).tail(count)
 
 
@@ -103,7 +104,7 @@ def _of_run(run: str) -> Path:
 
 
 def copy_output_to_log(process: "subprocess.Popen[bytes]", log: Log) -> threading.Thread:
-    """Put what a child, and whoever inherits its output, prints into a log until all of them have ended."""
+    """Start a thread that copies the output of a child process to a log, until all that inherit the pipe have ended."""
 
     def pump() -> None:
         assert process.stdout is not None
@@ -117,7 +118,7 @@ def copy_output_to_log(process: "subprocess.Popen[bytes]", log: Log) -> threadin
 
 
 class _Lines(io.TextIOBase):
-    """Passes text on to where it went before, and whole lines of it to a log."""
+    """A text stream that forwards its text to another stream, and copies whole lines to a log."""
 
     def __init__(self, before: io.TextIOBase, log: Log) -> None:
         self._before, self._log, self._begun = before, log, ""
@@ -135,7 +136,7 @@ class _Lines(io.TextIOBase):
 
 @contextmanager
 def record_output(run: str) -> Iterator[None]:
-    """Keep what this process prints while the block lasts, and what it raises, in the run's log."""
+    """Copy the output and the exceptions of this process inside the block to the run's log."""
     path = _of_run(run)
     path.parent.mkdir(parents=True, exist_ok=True)
     with Log(path) as log:

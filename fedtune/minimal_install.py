@@ -1,7 +1,8 @@
-"""A device's thin install: what fedtune requires, without what only servers, pictures and re-basin use.
+"""The minimal install for a device: the requirements of fedtune without those that only servers, images or re-basin
+use.
 
-pip knows no extra that takes away, and Flower itself requires a web server and a database; so a thin install is a list
-of exact versions that pip is told not to add to (``--no-deps``).
+pip has no extras that remove requirements, and Flower itself requires a web server and a database. So a minimal install
+is a list of exact versions that is installed with ``--no-deps``.
 """
 
 from importlib.metadata import distribution
@@ -29,11 +30,13 @@ EXCLUDED_PACKAGES = frozenset(
         "uvicorn",
     }
 )
-"""Distributions, by normalised name; what only they require stays away with them."""
+"""Excluded distributions, by normalised name. Requirements of these alone are excluded too."""
 
 
 def list_requirements() -> list[str]:
-    """``name==version`` of everything a device needs, as installed here, in order; fedtune itself is among them."""
+    """Return ``name==version`` of every distribution that a device needs, as installed here, sorted; including
+    fedtune.
+    """
     from packaging.utils import canonicalize_name
 
     found: dict[str, str] = {}
@@ -50,7 +53,7 @@ def list_requirements() -> list[str]:
 
 
 def _required(name: str, extras: frozenset[str]) -> list[tuple[str, frozenset[str]]]:
-    """The distributions, with their extras, that one with these extras requires on this machine."""
+    """Return the distributions, with their extras, that a distribution with these extras requires on this machine."""
     from packaging.requirements import Requirement
 
     parsed = [Requirement(text) for text in distribution(name).requires or []]
@@ -62,7 +65,7 @@ def _holds(marker: "Marker | None", extras: frozenset[str]) -> bool:
 
 
 def explain_missing_module(module: str) -> str | None:
-    """The sentence for a module that a thin install leaves out; None for any other."""
+    """Return the message for a module that a minimal install excludes; None for any other module."""
     if module.partition(".")[0].replace("_", "-").lower() not in EXCLUDED_PACKAGES:
         return None
     return f"{module} is not installed, since this is a device's thin install; for this command: pip install fedtune"

@@ -1,4 +1,4 @@
-"""A run's process ends with the server that looks after it: Flower's own would wait for its SuperLink for ever."""
+"""Ends a run's process when its server ends. Flower's own process would wait for its SuperLink forever."""
 
 import os
 import threading
@@ -13,13 +13,13 @@ _LOOK_SECONDS = 0.5
 
 
 def make_parent_environment() -> dict[str, str]:
-    """Environment by which processes below this one know it, also after its number went to another process."""
+    """Return an environment that identifies this process to its descendants, even if its process id is reused."""
     own = psutil.Process()
     return {_VARIABLE: f"{own.pid} {own.create_time()}"}
 
 
 def exit_when_parent_dies() -> None:
-    """End this process as soon as the one whose lifeline it holds is gone, if it holds one."""
+    """Exit this process when the parent named in the environment is gone. Do nothing if none is named."""
     if _VARIABLE in os.environ:
         pid, created = os.environ[_VARIABLE].split()
         threading.Thread(target=_watch, args=(int(pid), float(created)), daemon=True).start()

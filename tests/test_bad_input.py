@@ -67,7 +67,7 @@ def assert_no_trace(home: Path) -> None:
 
 
 TEXT = ("task=text-classification", 'model.source="path:{folder}/bert"')
-VERDICTS = [f"text {row},{'no' if row % 2 else 'yes'}" for row in range(40)]
+VERDICTS = [f"the film {row % 20} was {'dull,no' if row % 2 else 'fine,yes'}" for row in range(40)]
 
 
 @pytest.mark.parametrize(

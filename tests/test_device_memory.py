@@ -33,7 +33,9 @@ def task(recipe: Recipe) -> Any:
     shop = get_run_context(text)
     payload = pack(get_model_state(shop.model, shop.shared_names))
     clear_run_context()
-    return SimpleNamespace(request={"recipe": text, "round": 1, "client": 0, "labels": "[]"}, payload=payload)
+    return SimpleNamespace(
+        request={"recipe": text, "round": 1, "client": 0, "run_id": "", "label_names": "[]"}, payload=payload
+    )
 
 
 def wide(folder: Path) -> Any:

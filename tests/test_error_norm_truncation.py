@@ -124,6 +124,8 @@ def test_what_it_cannot_filter_is_refused() -> None:
         techniques.apply_techniques(chosen("error-norm-truncation+full"), FAMILIES["bert"].model(), TEXT, 0)
     with pytest.raises(RecipeError, match="two rules for the same tokens"):
         chosen("error-norm-truncation+full", threshold=1.3, fraction=0.1)
+    with pytest.raises(ModelError, match="preference has a loss of its own"):
+        techniques.apply_techniques(chosen("error-norm-truncation+full"), llama(), get_task("preference"), 0)
     model = llama()
     model.forward = lambda **given: given
     with pytest.raises(ModelError, match="computes its loss by itself"):

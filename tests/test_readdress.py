@@ -60,7 +60,7 @@ def test_init_again_changes_the_address_and_nothing_else(place: ServerHome) -> N
 def test_init_again_without_an_address_or_with_one_that_is_none_changes_nothing(place: ServerHome) -> None:
     before = {path: path.read_bytes() for path in place.folder.iterdir() if path.is_file()}
     for options, words in (
-        ((), "is a server's home already; change its address with --name or --listen"),
+        ((), "is a server's home already; change its address with --hostname or --listen"),
         (("--name", "a" * 300), "neither a host name nor an address"),
         (("--listen", "nowhere"), "listen is 'nowhere'"),
     ):

@@ -37,7 +37,7 @@ def with_line(old: str, new: str) -> str:
         ("memory: 2GiB", "memory: 2XB", "a.yaml, line 10: devices.1.memory is '2XB': could not interpret byte unit"),
         ("  source: path:nowhere", "  dtype: float32", "a.yaml, line 3: the key 'model.source' is missing"),
         ("task: text-classification\n", "", "a.yaml: the key 'task' is missing"),
-        ("text-classification", "regression", "a.yaml, line 2: task: there is no 'regression'; allowed: image-class"),
+        ("text-classification", "regression", "a.yaml, line 2: task: there is no 'regression'; allowed: feature-extr"),
         ("name: example\n", "name: An Example\n", "a.yaml, line 1: name is 'An Example', but must match pattern"),
         ("lora: {rank: 4}", "lora: 4", "line 13: train.techniques.0.settings is 4, but must be a mapping of keys to"),
         ("lora: {rank: 4}", "3", "a.yaml, line 13: train.techniques.0 is 3, but must be a mapping of keys to values"),

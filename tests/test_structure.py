@@ -36,7 +36,6 @@ MANY_PARAMETERS = {
     "create_run": "one keyword for each column that is known when a run begins",
     "make_conv_norm": "the arguments of torch's convolution",
     "__init__": "an inverted residual block: the columns of the table in the MobileNetV3 paper",
-    # The rest waits for values that travel together: a client's round, a run's context, a merge's settings.
 }
 BARE_NAMES = split_words(
     "about after at before beside between by for from in into of on only out over past per than till to under until "

@@ -3,14 +3,25 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerFast
 
 from fedtune import tasks
+from fedtune.data import Table, Values
+from fedtune.data.column import objects
+from fedtune.data.encoded_words import encode_words
 from fedtune.errors import DataError, ModelError, RecipeError
 from fedtune.export import export_model
 from fedtune.recipe.schema import Unit
@@ -132,13 +143,69 @@ def test_the_result_loads_in_plain_transformers(case: str, home: Path, tmp_path:
     torch.testing.assert_close(_first_output(loaded(**inputs)).detach(), expected, rtol=0, atol=1e-5)
     if shop.corpus.label_names:
         assert tuple(loaded.config.id2label.values()) == shop.corpus.label_names
-    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("red cat")["input_ids"]
+    if shop.task.reads_text:
+        assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("red cat")["input_ids"]
 
 
 def _first_output(found: Any) -> Tensor:
     """Logits, or the hidden states of a model without a head."""
     output: Tensor = found.logits if hasattr(found, "logits") else found.last_hidden_state
     return output
+
+
+def test_preferences_are_compared_with_the_model_that_the_run_starts_from(home: Path, tmp_path: Path) -> None:
+    """Equation 7 of the DPO paper, token by token in float64, before and after the weights have moved."""
+    shop = context("preference", tmp_path)
+    batch = shop.train.make_batch(range(3))
+
+    def slow(row: int) -> float:
+        length = int(batch["attention_mask"][row].sum())
+        ids, labels = batch["input_ids"][row, :length], batch["labels"][row, :length]
+        with torch.no_grad():
+            scores = shop.model.eval()(input_ids=ids[None]).logits[0].double().log_softmax(-1)
+        return sum(float(scores[at - 1, ids[at]]) for at in range(1, length) if labels[at] != -100)
+
+    start = [slow(row) for row in range(6)]
+    torch.testing.assert_close(batch["references"], torch.tensor(start), rtol=1e-5, atol=1e-5)
+    assert float(shop.task.compute_loss(shop.model, batch).detach()) == pytest.approx(math.log(2), rel=1e-5)
+    with torch.no_grad():
+        for parameter in shop.model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    now = [slow(row) for row in range(6)]
+    margins = [0.5 * ((now[row] - start[row]) - (now[row + 3] - start[row + 3])) for row in range(3)]
+    wanted = sum(math.log1p(math.exp(-margin)) for margin in margins) / 3
+    assert float(shop.task.compute_loss(shop.model, batch).detach()) == pytest.approx(wanted, rel=1e-4)
+    scores = shop.task.score_batch(shop.model, batch, None)
+    assert [score.output for score in scores] == pytest.approx(margins, rel=1e-3)
+    with pytest.raises(RuntimeError, match="encoded before the model is trained"):
+        shop.encode_source(f"jsonl:{tmp_path}/data.jsonl", {})
+
+
+def test_a_prompt_loses_its_beginning_where_the_text_is_too_long(home: Path, tmp_path: Path) -> None:
+    recipe = task_recipe("preference", tmp_path, "train.max_length=6")
+    batch = tasks.encode_examples(tasks.load_data(recipe).train, recipe, tasks.load_reader(recipe)).make_batch([0])
+    names = tasks.load_reader(recipe).convert_ids_to_tokens(batch["input_ids"][0].tolist())
+    assert names[2:] == ["runs", "to", "rome", "[SEP]"]
+    assert batch["labels"][0].tolist()[:2] == [-100, -100]
+    assert "references" not in batch
+
+
+@pytest.mark.parametrize(
+    ("change", "length", "sentence"),
+    [
+        ({"rejected": "runs to rome"}, 16, "row 1 has the same text chosen and rejected"),
+        ({"chosen": "runs " * 20}, 16, "row 1 has a completion of 21 tokens, which leaves no token of its prompt"),
+    ],
+)
+def test_pairs_that_say_nothing_are_refused(
+    change: dict[str, str], length: int, sentence: str, home: Path, tmp_path: Path
+) -> None:
+    recipe = task_recipe("preference", tmp_path, f"train.max_length={length}")
+    row = {"prompt": "red cat", "chosen": "runs to rome", "rejected": "sits in oslo"} | change
+    rows = [row | {"prompt": f"red n{number}"} for number in range(60)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match=sentence):
+        tasks.encode_examples(tasks.load_data(recipe).train, recipe, tasks.load_reader(recipe))
 
 
 def test_a_pair_is_told_apart_by_its_segments(home: Path, tmp_path: Path) -> None:
@@ -227,12 +294,77 @@ def test_partners_are_ranked_among_all_that_are_scored() -> None:
     """The first text is nearest to its own partner; the second to the first one's, so that its own ranks second."""
     task = tasks.get_task("feature-extraction")
     east, north, between = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), torch.tensor([0.8, 0.6])
-    sums = tasks.ScoreSums(2, 0, 0.0, [(east, east, 1.0), (between, north, 1.0)])
+    sums = tasks.ScoreSums(2, 0, 0.0, [(east, east, 1.0, (1, 5)), (between, north, 1.0, (2, 6))])
     found = task.compute_metrics(sums)
     assert found["accuracy"] == 0.5
     assert found["mrr"] == 0.75
-    wanted = torch.nn.functional.cross_entropy(torch.tensor([[20.0, 0.0], [16.0, 12.0]]), torch.tensor([0, 1]))
+    wanted = F.cross_entropy(torch.tensor([[20.0, 0.0], [16.0, 12.0]]), torch.tensor([0, 1]))
     assert found["loss"] == pytest.approx(float(wanted))
+
+
+def test_pairs_that_share_a_text_are_no_wrong_answers_to_each_other() -> None:
+    """Two questions with one answer: without their neighbours each pair is found for certain."""
+    task = tasks.get_task("feature-extraction")
+    model = SimpleNamespace(last_hidden_state=None)
+    ids = torch.tensor([[4, 5, 0], [4, 6, 0], [4, 7, 8], [9, 9, 0], [9, 9, 0], [3, 3, 3]])
+    states = F.one_hot(ids, 12).float()
+
+    def run(input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
+        model.last_hidden_state = states
+        return model
+
+    batch = {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": torch.ones(3)}
+    first, second = (F.normalize((states * (ids != 0)[..., None]).sum(1), dim=-1)).chunk(2)
+    wanted = []
+    for row, others in enumerate([[0, 2], [1, 2], [0, 1, 2]]):
+        scores = torch.stack([20 * first[row] @ second[other] for other in others])
+        wanted.append(float(scores.logsumexp(0) - 20 * first[row] @ second[row]))
+    found = task.compute_loss(run, batch)  # type: ignore[arg-type]
+    assert float(found) == pytest.approx(sum(wanted) / 3, rel=1e-6)
+    assert math.isfinite(float(found))
+
+
+@pytest.mark.parametrize("case", ["text-classification, several", "text-classification, number"])
+def test_losses_on_real_numbers_have_gradients_in_bfloat16(case: str, home: Path, tmp_path: Path) -> None:
+    shop = context(case, tmp_path, "model.dtype=bfloat16")
+    loss = compute_step_loss(shop.task, shop.model.train(), shop.train.make_batch(range(3)))
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert any(one.grad is not None and one.grad.any() for one in shop.model.parameters())
+
+
+def test_the_loss_on_real_numbers_is_transformers_own(home: Path, tmp_path: Path) -> None:
+    for case in ("text-classification, several", "text-classification, number"):
+        (tmp_path / case).mkdir()
+        shop = context(case, tmp_path / case)
+        batch = shop.train.make_batch(range(5))
+        with torch.no_grad():
+            own = shop.task.compute_loss(shop.model.eval(), batch)
+            assert float(own) == pytest.approx(float(shop.model(**batch).loss), rel=1e-6)
+
+
+def test_numbered_labels_keep_the_order_of_their_numbers(home: Path, tmp_path: Path) -> None:
+    recipe = task_recipe("text-classification, several", tmp_path)
+    rows = [{"text": f"red n{row}", "label": [row % 12, 2]} for row in range(60)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    assert tasks.load_data(recipe).label_names == tuple(map(str, range(12)))
+
+
+def test_words_have_the_tokens_that_they_have_in_running_text() -> None:
+    """Byte-level tokenizers mark the space before a word, which a word on its own lacks."""
+    core = Tokenizer(BPE(unk_token=None))
+    core.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    core.decoder = ByteLevelDecoder()
+    trainer = BpeTrainer(vocab_size=300, special_tokens=["<pad>"], initial_alphabet=ByteLevel.alphabet())
+    core.train_from_iterator(["ann runs to rome rome"] * 50, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>")
+    words = ["ann", "runs", "to", "rome", "rome"]
+    table = Table(
+        {"words": Values(objects([words])), "tags": Values(objects([[1, 0, 0, 2, 3]]))},
+    )
+    batch = encode_words(table, tokenizer, 16).make_batch([0])
+    assert batch["input_ids"][0].tolist() == tokenizer(" ".join(words))["input_ids"]
+    assert batch["labels"][0].tolist() == [1, 0, 0, 2, 3]
 
 
 def test_numbers_are_scored_by_correlation_and_squared_error() -> None:
@@ -304,6 +436,14 @@ def test_a_tokenizer_without_a_mask_token_is_refused(home: Path, tmp_path: Path)
     tokenizer = tasks.load_reader(recipe)
     tokenizer.mask_token = None
     with pytest.raises(ModelError, match="has no mask token, which fill-mask needs"):
+        tasks.encode_examples(tasks.load_data(recipe).train, recipe, tokenizer)
+
+
+def test_a_tokenizer_that_runs_two_texts_into_one_is_refused(home: Path, tmp_path: Path) -> None:
+    recipe = task_recipe("text-classification, pair", tmp_path)
+    tokenizer = tasks.load_reader(recipe)
+    tokenizer.backend_tokenizer.post_processor = None
+    with pytest.raises(ModelError, match="puts nothing between the two texts of a pair"):
         tasks.encode_examples(tasks.load_data(recipe).train, recipe, tokenizer)
 
 

@@ -15,6 +15,7 @@ from fedtune.errors import RecipeError
 from fedtune.recipe.task_settings import list_task_names
 from fedtune.recipe.unit_registry import list_unit_names, read_unit_card
 from fedtune.tasks import ScoreSums, Task, get_task
+from fedtune.training.resolve import resolve_recipe
 from tests.data_examples import a_recipe
 from tests.families import FAMILIES
 
@@ -57,7 +58,7 @@ def test_names_are_listed_without_importing_a_task_or_torch() -> None:
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "feature-extraction"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("feature-extraction", "preference")])
 def test_each_example_is_scored_as_a_slow_twin_scores_it(name: str) -> None:
     task = get_task(name)
     random = torch.Generator().manual_seed(4)
@@ -118,3 +119,13 @@ def test_the_room_s_functions_ask_the_recipe_s_task() -> None:
     recipe = a_recipe("task=text-generation")
     assert tasks.load_class_names(recipe) == ()
     assert tasks.resolve_reader(recipe) is recipe
+
+
+def test_a_recipe_may_name_the_metric_that_counts() -> None:
+    """By default it is the task's; one that the task does not have is refused with the nearest."""
+    assert resolve_recipe(a_recipe()).evaluation.main_metric == "accuracy"
+    assert resolve_recipe(a_recipe("task=text-generation")).evaluation.main_metric == "perplexity"
+    named = resolve_recipe(a_recipe("evaluation={metrics: [f1], main_metric: f1}"))
+    assert named.evaluation.main_metric == "f1"
+    with pytest.raises(RecipeError, match=r"main_metric: text-classification has no 'acuracy'; did you mean"):
+        resolve_recipe(a_recipe("evaluation.main_metric=acuracy"))

@@ -65,13 +65,13 @@ def simulate(
     url = store or get_default_url()
     with Store.open(url) as opened:
         if recipe is not None:
-            run, shop = _begin(opened, export_base_run(_resolved(recipe, added), url, new=True), engine)
+            run, context = _begin(opened, export_base_run(_resolved(recipe, added), url, new=True), engine)
         elif rounds is not None:
-            run, shop = _extend(opened, str(extended), rounds, url)
+            run, context = _extend(opened, str(extended), rounds, url)
         else:
-            run, shop = _reopen(opened, str(resumed), url)
-        _execute(shop, run, url, opened.run(run).engine, workers)
-        _show(opened, shop, run, as_json)
+            run, context = _reopen(opened, str(resumed), url)
+        _execute(context, run, url, opened.run(run).engine, workers)
+        _show(opened, context, run, as_json)
 
 
 def _resolved(path: Path, overrides: tuple[str, ...]) -> "Recipe":
@@ -88,26 +88,26 @@ def _begin(store: "Store", recipe: "Recipe", engine: str) -> tuple[str, "RunCont
     """Build everything first, so that a run that cannot start leaves no row in the store."""
     from fedtune.tracking import new_run_id
 
-    shop = _workshop(recipe)
+    context = _build_context(recipe)
     run = new_run_id(recipe.name)
     store.create_run(
         id=run,
         name=recipe.name,
-        recipe=shop.recipe.model_dump_json(),
+        recipe=context.recipe.model_dump_json(),
         seed=recipe.seed,
         engine=engine,
         rounds_planned=recipe.federation.rounds,
     )
-    return run, shop
+    return run, context
 
 
 def _reopen(store: "Store", reference: str, url: str) -> tuple[str, "RunContext"]:
     from fedtune.cli.cached_export import export_base_run
 
     found = store.run(reference)
-    shop = _workshop(export_base_run(_read_recorded(found), url))
+    context = _build_context(export_base_run(_read_recorded(found), url))
     store.reopen(found.id)
-    return found.id, shop
+    return found.id, context
 
 
 def _read_recorded(run: "RunRecord") -> "Recipe":
@@ -139,26 +139,26 @@ def _extend(store: "Store", reference: str, rounds: int, url: str) -> tuple[str,
         )
     federation = recipe.federation.model_copy(update={"rounds": rounds})
     longer = recipe.model_copy(update={"federation": federation})
-    shop = _workshop(longer)
+    context = _build_context(longer)
     with claim_run(found.id):
         store.extend(found.id, longer.model_dump_json(), rounds)
     if recipe.train.lr_schedule != "constant":
         factor = compute_lr_factor(longer.train, found.rounds_planned / rounds)
         start = f"round {found.rounds_planned + 1} starts at {factor:.2g} of train.lr"
         click.echo(f"the {recipe.train.lr_schedule} schedule now covers {rounds} rounds: {start}", err=True)
-    return found.id, shop
+    return found.id, context
 
 
-def _workshop(recipe: "Recipe") -> "RunContext":
+def _build_context(recipe: "Recipe") -> "RunContext":
     from fedtune.server.recipe_check import build_run_context
 
     if sys.stderr.isatty():
         click.echo(f"reading {recipe.data.source} and {recipe.model.source}", err=True)
-    shop = build_run_context(recipe)
-    _ = shop.client_rows, shop.train
-    for note in shop.corpus.notes:
+    context = build_run_context(recipe)
+    _ = context.client_rows, context.train
+    for note in context.corpus.notes:
         click.echo(f"warning: {note}", err=True)
-    return shop
+    return context
 
 
 def _execute(context: "RunContext", run: str, url: str, engine: str, workers: int | None) -> None:
@@ -189,10 +189,9 @@ def _show(store: "Store", context: "RunContext", run: str, as_json: bool) -> Non
     from fedtune import paths
     from fedtune.cli.domain_table import make_domain_rows, show_domain_table
     from fedtune.cli.privacy_text import describe_privacy
-    from fedtune.tasks import get_task
     from fedtune.tracking.run_plot import draw_runs
 
-    figure = get_task(context.recipe.task).main_metric
+    figure = context.main_metric
     console = Console(markup=False)
     console.print()
     if rows := make_domain_rows(

@@ -1,4 +1,4 @@
-"""Where examples come from, how they are parted and split over clients, and how they become tensors."""
+"""Reading data sources, splitting and partitioning the examples, and encoding them as tensors."""
 
 from fedtune.data.column import Values
 from fedtune.data.encoded_dataset import EncodedDataset

@@ -1,4 +1,4 @@
-"""A column as ``datasets`` keeps it: arrow chunks, which may lie on the disk and be mapped from there."""
+"""A column backed by the Arrow chunks of ``datasets``, which may be memory-mapped from disk."""
 
 from itertools import pairwise
 from typing import Any, final
@@ -14,7 +14,7 @@ __all__ = ["Arrow"]
 
 @final
 class Arrow(Column):
-    """Chunks, and which of their rows are meant; nothing is copied until it is asked for."""
+    """Arrow chunks and an optional selection of their rows. Values are copied only when they are read."""
 
     def __init__(self, chunks: pa.ChunkedArray, rows: Rows | None = None) -> None:
         self._chunks, self._rows = chunks, rows
@@ -26,7 +26,7 @@ class Arrow(Column):
         return self._chunks[row if self._rows is None else int(self._rows[row])].as_py()
 
     def take(self, rows: Rows) -> "Arrow":
-        """Some rows."""
+        """Select rows."""
         return Arrow(self._chunks, rows if self._rows is None else self._rows[rows])
 
     def _settled(self) -> pa.ChunkedArray:
@@ -37,17 +37,17 @@ class Arrow(Column):
         return _take_ascending(self._chunks, self._rows)
 
     def values(self) -> list[Any]:
-        """All of them."""
+        """Return all values as a list."""
         found: list[Any] = self._settled().to_pylist()
         return found
 
     def find_missing_row(self) -> int | None:
-        """Without making Python's values of those that are there."""
+        """Return the first row that is null, without converting the other values to Python objects."""
         settled = self._settled()
         return pc.index(settled.is_null(), pa.scalar(True)).as_py() if settled.null_count else None
 
     def texts(self) -> "Arrow":
-        """As arrow writes them."""
+        """Cast the values to strings as Arrow does; TypeError for nested or uncastable types."""
         if self.nested:
             raise TypeError(f"{self.nested} is no text")
         try:
@@ -56,12 +56,12 @@ class Arrow(Column):
             raise TypeError(str(error)) from error
 
     def pictures(self) -> "Arrow":
-        """By the columns' own buffers."""
+        """Convert the values to image records, reusing the buffers of the column; TypeError for other types."""
         return Arrow(pa.chunked_array([_pictures(chunk) for chunk in self._chunks.chunks], _PICTURE), self._rows)
 
     @property
     def nested(self) -> str:
-        """Arrow's name of the type."""
+        """Return Arrow's name of a nested type, or an empty string."""
         return str(self._chunks.type) if pa.types.is_nested(self._chunks.type) else ""
 
 

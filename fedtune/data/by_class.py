@@ -1,7 +1,7 @@
-"""The Dirichlet partition: every class is shared out over the clients in proportions of its own.
+"""The Dirichlet partition: each class is shared among clients in proportions from a Dirichlet distribution.
 
-Li et al. 2022, "Federated Learning on Non-IID Data Silos" (NIID-Bench), arXiv 2102.02079, section 3.2, with its
-minimum per client; whole groups take the place of examples.
+Li et al. 2022, "Federated Learning on Non-IID Data Silos" (NIID-Bench), arXiv 2102.02079, section 3.2, including its
+minimum per client. Here whole groups are assigned instead of single examples.
 """
 
 import numpy as np
@@ -19,9 +19,9 @@ _TRIES = 200
 
 
 def by_class(labels: Ints, sizes: Ints, settings: Dirichlet, clients: int, rng: Generator) -> Ints:
-    """The client [groups] that owns each group of examples, by the groups' ``labels`` and ``sizes``.
+    """Return the client [groups] that owns each group, given the label and the size of each group.
 
-    DataError when so many draws leave a client short of ``min_examples``.
+    Raises DataError when no draw gives every client ``min_examples``.
     """
     fewest = 0
     for _ in range(_TRIES):
@@ -37,7 +37,11 @@ def by_class(labels: Ints, sizes: Ints, settings: Dirichlet, clients: int, rng: 
 
 
 def _draw(labels: Ints, sizes: Ints, settings: Dirichlet, clients: int, rng: Generator) -> Ints:
-    """One draw; groups of a class go in a random order to the clients whose share of its examples they begin in."""
+    """Draw one assignment of groups to clients.
+
+    The groups of a class are shuffled and laid end to end. A group goes to the client whose share contains its first
+    example.
+    """
     owner = np.full(len(labels), -1, np.int64)
     held = np.zeros(clients)
     for label in np.unique(labels):
@@ -53,7 +57,10 @@ def _draw(labels: Ints, sizes: Ints, settings: Dirichlet, clients: int, rng: Gen
 
 
 def _still_open(proportions: NDArray[np.float64], still: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """The proportions of clients that may get more; these share evenly where none of them drew anything."""
+    """Return the proportions limited to clients that may get more examples, summing to 1.
+
+    These clients share evenly when none of them drew a positive proportion.
+    """
     kept = np.where(still, proportions, 0.0)
     if not kept.sum():
         kept = still.astype(float) if still.any() else proportions

@@ -1,4 +1,4 @@
-"""A column of examples: what the rest of this room asks of it, and the plain one, kept by numpy."""
+"""The interface of a column of examples, and its NumPy implementation."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,22 +16,22 @@ _TOGETHER = 1000
 
 
 class Column(ABC):
-    """Values of one kind, one per example; None where there is none."""
+    """Values of one type, one per example. A missing value is None."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def __getitem__(self, row: int) -> Any:
-        """One value as Python has it."""
+        """Return one value as a Python object."""
 
     @abstractmethod
     def take(self, rows: Rows) -> "Column":
-        """Some rows, in their order."""
+        """Select rows in the given order."""
 
     @abstractmethod
     def values(self) -> list[Any]:
-        """All values as Python has them."""
+        """Return all values as Python objects."""
 
     def iter_values(self) -> Iterator[Any]:
         """All values as Python has them, a few at a time."""
@@ -40,29 +40,29 @@ class Column(ABC):
 
     @abstractmethod
     def texts(self) -> "Column":
-        """The same as text; TypeError for values that are made of several."""
+        """Return the values as strings; TypeError for nested values."""
 
     @abstractmethod
     def pictures(self) -> "Column":
-        """Paths, encoded bytes or both as pictures: ``bytes`` and ``path``; TypeError for anything else."""
+        """Return image records with ``bytes`` and ``path``, made from paths, encoded bytes or both; else TypeError."""
 
     @property
     @abstractmethod
     def nested(self) -> str:
-        """What its values are where each is made of several; else nothing."""
+        """The type name of nested values such as lists or mappings; an empty string for scalar values."""
 
     def find_missing_row(self) -> int | None:
-        """The first row without a value."""
+        """Return the index of the first row without a value, or None."""
         return next((row for row, value in enumerate(self.values()) if value is None), None)
 
     def unique(self) -> list[Any]:
-        """The different values, as they come."""
+        """Return the distinct values in order of appearance."""
         return list(dict.fromkeys(self.values()))
 
 
 @final
 class Values(Column):
-    """An array [n] of numbers or of any values, or grey pictures [n, height, width]."""
+    """An array [n] of numbers or objects, or of grey images [n, height, width]."""
 
     def __init__(self, array: NDArray[Any]) -> None:
         self.array = array
@@ -75,31 +75,31 @@ class Values(Column):
         return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
 
     def take(self, rows: Rows) -> "Values":
-        """Some rows."""
+        """Select rows."""
         return Values(self.array[rows])
 
     def values(self) -> list[Any]:
-        """All of them."""
+        """Return all values as a list."""
         found: list[Any] = self.array.tolist()
         return found
 
     def find_missing_row(self) -> int | None:
-        """Numbers are never missing."""
+        """Return the first row that is None. Arrays of numbers have no missing values."""
         return super().find_missing_row() if self.array.dtype == object else None
 
     def texts(self) -> "Values":
-        """As Python writes them."""
+        """Convert each value with ``str``; TypeError for nested values."""
         if self.nested:
             raise TypeError(f"{self.nested} is no text")
         return Values(objects(value if isinstance(value, str) else str(value) for value in self.values()))
 
     def pictures(self) -> "Values":
-        """Each value for itself."""
+        """Convert each value with ``as_picture``."""
         return Values(objects(as_picture(value) for value in self.values()))
 
     @property
     def nested(self) -> str:
-        """By the first value that is there."""
+        """The type name of nested values, taken from the first value that is not None."""
         if self.array.ndim > 1:
             return "array"
         first = next((value for value in self.array if value is not None), None)
@@ -107,7 +107,7 @@ class Values(Column):
 
 
 def objects(values: Iterable[Any]) -> NDArray[Any]:
-    """An array of whatever the values are."""
+    """Return an object array [n] of the values."""
     kept = list(values)
     array = np.empty(len(kept), object)
     for place, value in enumerate(kept):
@@ -116,7 +116,7 @@ def objects(values: Iterable[Any]) -> NDArray[Any]:
 
 
 def as_picture(value: Any) -> dict[str, Any]:
-    """A path, encoded bytes or both as a picture; TypeError for anything else."""
+    """Return an image record from a path, encoded bytes or both; TypeError for anything else."""
     if isinstance(value, str | PurePath):
         return {"bytes": None, "path": str(value)}
     if isinstance(value, bytes):
@@ -127,7 +127,7 @@ def as_picture(value: Any) -> dict[str, Any]:
 
 
 def concatenate_columns(columns: Sequence[Column]) -> Column:
-    """Columns of the same kind, one after another."""
+    """Concatenate columns of the same type."""
     if len(columns) == 1:
         return columns[0]
     arrays = [column.array for column in columns if isinstance(column, Values)]

@@ -1,8 +1,8 @@
-"""From a source's own columns to the canonical ones.
+"""Renames the columns of a source to the canonical names.
 
-``text``, ``text_pair`` and ``target`` are texts, ``image`` is a picture, ``words`` a list of words. ``label`` is one
-class, ``labels`` are several, ``number`` is a real number, and ``tags`` has a class for each word. Rows of a ``group``
-stay together, and results are reported per ``domain``.
+``text``, ``text_pair``, ``target``, ``prompt``, ``chosen`` and ``rejected`` are strings, ``image`` is an image, and
+``words`` is a list of words. ``label`` is one class, ``labels`` are several classes, ``number`` is a real number, and
+``tags`` has one class per word. Rows of the same ``group`` stay together. Results are reported per ``domain``.
 """
 
 from collections.abc import Sequence
@@ -16,16 +16,16 @@ from fedtune.recipe.validation_errors import suggest_nearest
 __all__ = ["get_canonical_column_name", "rename_columns"]
 
 _KEYS = {"labels": "label", "number": "label"}
-"""The setting that names a canonical column, where it is called otherwise."""
+"""The recipe setting of a canonical column, where its name differs."""
 _AS_THEY_ARE = frozenset({"label", "labels", "number", "words", "tags"})
-"""Columns that are checked and converted together, once all splits are known."""
+"""Columns that are checked and converted later, once all splits are known."""
 Named = dict[str, tuple[str, str]]
 
 
 def rename_columns(recipe: Recipe, needed: Sequence[str], table: Table) -> Table:
-    """The columns that a task needs and those that the recipe names beside them, under their canonical names.
+    """Return the columns that the task needs and those that the recipe names, under their canonical names.
 
-    DataError when a column is missing or has a null.
+    Raises DataError when a column is missing or has a null.
     """
     columns: dict[str, Column] = {}
     kinds: dict[str, Kind] = {}
@@ -43,13 +43,13 @@ def rename_columns(recipe: Recipe, needed: Sequence[str], table: Table) -> Table
 
 
 def get_canonical_column_name(recipe: Recipe, by: str) -> str:
-    """The canonical name of the source's column ``by``."""
+    """Return the canonical name of the source's column ``by``."""
     columns = recipe.data.columns
     return {columns.label: "label", columns.domain: "domain", columns.group: "group"}.get(by, by)
 
 
 def _named(recipe: Recipe, needed: Sequence[str], present: list[str]) -> Named:
-    """Canonical name -> (the recipe's key, the source's column)."""
+    """Map each canonical name to (the recipe's key, the source's column)."""
     columns, split = recipe.data.columns, recipe.data.partition
     keys = {name: _KEYS.get(name, name) for name in needed}
     named: Named = {name: (f"data.columns.{key}", getattr(columns, key)) for name, key in keys.items()}
@@ -78,7 +78,7 @@ def _column(source: str, table: Table, key: str, column: str) -> Column:
 
 
 def _convert(name: str, column: Column, kind: Kind | None) -> tuple[Column, Kind | None]:
-    """The column and what it holds, as canonical columns have them; labels are left for later."""
+    """Convert a column to its canonical type and return it with its kind. Labels are converted later."""
     if name in _AS_THEY_ARE or (name == "image" and isinstance(kind, Greys | Pictures)):
         return column, kind
     if name == "image":

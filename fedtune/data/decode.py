@@ -1,4 +1,4 @@
-"""A stored picture as bytes of red, green and blue; what cannot be read is told by the picture's name."""
+"""Decodes images to RGB bytes. Errors name the image that cannot be read."""
 
 import io
 from collections.abc import Mapping
@@ -21,24 +21,24 @@ Bytes = NDArray[np.uint8]
 _SIXTEEN = ("I;16", "I;16L", "I;16B", "I;16N")
 _MOST_SIXTEEN = 65535
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError)
-"""What Pillow raises for files that are damaged or none of its formats."""
+"""The exceptions that Pillow raises for damaged files and unknown formats."""
 
 
 class Unreadable(DataError):  # noqa: N818
-    """A picture that cannot be decoded."""
+    """An image that cannot be decoded."""
 
 
 def describe_picture(picture: Mapping[str, Any], row: int) -> str:
-    """What a picture is called in messages: its path, or its row counted from 1."""
+    """Return the name of an image in messages: its path, or its row counted from 1."""
     return str(picture["path"]) if picture.get("path") else f"the picture in row {row + 1}"
 
 
 def decode(picture: Mapping[str, Any], name: str) -> Bytes:
-    """uint8 [height, width, 3], turned upright as its camera noted; Unreadable names a picture that cannot be read.
+    """Decode an image to uint8 [height, width, 3], rotated by its EXIF orientation.
 
-    Deeper greys, of 16 bits, are scaled to 8.
+    Grey images of 16 bits are scaled to 8 bits. Raises Unreadable with the image's name.
     """
-    import PIL.Image  # what holds no encoded pictures does without
+    import PIL.Image  # imported here: data without encoded images does not need Pillow
     import PIL.ImageOps
 
     try:
@@ -53,9 +53,10 @@ def decode(picture: Mapping[str, Any], name: str) -> Bytes:
 
 
 def readable(table: Table, *, skip: bool) -> tuple[Table, list[str]]:
-    """The pictures that are there, and with ``skip`` can be decoded, and the names of those left out.
+    """Return the table without unreadable images, and the names of the images left out.
 
-    Without ``skip`` none is left out: Unreadable names the first file that is missing.
+    With ``skip``, missing and undecodable images are left out. Without it, Unreadable is raised for the first missing
+    file.
     """
     kept: list[int] = []
     lost: list[str] = []
@@ -93,7 +94,7 @@ def _rgb(image: "PIL.Image.Image") -> Bytes:
 
 
 def _eight_bits(grey: NDArray[np.int64]) -> Bytes:
-    """0 to 65535 as 0 to 255."""
+    """Scale 0..65535 to 0..255."""
     if grey.min() < 0 or grey.max() > _MOST_SIXTEEN:
         raise ValueError("its pixels have more than 16 bits; save it with 8 or 16")
     return np.round(grey / 257).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Text files as tables: rows of fields between delimiters, or a line per example."""
+"""Reads text files as tables: delimited rows of fields, or one example per line."""
 
 import csv
 import gzip
@@ -18,23 +18,23 @@ __all__ = ["MISSING", "lines", "table"]
 
 DELIMITERS = (",", ";", "\t", "|")
 MISSING = frozenset({"na", "n/a", "nan", "null", "none", "#n/a", "?", "-"})
-"""Words that stand for no value among numbers, and only there."""
+"""Strings that mean a missing value in a column of numbers. In other columns they are ordinary text."""
 
 
 def table(
     path: Path, delimiter: str | None, encoding: str | None, wanted: Sequence[str], label: str
 ) -> tuple[dict[str, Column], str]:
-    """A table of strings as they are written; only the column ``label`` holds numbers where all its fields are some.
+    """Read a delimited file. Return its columns and the encoding if it was guessed, else an empty string.
 
-    An empty field is null, and nothing else is. The delimiter is by default the one that makes the heading name most
-    of the ``wanted`` columns. The second value says what encoding was guessed, if one was. DataError tells the row
-    that does not have as many fields as the heading.
+    All columns hold strings, except that ``label`` holds numbers if all its fields are numbers. Only an empty field is
+    null. By default the delimiter is the one whose header contains most of the ``wanted`` columns. Raises DataError
+    with the number of a row whose fields do not match the header.
     """
     text, guessed = decode_text(_content(path), encoding, str(path))
     if not text.strip():
         raise DataError(f"{path} holds no example; bring data")
-    text, told = _told_delimiter(text)
-    by = delimiter or told or _delimiter(text, wanted, path)
+    text, declared = _told_delimiter(text)
+    by = delimiter or declared or _delimiter(text, wanted, path)
     heading = _heading(text, by, path)
     found = _parsed(text, by, heading, path)
     columns: dict[str, Column] = {name: Values(objects(fields)) for name, fields in found.items()}
@@ -44,14 +44,14 @@ def table(
 
 
 def lines(path: Path, encoding: str | None) -> tuple[dict[str, Column], str]:
-    """A row for each line that is not blank, in a column ``text``."""
+    """Read a text file. Return a column ``text`` with one row per line that is not blank, and the guessed encoding."""
     text, guessed = decode_text(_content(path), encoding, str(path))
     kept = [line.rstrip("\r") for line in text.split("\n") if line.strip()]
     return {"text": Values(objects(kept))}, guessed
 
 
 def _content(path: Path) -> bytes:
-    """The file's bytes, unpacked where its ending says that it is compressed."""
+    """Return the file's bytes, decompressed if the name ends in ``.gz``."""
     try:
         content = path.read_bytes()
         return gzip.decompress(content) if path.suffix == ".gz" else content
@@ -61,14 +61,14 @@ def _content(path: Path) -> bytes:
 
 
 def _told_delimiter(text: str) -> tuple[str, str | None]:
-    """The text without a first line such as ``sep=;``, which spreadsheets write, and what that line says."""
+    """Remove a first line such as ``sep=;``, which spreadsheets write. Return the text and that delimiter, if any."""
     first, _, rest = text.partition("\n")
-    told = re.fullmatch(r"sep=(.)\r?", first)
-    return (rest, told[1]) if told else (text, None)
+    match = re.fullmatch(r"sep=(.)\r?", first)
+    return (rest, match[1]) if match else (text, None)
 
 
 def _delimiter(text: str, wanted: Sequence[str], path: Path) -> str:
-    """The delimiter whose heading has most of the wanted columns; the first of several, and of none."""
+    """Return the delimiter whose header has most of the wanted columns; the first one in a tie."""
     headings = {by: _first_row(text[: 1 << 16], by, path) for by in DELIMITERS}
     return max(DELIMITERS, key=lambda by: len({name.strip() for name in headings[by]} & set(wanted)))
 
@@ -89,7 +89,7 @@ def _first_row(text: str, delimiter: str, path: Path) -> list[str]:
 
 
 def _parsed(text: str, delimiter: str, heading: list[str], path: Path) -> dict[str, list[str | None]]:
-    """The fields of each column as they are written; an empty one is None."""
+    """Return the fields of each column as strings; None for an empty field."""
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     found: list[list[str | None]] = [[] for _ in heading]
@@ -111,7 +111,10 @@ def _parsed(text: str, delimiter: str, heading: list[str], path: Path) -> dict[s
 
 
 def _as_numbers(fields: list[str | None], path: Path, label: str) -> Column:
-    """Whole or real numbers where all fields are some; a code such as 007 stays text, without blanks around it."""
+    """Return integers or floats if all fields are numbers, else strings without surrounding blanks.
+
+    A code such as 007 is not a number.
+    """
     fields = [None if field is None else field.strip() or None for field in fields]
     values = {value for value in fields if value is not None}
     numbers = [value for value in values if _is_number(value)]

@@ -1,4 +1,4 @@
-"""What training asks of examples that are tensors already."""
+"""The interface of a data set that is encoded as tensors."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -9,17 +9,17 @@ __all__ = ["EncodedDataset"]
 
 
 class EncodedDataset(Protocol):
-    """Examples ready to be batched."""
+    """Encoded examples that can be batched."""
 
     @property
     def domains(self) -> list[str] | None:
-        """The domain of each example, where the data has any."""
+        """The domain of each example, or None."""
 
     @property
     def lengths(self) -> Tensor | None:
-        """Tokens of each example, where they differ."""
+        """The number of tokens [n] of each example, or None if all have the same shape."""
 
     def __len__(self) -> int: ...
 
     def make_batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """The model's inputs for some examples, ``labels`` among them."""
+        """Return the model's inputs and the ``labels`` of the given examples."""

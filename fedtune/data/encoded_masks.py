@@ -1,4 +1,4 @@
-"""Texts whose tokens may be hidden: special tokens have no label."""
+"""Texts for masked language modelling: every token but the special ones has a label."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,17 +19,20 @@ __all__ = ["EncodedMaskableTexts", "encode_maskable_texts"]
 
 @dataclass(frozen=True)
 class EncodedMaskableTexts(EncodedTexts):
-    """Texts and the number of the mask token."""
+    """Encoded texts and the id of the mask token."""
 
     mask_token: int = 0
 
     def make_batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """The tensors of a text and ``mask_token`` [k]."""
+        """Return the tensors of a batch of texts, and ``mask_token`` [k]."""
         return {**super().make_batch(indices), "mask_token": torch.full((len(indices),), self.mask_token)}
 
 
 def encode_maskable_texts(table: Table, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> EncodedMaskableTexts:
-    """The column ``text`` as at most ``max_length`` tokens; ModelError for a tokenizer without a mask token."""
+    """Encode the column ``text``, truncated to ``max_length`` tokens.
+
+    Raises ModelError for a tokenizer without a mask token.
+    """
     if tokenizer.mask_token_id is None:
         raise ModelError("the tokenizer has no mask token, which fill-mask needs; choose an encoder such as BERT")
     found = tokenizer(list(table["text"]), truncation=True, max_length=max_length, return_special_tokens_mask=True)

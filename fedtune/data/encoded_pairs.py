@@ -1,4 +1,4 @@
-"""Pairs of texts as token ids, each text for itself."""
+"""Pairs of texts as token ids, each text encoded on its own."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ __all__ = ["EncodedPairs", "encode_pairs"]
 
 @dataclass(frozen=True)
 class EncodedPairs:
-    """Token ids [2 n, longest] padded on the right: the first texts, then the second ones; ``labels`` [n]."""
+    """Token ids [2 n, longest] padded on the right, all first texts before all second texts; ``labels`` [n]."""
 
     ids: Tensor
     text_lengths: Tensor
@@ -30,11 +30,13 @@ class EncodedPairs:
 
     @property
     def lengths(self) -> Tensor:
-        """[n]: tokens of the longer text of each pair."""
+        """The number of tokens [n] of the longer text of each pair."""
         return self.text_lengths.reshape(2, -1).amax(0)
 
     def make_batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """input_ids and attention_mask [2 k, longest of the batch]: first texts, then second ones; labels [k]."""
+        """Return input_ids and attention_mask [2 k, longest of the batch], first texts before second texts, and labels
+        [k].
+        """
         chosen = torch.as_tensor(indices)
         rows = torch.cat([chosen, chosen + len(self)])
         lengths = self.text_lengths[rows]
@@ -44,7 +46,7 @@ class EncodedPairs:
 
 
 def encode_pairs(table: Table, tokenizer: "PreTrainedTokenizerBase", max_length: int, labels: Tensor) -> EncodedPairs:
-    """The columns ``text`` and ``text_pair``, each text cut to ``max_length`` tokens."""
+    """Encode the columns ``text`` and ``text_pair``, each text truncated to ``max_length`` tokens."""
     texts = [*table["text"], *table["text_pair"]]
     padding = int(tokenizer.pad_token_id)
     rows = [row or [padding] for row in tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]]

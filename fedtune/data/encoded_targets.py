@@ -1,4 +1,4 @@
-"""Texts with target texts as token ids, as encoder-decoder models are trained on them."""
+"""Texts and their target texts as token ids, for encoder-decoder models."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class EncodedTargets:
         return len(self.ids)
 
     def make_batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """input_ids and attention_mask [k, longest text]; labels [k, longest target] with padding at -100."""
+        """Return input_ids and attention_mask [k, longest text], and labels [k, longest target] padded with -100."""
         rows = torch.as_tensor(indices)
         lengths, targets = self.lengths[rows], self.target_lengths[rows]
         ids = self.ids[rows, : int(lengths.max())].long()
@@ -40,7 +40,7 @@ class EncodedTargets:
 
 
 def encode_targets(table: Table, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> EncodedTargets:
-    """The columns ``text`` and ``target``, each cut to ``max_length`` tokens."""
+    """Encode the columns ``text`` and ``target``, each truncated to ``max_length`` tokens."""
     padding = int(tokenizer.pad_token_id)
     ids = tokenizer(list(table["text"]), truncation=True, max_length=max_length)["input_ids"]
     targets = tokenizer(text_target=list(table["target"]), truncation=True, max_length=max_length)["input_ids"]

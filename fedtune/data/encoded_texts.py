@@ -1,4 +1,4 @@
-"""Texts as token ids: tokenised once, padded in each batch."""
+"""Texts as token ids. They are tokenised once and padded per batch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 __all__ = ["IGNORED_LABEL", "EncodedTexts", "encode_texts", "pad_rows"]
 
 IGNORED_LABEL = -100
-"""The label of a place that is not predicted, as in torch's cross entropy."""
+"""The label of a position that is not predicted; torch's cross entropy ignores it."""
 
 
 @dataclass(frozen=True)
 class EncodedTexts:
     """Token ids [n, longest] padded on the right.
 
-    ``labels`` are [n], [n, classes] or, with ``labels_per_token``, [n, longest]. Without them tokens are the labels.
-    ``segments`` [n, longest] say which of two texts a token belongs to.
+    ``labels`` are [n], [n, classes] or, with ``labels_per_token``, [n, longest]. Without labels, the tokens are the
+    labels. ``segments`` [n, longest] are the token type ids of pairs of texts.
     """
 
     ids: Tensor
@@ -38,7 +38,10 @@ class EncodedTexts:
         return len(self.ids)
 
     def make_batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """input_ids and attention_mask [k, longest of the batch]; labels, of tokens with padding at -100."""
+        """Return input_ids and attention_mask [k, longest of the batch], and labels.
+
+        Token labels are padded with -100.
+        """
         rows = torch.as_tensor(indices)
         lengths = self.lengths[rows]
         longest = int(lengths.max())
@@ -52,18 +55,25 @@ class EncodedTexts:
     def _labels(self, rows: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         if self.labels is None:
             return ids.masked_fill(~mask, IGNORED_LABEL)
-        labels = self.labels[rows]
-        return labels[:, : ids.shape[1]] if self.labels_per_token else labels
+        return self.labels[rows, : ids.shape[1]] if self.labels_per_token else self.labels[rows]
 
 
 def encode_texts(
     table: Table, tokenizer: "PreTrainedTokenizerBase", max_length: int, labels: Tensor | None = None
 ) -> EncodedTexts:
-    """The column ``text``, and ``text_pair`` behind it where there is one, as at most ``max_length`` tokens.
+    """Encode the column ``text``, followed by ``text_pair`` if there is one, truncated to ``max_length`` tokens.
 
-    Without labels a text that is not cut ends in the end token; ModelError when the tokenizer has none.
+    Without labels, the end token is appended to a text that is not truncated. Raises ModelError when the tokenizer has
+    no end token for it, or puts no separator between the texts of a pair.
     """
     pairs = list(table["text_pair"]) if "text_pair" in table.column_names else None
+    if pairs is not None and tokenizer.num_special_tokens_to_add(pair=True) == tokenizer.num_special_tokens_to_add(
+        pair=False
+    ):
+        raise ModelError(
+            "the tokenizer puts nothing between the two texts of a pair; write both into one column, or choose an "
+            "encoder such as BERT"
+        )
     found = tokenizer(list(table["text"]), pairs, truncation=True, max_length=max_length)
     rows = _end_texts(found["input_ids"], tokenizer, max_length, ends=labels is None)
     told = found.get("token_type_ids") if pairs is not None else None
@@ -73,7 +83,7 @@ def encode_texts(
 
 
 def pad_rows(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
-    """int32 [n, longest]: rows of numbers filled up on the right."""
+    """Return int32 [n, longest]: the rows padded with ``fill`` on the right."""
     padded = torch.full((len(rows), max(len(row) for row in rows)), fill, dtype=torch.int32)
     for place, row in zip(padded, rows, strict=True):
         place[: len(row)] = torch.tensor(row, dtype=torch.int32)
@@ -83,7 +93,7 @@ def pad_rows(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
 def _end_texts(
     rows: list[list[int]], tokenizer: "PreTrainedTokenizerBase", length: int, *, ends: bool
 ) -> list[list[int]]:
-    """One token at least in each row; with ``ends`` a text that is not cut carries the end token."""
+    """Append the end token if ``ends``, truncate to ``length``, and give an empty row one padding token."""
     last = tokenizer.eos_token_id if ends else None
     if ends and last is None:
         raise ModelError("the tokenizer has no end token, which text generation needs; choose another model")

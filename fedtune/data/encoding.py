@@ -1,4 +1,4 @@
-"""Bytes as text: the encoding a file says it has, or is seen to have."""
+"""Decodes bytes to text in the given encoding, or in one detected from the bytes."""
 
 import re
 
@@ -11,16 +11,19 @@ _MARKS |= {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 """Byte order marks, longer ones first."""
 _SAMPLE = 1 << 16
 _WESTERN = 0.2
-"""The largest share of letters beyond ASCII in a text that is taken for a Western European one."""
+"""The largest share of non-ASCII letters in a text that is accepted as Western European."""
 _SIGN_IN_WORD = re.compile(rb"[A-Za-z][\xa1-\xac\xae-\xbf][a-z]")
-"""In cp1252 these are signs such as superscripts, which stand in no word; in its kin they are letters."""
+"""In cp1252 these bytes are signs, such as superscripts, which do not occur inside words.
+
+In similar encodings they are letters.
+"""
 
 
 def decode_text(content: bytes, encoding: str | None, name: str) -> tuple[str, str]:
-    """The text, and the encoding if it was guessed; else the second is empty.
+    """Return the text, and the encoding if it was guessed, else an empty string.
 
-    UTF-8, UTF-16 and UTF-32 are told from their bytes; of others only Western European text is guessed.
-    DataError when ``encoding`` does not fit, or none is seen to.
+    UTF-8, UTF-16 and UTF-32 are detected from the bytes. Otherwise only cp1252 is guessed, for Western European text.
+    Raises DataError when ``encoding`` does not fit or none is detected.
     """
     chosen = encoding or _marked(content) or _wide(content) or "utf-8"
     try:
@@ -39,7 +42,7 @@ def _marked(content: bytes) -> str | None:
 
 
 def _wide(content: bytes) -> str | None:
-    """UTF-16 without a mark: every other byte of Latin text is zero."""
+    """Detect UTF-16 without a byte order mark: every other byte of Latin text is zero."""
     sample = content[: _SAMPLE // 2 * 2]
     even, odd = sample[::2].count(0), sample[1::2].count(0)
     if max(even, odd) < 0.3 * (len(sample) // 2) or not len(sample):

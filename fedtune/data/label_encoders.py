@@ -1,4 +1,4 @@
-"""How each kind of label column becomes numbers: by the data's own names, or by those that a model knows."""
+"""How each kind of label column is encoded as numbers, with new class names or with those of a model."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -16,10 +16,10 @@ __all__ = ["LABEL_ENCODERS", "LabelEncoder", "add_blank_labels", "find_label_col
 
 
 class LabelEncoder(NamedTuple):
-    """Two functions.
+    """The two functions that encode a label column.
 
-    ``encode_new(splits, source, known)`` gives the splits with numbers and the class names; ``known`` is an order of
-    names to keep. ``encode_known(table, names, source)`` gives numbers of names that are known.
+    ``encode_new(splits, source, known)`` returns the encoded splits and the class names. It keeps the order of
+    ``known`` if the names are the same. ``encode_known(table, names, source)`` encodes a table with given class names.
     """
 
     encode_new: Callable[[Mapping[str, Table], str, Sequence[str]], tuple[dict[str, Table], tuple[str, ...]]]
@@ -32,16 +32,16 @@ LABEL_ENCODERS: Mapping[str, LabelEncoder] = {
     "number": LabelEncoder(encode_numbers, encode_known_numbers),
     "tags": LabelEncoder(encode_tags, encode_known_tags),
 }
-"""By canonical column. A task takes at most one of them."""
+"""The encoder of each canonical label column. A task uses at most one of them."""
 
 
 def find_label_column(columns: Sequence[str]) -> str | None:
-    """The label column among the columns of a task, if it has one."""
+    """Return the label column among a task's columns, or None."""
     return next((name for name in columns if name in LABEL_ENCODERS), None)
 
 
 def add_blank_labels(table: Table, column: str) -> Table:
-    """Encoded labels that mean nothing, for examples that only need to be read."""
+    """Add placeholder labels to examples whose labels are not used."""
     if column == "tags":
         blank = Values(objects([0] * len(words) for words in table["words"]))
     elif column == "labels":
@@ -52,7 +52,7 @@ def add_blank_labels(table: Table, column: str) -> Table:
 
 
 def iter_class_numbers(table: Table, column: str) -> Iterator[int]:
-    """The class numbers in an encoded label column, one after another."""
+    """Yield the class numbers of an encoded label column."""
     for value in table[column]:
         if isinstance(value, list):
             yield from value

@@ -1,4 +1,4 @@
-"""A number per example, as regression predicts it."""
+"""A number per example, the label of regression."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,12 +16,12 @@ __all__ = ["encode_known_numbers", "encode_numbers"]
 def encode_numbers(
     found: Mapping[str, Table], source: str, known: Sequence[str] = ()
 ) -> tuple[dict[str, Table], tuple[str, ...]]:
-    """The column ``number`` as real numbers; there are no class names."""
+    """Convert the column ``number`` to floats. The tuple of class names is empty."""
     return {part: encode_known_numbers(table, known, source) for part, table in found.items()}, ()
 
 
 def encode_known_numbers(table: Table, _names: Sequence[str], source: str) -> Table:
-    """The column ``number`` as real numbers; DataError for a value that is no finite number."""
+    """Convert the column ``number`` to floats; DataError for a value that is not a finite number."""
     values = [_read_number(value, source, row) for row, value in enumerate(table["number"], 1)]
     return table.with_column("number", Values(np.array(values, np.float64)))
 

@@ -1,4 +1,4 @@
-"""Several classes per example: a list of class names, or names between ``,``, ``;`` or ``|``."""
+"""Several classes per example: a list of class names, or a string of names separated by ``,``, ``;`` or ``|``."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,12 +18,13 @@ _SEPARATOR = re.compile(r"[,;|]")
 def encode_label_sets(
     found: Mapping[str, Table], source: str, known: Sequence[str] = ()
 ) -> tuple[dict[str, Table], tuple[str, ...]]:
-    """The column ``labels`` as sorted class numbers of each example, and the class names in that order.
+    """Encode the column ``labels`` as sorted class numbers per example. Return the splits and the class names in order.
 
-    Where the names are those ``known``, they keep that order. DataError when there is no class.
+    If the names are the same as ``known``, that order is kept. Raises DataError when no example has a class.
     """
     sets = {part: _read_sets(table, source) for part, table in found.items()}
-    names = sorted({name for rows in sets.values() for row in rows for name in row})
+    different = {name for rows in sets.values() for row in rows for name in row}
+    names = sorted(different, key=int if all(name.isdecimal() for name in different) else None)
     if not names:
         raise DataError(f"{source} has no example with a label; name the column that has them in data.columns.label")
     order = tuple(known) if set(known) == set(names) else tuple(names)
@@ -31,7 +32,7 @@ def encode_label_sets(
 
 
 def encode_known_label_sets(table: Table, labels: Sequence[str], source: str) -> Table:
-    """The column ``labels`` as numbers of the class names ``labels``; DataError for one that is none of them."""
+    """Encode the column ``labels`` with the class names ``labels``; DataError for an unknown class name."""
     sets = _read_sets(table, source)
     unknown = sorted({name for row in sets for name in row} - set(labels))
     if unknown:
@@ -50,14 +51,14 @@ def _with_numbers(table: Table, sets: Iterable[Sequence[str]], order: Sequence[s
 
 
 def _read_sets(table: Table, source: str) -> list[list[str]]:
-    """The class names of each example, by the data's own names where it numbers them."""
+    """Return the class names of each example. Numbers are replaced by the names that the data set declares."""
     sets = [_split(value, source) for value in table["labels"]]
     kind = table.kinds.get("labels")
     return [[kind.names[int(one)] for one in row] for row in sets] if isinstance(kind, ClassLists) else sets
 
 
 def _split(value: Any, source: str) -> list[str]:
-    """The class names of an example."""
+    """Return the class names of one example."""
     if isinstance(value, str):
         return [name.strip() for name in _SEPARATOR.split(value) if name.strip()]
     if not isinstance(value, list | tuple | np.ndarray):

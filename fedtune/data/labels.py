@@ -1,4 +1,4 @@
-"""Class names and numbers: the same for every part of the data."""
+"""Encodes class names as numbers that are the same in every split."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -18,9 +18,10 @@ MAX_FLOAT_CLASSES = 20
 def encode_labels(
     found: Mapping[str, Table], source: str, known: Sequence[str] = ()
 ) -> tuple[dict[str, Table], tuple[str, ...]]:
-    """Labels as class numbers, and the class names in that order; DataError when they are no classes.
+    """Encode the column ``label`` as class numbers. Return the splits and the class names in order.
 
-    Where they are those ``known``, whatever their case, they keep that order: it is the order of a trained head.
+    If the names are the same as ``known``, ignoring case, the order of ``known`` is kept: it is the order of a trained
+    head. Raises DataError when the labels are not classes.
     """
     kind = found["train"].kinds.get("label")
     if isinstance(kind, Classes):
@@ -37,7 +38,7 @@ def encode_labels(
 
 
 def _order(names: Sequence[str], known: Sequence[str]) -> list[int]:
-    """Where each known name stands among ``names``; nothing unless they are the same."""
+    """Return the index in ``names`` of each known name; an empty list unless both have the same names."""
     folded = [name.casefold().strip() for name in names]
     wanted = [name.casefold().strip() for name in known]
     same = len(set(folded)) == len(names) and sorted(folded) == sorted(wanted)
@@ -45,7 +46,7 @@ def _order(names: Sequence[str], known: Sequence[str]) -> list[int]:
 
 
 def _values(found: Mapping[str, Table], source: str) -> list[Any]:
-    """All label values in order; whole real numbers are class numbers."""
+    """Return all label values, sorted. Floats that are whole numbers become integers."""
     columns = [table.column("label") for table in found.values()]
     for column in columns:
         _check_type(column, source)
@@ -65,7 +66,10 @@ def _check_type(column: Column, source: str) -> None:
 
 
 def _check_single(names: Sequence[str], source: str) -> None:
-    """Refuse labels that are lists of classes: made of other labels, or the same list in another order."""
+    """Raise DataError for labels that list several classes.
+
+    Such a label consists of other labels, or permutes another list.
+    """
     known, lists = set(names), set()
     for name in names:
         parts = [part.strip() for part in re.split(r"[,;|]", name)]
@@ -90,7 +94,7 @@ def _number(table: Table, values: list[Any], where: str) -> Table:
 
 
 def encode_known_labels(table: Table, labels: Sequence[str], source: str) -> Table:
-    """Labels as numbers of the class names ``labels``; DataError names one that is none of them."""
+    """Encode the column ``label`` with the class names ``labels``; DataError for an unknown class name."""
     column, kind = table.column("label"), table.kinds.get("label")
     _check_type(column, source)
     names = {value: _name(value, kind, labels) for value in column.unique()}
@@ -106,7 +110,7 @@ def encode_known_labels(table: Table, labels: Sequence[str], source: str) -> Tab
 
 
 def _name(value: Any, kind: Kind | None, labels: Sequence[str]) -> str:
-    """A label as a class name; a whole real number may stand for a class number."""
+    """Return the class name of a label. A float that is a whole number may stand for a class number."""
     if isinstance(kind, Classes) and value >= 0:
         return kind.names[int(value)]
     whole = isinstance(value, float) and value.is_integer() and str(value) not in labels

@@ -1,4 +1,4 @@
-"""The files of a folder, by the part of the data their names say: train, validation or test."""
+"""Groups the files of a folder by the split in their names: train, validation or test."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,16 +13,19 @@ PARTS: Mapping[str, frozenset[str]] = {
     "validation": frozenset({"validation", "valid", "dev", "val"}),
     "test": frozenset({"test", "testing", "eval", "evaluation"}),
 }
-"""Parts and what they are also called, as on the hub."""
+"""Names of the splits and their synonyms, as on the Hugging Face Hub."""
 
 
 def part_named(word: str) -> str | None:
-    """The part that a word means, if it means one."""
+    """Return the split that a word names, or None."""
     return next((part for part, words in PARTS.items() if word.strip().casefold() in words), None)
 
 
 def files_in(path: Path, endings: Sequence[str]) -> list[Path]:
-    """A file itself, or all files below a folder with one of the endings, by path; hidden ones are left out."""
+    """Return the file itself, or all files below a folder with one of the extensions, sorted by path.
+
+    Hidden files are left out.
+    """
     if not path.is_dir():
         return [path]
     found = (file for file in path.rglob("*") if file.name.lower().endswith(tuple(endings)) and file.is_file())
@@ -30,23 +33,23 @@ def files_in(path: Path, endings: Sequence[str]) -> list[Path]:
 
 
 def parts_of(files: Sequence[Path], folder: Path, *, named: bool, by_file: bool = True) -> dict[str, list[Path]]:
-    """Files by part; all are ``train`` where no name says otherwise, or names are not to be followed.
+    """Group files by split. All files are ``train`` if no name contains a split, or if ``named`` is false.
 
-    A part is a word of a folder's name, or with ``by_file`` of a file's. DataError when names of some files say one
-    and those of others do not, since what was held out would then be trained on.
+    The split is taken from a folder's name or, with ``by_file``, from a word in the file's name. Raises DataError when
+    only some of the files name a split: otherwise held-out data could be used for training.
     """
     if not named or len(files) == 1:
         return {"train": list(files)}
-    told = {file: _part(file.relative_to(folder), by_file=by_file) for file in files}
-    if not any(told.values()):
+    split_of = {file: _part(file.relative_to(folder), by_file=by_file) for file in files}
+    if not any(split_of.values()):
         return {"train": list(files)}
-    without = next((file for file in files if told[file] is None), None)
+    without = next((file for file in files if split_of[file] is None), None)
     if without is not None:
         raise DataError(
             f"{folder}: the name of {without.relative_to(folder)} says neither train, validation nor test, as those "
             "beside it do; rename it, move it away, or set data.columns.split: false to take all files together"
         )
-    return {part: of for part in PARTS if (of := [file for file in files if told[file] == part])}
+    return {part: of for part in PARTS if (of := [file for file in files if split_of[file] == part])}
 
 
 def _part(file: Path, *, by_file: bool) -> str | None:

@@ -1,4 +1,4 @@
-"""The examples of a recipe in canonical columns and three parts."""
+"""Loads the examples of a recipe with canonical columns in three splits."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,17 +18,18 @@ from fedtune.seeds import derive_seed
 __all__ = ["DataSplits", "load_all_examples", "load_data", "load_trainable_examples"]
 
 RESERVED_DOMAINS = frozenset({"all", "mean"})
-"""What scores over several domains are called."""
+"""Names of summaries over domains, which no domain may have."""
 LONGEST_DOMAIN = 255
-"""Characters of a domain's name that every database keeps."""
+"""The longest name of a domain, in characters, that every database stores."""
 
 
 @dataclass(frozen=True)
 class DataSplits:
-    """Columns: ``text`` or ``image``, ``label`` (int, classification only) and, where named, ``group`` and ``domain``.
+    """The three splits, their class names, and notes about the data.
 
-    A natural split by a further column keeps that column under its own name. ``label_names`` is empty without
-    classes. ``notes`` are sentences about what was guessed, left out or will tell nothing.
+    Tables have the columns ``text`` or ``image``, ``label`` (int, classification only) and, where configured, ``group``
+    and ``domain``. A natural partition by another column keeps that column under its own name. ``label_names`` is empty
+    for tasks without classes. ``notes`` are sentences about guessed encodings, skipped examples and absent classes.
     """
 
     train: Table
@@ -39,10 +40,11 @@ class DataSplits:
 
 
 def load_data(recipe: Recipe, columns: Sequence[str], known: Sequence[str] = ()) -> DataSplits:
-    """Read, check and part the data; DataError when the examples do not fit the task, SourceError when unreadable.
+    """Read, check and split the data.
 
-    ``columns`` are those that the task takes. ``known`` are the class names of the model's head, whose order is kept
-    where the data's are the same.
+    ``columns`` are the columns of the task. ``known`` are the class names of the model's head; their order is kept if
+    the data has the same names. Raises DataError when the examples do not fit the task, SourceError when the source
+    cannot be read.
     """
     source = recipe.data.source
     found, notes = _found(recipe, columns)
@@ -57,12 +59,12 @@ def load_data(recipe: Recipe, columns: Sequence[str], known: Sequence[str] = ())
         if recipe.data.max_train_examples is None
         else _limited(recipe, divided["train"], recipe.data.max_train_examples)
     )
-    told = (*notes, *(_absent(source, divided, name, labels) if name else ()))
-    return DataSplits(train, divided["validation"], divided["test"], labels, told)
+    all_notes = (*notes, *(_absent(source, divided, name, labels) if name else ()))
+    return DataSplits(train, divided["validation"], divided["test"], labels, all_notes)
 
 
 def load_all_examples(recipe: Recipe, columns: Sequence[str], labels: Sequence[str], part: str = "all") -> Table:
-    """Examples of the recipe's source, of all parts or of one, labelled for a model that knows ``labels``, if any."""
+    """Return the examples of all splits or of one, with labels encoded by the class names ``labels``, if any."""
     found = _labelled(recipe, columns, labels)
     whole = concatenate(list(found.values())) if part == "all" else split_dataset(recipe.data, found)[part]
     _check(recipe.data.source, part, whole)
@@ -70,7 +72,7 @@ def load_all_examples(recipe: Recipe, columns: Sequence[str], labels: Sequence[s
 
 
 def load_trainable_examples(recipe: Recipe, columns: Sequence[str], labels: Sequence[str]) -> Table:
-    """Examples of the source that may be trained on: all, without those it says are for validation or testing."""
+    """Return the examples that may be used for training. The source's own validation and test splits are left out."""
     return _labelled(recipe, columns, labels)["train"]
 
 
@@ -83,7 +85,7 @@ def _labelled(recipe: Recipe, columns: Sequence[str], labels: Sequence[str]) -> 
 
 
 def _found(recipe: Recipe, columns: Sequence[str]) -> tuple[dict[str, Table], tuple[str, ...]]:
-    """The source's own parts in canonical columns, without pictures that are to be skipped; and notes."""
+    """Return the source's own splits with canonical columns, without skipped images, and notes."""
     source = read_data_source(recipe.data)
     found = {part: rename_columns(recipe, columns, table) for part, table in source.parts.items()}
     if not isinstance(found["train"].kinds.get("image"), Pictures):
@@ -106,7 +108,7 @@ def _check(source: str, part: str, table: Table) -> None:
 
 
 def _check_domains(source: str, domains: Sequence[str]) -> None:
-    """Scores are told by them."""
+    """Raise DataError for domain names that scores cannot be stored under."""
     if taken := RESERVED_DOMAINS.intersection(domains):
         raise DataError(f"{source}: a domain is called {min(taken)!r}, as summaries are; rename it")
     if len(longest := max(domains, key=len)) > LONGEST_DOMAIN:
@@ -117,7 +119,7 @@ def _check_domains(source: str, domains: Sequence[str]) -> None:
 
 
 def _absent(source: str, divided: Mapping[str, Table], column: str, labels: tuple[str, ...]) -> Iterator[str]:
-    """A note for each part in which a class has no example."""
+    """Yield a note for each split in which a class has no example."""
     for part in ("train", "test") if labels else ():
         counts = np.bincount(list(iter_class_numbers(divided[part], column)), minlength=len(labels))
         absent = [label for label, count in zip(labels, counts, strict=True) if not count]
@@ -128,7 +130,7 @@ def _absent(source: str, divided: Mapping[str, Table], column: str, labels: tupl
 
 
 def _limited(recipe: Recipe, train: Table, limit: int) -> Table:
-    """Whole groups in an order drawn from the seed, as many as fit."""
+    """Select whole groups in random order, derived from the seed, up to ``limit`` examples."""
     group = number_groups(train)
     sizes = np.bincount(group)
     order = np.random.default_rng(derive_seed(recipe.seed, "limit")).permutation(len(sizes))

@@ -1,4 +1,4 @@
-"""Sources that ``datasets`` reads: the hub, files of its builders, and what it saved to a disk."""
+"""Sources read by the ``datasets`` library: the Hub, files of its builders, and folders of ``save_to_disk``."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -32,7 +32,7 @@ __all__ = ["as_table", "from_disk", "from_files", "from_hub"]
 
 
 def from_hub(name: str) -> dict[str, Table]:
-    """The parts of a data set on the hub, ``ID`` or ``ID:CONFIGURATION``."""
+    """Load the splits of a data set on the Hub, named ``ID`` or ``ID:CONFIGURATION``."""
     identity, _, configuration = name.partition(":")
     try:
         with _quiet():
@@ -44,7 +44,7 @@ def from_hub(name: str) -> dict[str, Table]:
 
 
 def from_files(path: Path, builder: str, **where: object) -> dict[str, Table]:
-    """What a builder of ``datasets`` makes of files; ``path`` is what messages name."""
+    """Load files with a builder of ``datasets``. Messages name ``path``."""
     try:
         with _quiet():
             return _tables(load_dataset(builder, cache_dir=str(get_cache_folder() / "datasets"), **where))
@@ -53,7 +53,7 @@ def from_files(path: Path, builder: str, **where: object) -> dict[str, Table]:
 
 
 def from_disk(path: Path) -> dict[str, Table]:
-    """What ``save_to_disk`` of ``datasets`` wrote: one data set, or several by part."""
+    """Load what ``save_to_disk`` of ``datasets`` wrote: one data set, or one per split."""
     try:
         with _quiet():
             found = load_from_disk(str(path))
@@ -63,7 +63,7 @@ def from_disk(path: Path) -> dict[str, Table]:
 
 
 def as_table(dataset: Dataset) -> Table:
-    """The columns of a data set, as they lie on the disk where they are mapped from it, and what they hold."""
+    """Return the columns of a data set and their kinds. Memory-mapped columns stay on disk."""
     stored: pa.Table = dataset.data.table if dataset._indices is None else dataset.with_format("arrow")[:]
     columns = {name: _plain(stored[name], dataset.features[name]) for name in stored.column_names}
     kinds = {name: _kind(feature) for name, feature in dataset.features.items()}
@@ -81,7 +81,7 @@ def _kind(feature: Any) -> Kind | None:
 
 
 def _plain(column: pa.ChunkedArray, feature: Any) -> Column:
-    """A column without the types that ``datasets`` adds to arrow's."""
+    """Return a column without the extension types that ``datasets`` adds to Arrow."""
     if not isinstance(feature, Array2D):
         return Arrow(column)
     flat = column.combine_chunks().storage.flatten().flatten().to_numpy()
@@ -104,7 +104,7 @@ def _first_line(error: BaseException) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without progress bars and retry notes; errors still come through."""
+    """Silence progress bars and retry messages. Errors are still raised."""
     disabled, verbosity, hub_verbosity = (
         are_progress_bars_disabled(),
         logging.get_verbosity(),

@@ -1,6 +1,6 @@
-"""Training examples over clients: a partition that never cuts a group.
+"""Partitions the training examples over clients. A group is never divided.
 
-Each kind of split maps groups to the client that owns them: [groups] -> [groups].
+Each kind of partition maps the groups to the clients that own them: [groups] -> [groups].
 """
 
 import heapq
@@ -23,7 +23,7 @@ IntArray = NDArray[np.int64]
 
 
 def partition_examples(recipe: Recipe, train: Table) -> list[IntArray]:
-    """The sorted row numbers of each client; DataError when a client would have none."""
+    """Return the sorted row numbers of each client; DataError when a client would have none."""
     group = number_groups(train)
     rng = np.random.default_rng(derive_seed(recipe.seed, "split"))
     owner = _owners(recipe, train, group, rng)[group]
@@ -71,16 +71,16 @@ def _labels(train: Table, kind: str) -> IntArray:
 
 
 def _majority(group: IntArray, values: IntArray) -> IntArray:
-    """The most frequent value in each group; the highest of several that are equally frequent."""
+    """Return the most frequent value in each group; the highest one in a tie."""
     pairs, counts = np.unique(np.stack([group, values]), axis=1, return_counts=True)
     order = np.argsort(counts, kind="stable")
     common = np.zeros(group.max() + 1, np.int64)
-    common[pairs[0][order]] = pairs[1][order]  # later, more frequent ones overwrite earlier ones
+    common[pairs[0][order]] = pairs[1][order]  # later, more frequent values overwrite earlier ones
     return common
 
 
 def _deal(order: IntArray, sizes: IntArray, clients: int) -> IntArray:
-    """Each next group of ``order`` goes to the client with the fewest examples; -1 for groups not in ``order``."""
+    """Assign each group in ``order`` to the client with the fewest examples; -1 for groups not in ``order``."""
     owner = np.full(len(sizes), -1, np.int64)
     loads = [(0, client) for client in range(clients)]
     for group in order:
@@ -91,7 +91,10 @@ def _deal(order: IntArray, sizes: IntArray, clients: int) -> IntArray:
 
 
 def _natural(values: IntArray, sizes: IntArray, clients: int, rng: Generator) -> IntArray:
-    """Values from large to small go to clients in turn; a value with several clients is dealt over them evenly."""
+    """Assign values to clients in turn, the largest first.
+
+    If a value has several clients, its groups are shared evenly.
+    """
     totals = np.bincount(values, weights=sizes)
     owner = np.full(len(values), -1, np.int64)
     for rank, value in enumerate(np.argsort(-totals, kind="stable")):
@@ -102,7 +105,7 @@ def _natural(values: IntArray, sizes: IntArray, clients: int, rng: Generator) ->
 
 
 def _by_size(labels: IntArray, exponent: float, clients: int, rng: Generator) -> IntArray:
-    """Each label's groups in proportion to rank ** -exponent; what rounding owes a client carries to the next label."""
+    """Assign each label's groups in proportion to rank ** -exponent. Rounding errors carry over to the next label."""
     weights = np.arange(1, clients + 1) ** -exponent
     weights /= weights.sum()
     owner, owed = np.full(len(labels), -1, np.int64), np.zeros(clients)
@@ -116,7 +119,7 @@ def _by_size(labels: IntArray, exponent: float, clients: int, rng: Generator) ->
 
 
 def _round(shares: NDArray[np.float64], total: int) -> IntArray:
-    """Whole numbers >= 0 near the shares that add up to total: largest remainders first."""
+    """Round shares to integers >= 0 that sum to ``total``, by largest remainder."""
     counts = np.maximum(np.floor(shares), 0).astype(np.int64)
     while (missing := total - counts.sum()) != 0:
         rest = shares - counts
@@ -126,7 +129,9 @@ def _round(shares: NDArray[np.float64], total: int) -> IntArray:
 
 
 def _equal_dirichlet(labels: IntArray, sizes: IntArray, alpha: float, clients: int, rng: Generator) -> IntArray:
-    """The client with the fewest examples takes a group of a label drawn from its own proportions, and so on."""
+    """Repeatedly give the client with the fewest examples a group whose label is drawn from the client's own
+    proportions.
+    """
     wishes = rng.dirichlet(np.full(labels.max() + 1, alpha), size=clients)
     left = [list(rng.permutation(np.flatnonzero(labels == label))) for label in range(labels.max() + 1)]
     owner, loads = np.full(len(labels), -1, np.int64), [(0, client) for client in range(clients)]
@@ -141,7 +146,9 @@ def _equal_dirichlet(labels: IntArray, sizes: IntArray, alpha: float, clients: i
 
 
 def _shards(labels: IntArray, per_client: int, clients: int, rng: Generator) -> IntArray:
-    """Groups sorted by label, shuffled within one, cut into equal shards; each client draws ``per_client`` of them."""
+    """Sort groups by label, shuffled within a label, divide them into equal shards, and give each client
+    ``per_client``.
+    """
     order = np.lexsort((rng.permutation(len(labels)), labels))
     owner = np.full(len(labels), -1, np.int64)
     drawn = np.repeat(np.arange(clients), per_client)[rng.permutation(clients * per_client)]

@@ -1,4 +1,4 @@
-"""The picture of a split: one stacked bar per client."""
+"""The plot of a partition: one stacked bar per client."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ MAX_BARS = 40
 
 
 def draw_partition(summary: PartitionSummary, path: Path) -> None:
-    """Write a PNG; many clients stand in order of size, without gaps or numbers."""
+    """Write the plot as PNG. More than ``MAX_BARS`` clients are sorted by size and drawn without gaps or numbers."""
     figure = Figure(figsize=(9, 4.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -49,5 +49,5 @@ def _skyline(axes: Axes, summary: PartitionSummary) -> None:
 
 
 def _counts(holdings: Sequence[ClientExamples]) -> NDArray[np.int64]:
-    """[values, clients]."""
+    """Return the counts [values, clients]."""
     return np.array([holding.counts for holding in holdings]).T

@@ -1,4 +1,4 @@
-"""Who holds what: the numbers behind the table and the picture of a split."""
+"""The numbers in the table and the plot of a partition: what each client holds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ __all__ = ["ClientExamples", "PartitionSummary", "summarise_partition"]
 
 @dataclass(frozen=True)
 class ClientExamples:
-    """What one client has; ``counts`` are examples per domain or label, in the order of ``PartitionSummary.values``."""
+    """The examples of one client; ``counts`` are per domain or label, in the order of ``PartitionSummary.values``."""
 
     client: int
     device: str
@@ -27,9 +27,9 @@ class ClientExamples:
 
 @dataclass(frozen=True)
 class PartitionSummary:
-    """A split: examples in each part, and each client's holding.
+    """A partition: the number of examples in each split, and the examples of each client.
 
-    A natural split is counted ``by`` domain where there are domains, any other by label where there are labels.
+    ``by`` is what is counted: domains for a natural partition of data with domains, otherwise labels if there are any.
     """
 
     name: str
@@ -40,7 +40,7 @@ class PartitionSummary:
 
 
 def summarise_partition(recipe: Recipe, corpus: DataSplits, clients: Sequence[NDArray[np.int64]]) -> PartitionSummary:
-    """Count examples, groups and domains or labels of each client; ``clients`` are rows of the training part."""
+    """Count examples, groups and domains or labels per client; ``clients`` are row numbers of the training split."""
     by, values, numbers = _values(corpus, prefers_domains=isinstance(recipe.data.partition, Natural))
     group = number_groups(corpus.train)
     holdings = tuple(
@@ -61,7 +61,7 @@ def _parts(corpus: DataSplits) -> dict[str, int]:
 
 
 def _values(corpus: DataSplits, *, prefers_domains: bool) -> tuple[str, tuple[str, ...], NDArray[np.int64]]:
-    """What is counted, its names, and the number of the name of each training row."""
+    """Return what is counted, its names, and the index of the name of each training row."""
     train: Table = corpus.train
     if "domain" in train.column_names and (prefers_domains or not corpus.label_names):
         names, numbers = np.unique(np.asarray(train["domain"][:]), return_inverse=True)

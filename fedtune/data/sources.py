@@ -1,4 +1,4 @@
-"""Where examples come from: every source ends as tables named train, validation and test."""
+"""Reads a data source into tables named train, validation and test."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedtune.data import image_samples, sentiment_samples
+from fedtune.data import image_samples, personal_data_samples, sentiment_samples
 from fedtune.data.file_digest import digest_files
 from fedtune.data.image_folder import has_metadata_table, image_folder
 from fedtune.data.listing import PARTS, files_in, parts_of
@@ -22,17 +22,17 @@ __all__ = ["Found", "read_data_source"]
 
 @dataclass(frozen=True)
 class Found:
-    """What a source holds: its parts, and sentences on what was taken for granted."""
+    """The splits of a source, and notes about assumptions made when reading it."""
 
     parts: dict[str, Table]
     notes: tuple[str, ...] = ()
 
 
 def read_data_source(data: DataSettings) -> Found:
-    """The parts a source has of its own, ``train`` at least, with its own columns.
+    """Read the source's own splits with its own columns. There is always a ``train`` split.
 
-    A hub id may be followed by a configuration: ``hub:ID:CONFIGURATION``; a sample by a domain: ``sample:NAME:DOMAIN``.
-    Where there is but one part, a column may say which part a row is of.
+    A Hub id may be followed by a configuration, ``hub:ID:CONFIGURATION``, and a sample by a domain,
+    ``sample:NAME:DOMAIN``. If the source has one split only, a column may name the split of each row.
     """
     kind, _, name = data.source.partition(":")
     if kind not in _KINDS or not name:
@@ -45,8 +45,8 @@ def read_data_source(data: DataSettings) -> Found:
         found = Found(by_column(found.parts["train"], data), found.notes)
     parts = {part: found.parts[part] for part in PARTS if part in found.parts}
     if "train" not in parts:
-        told = ", ".join(map(str, found.parts))
-        raise DataError(f"{data.source} has no part named train, only {told}; choose another source")
+        names = ", ".join(map(str, found.parts))
+        raise DataError(f"{data.source} has no part named train, only {names}; choose another source")
     if not len(parts["train"]):
         if len(parts) > 1:
             raise DataError(f"{data.source} has rows for {' and '.join(list(parts)[1:])} only; bring some to train on")
@@ -55,7 +55,7 @@ def read_data_source(data: DataSettings) -> Found:
 
 
 def _hub(name: str, _data: DataSettings) -> Found:
-    from fedtune.data.loaded import from_hub  # half a second and 100 MB
+    from fedtune.data.loaded import from_hub  # imported here: it takes half a second and 100 MB
 
     return Found(from_hub(name))
 
@@ -75,7 +75,7 @@ def _delimited(kind: str) -> Callable[[str, DataSettings], Found]:
 
 
 def _local(builder: str, *endings: str) -> Callable[[str, DataSettings], Found]:
-    """Files that ``tables`` reads; those of a folder by the parts they are named after."""
+    """Return a reader of local files through a builder of ``datasets``. The files of a folder are grouped by split."""
 
     def read_path(name: str, data: DataSettings) -> Found:
         from fedtune.data.loaded import from_files
@@ -127,8 +127,8 @@ def _sample(name: str, _data: DataSettings) -> Found:
 def _of_domain(sample: str, table: Table, domain: str) -> Table:
     known = table.unique("domain") if "domain" in table.column_names else []
     if domain not in known:
-        told = suggest_nearest(domain, known) if known else "leave it out"
-        raise SourceError(f"sample:{sample} has no domain {domain!r}; {told}")
+        hint = suggest_nearest(domain, known) if known else "leave it out"
+        raise SourceError(f"sample:{sample} has no domain {domain!r}; {hint}")
     return table.select(np.flatnonzero(np.asarray(table["domain"][:]) == domain))
 
 
@@ -137,6 +137,7 @@ _SAMPLES: dict[str, Callable[[], dict[str, Table]]] = {
     "fashion-mnist": image_samples.fashion_mnist,
     "films": sentiment_samples.films,
     "mnist-5k": image_samples.mnist_5k,
+    "personal-data": personal_data_samples.personal_data,
     "sentiment": sentiment_samples.sentiment,
 }
 _ON_DISK = frozenset({"jsonl", "parquet"})

@@ -1,4 +1,4 @@
-"""A column that says which part of the data a row belongs to."""
+"""Splits a table by a column that names the split of each row."""
 
 import numpy as np
 
@@ -14,9 +14,10 @@ _USUAL = "split"
 
 
 def by_column(table: Table, data: DataSettings) -> dict[str, Table]:
-    """The parts that ``columns.split`` names, or a column called split whose every word names a part; else all train.
+    """Split by ``columns.split``, or by a column called split. Without either, all rows are ``train``.
 
-    DataError when a named column is missing or says something else, or only a part of its words name parts.
+    The default column is ignored if none of its values names a split. Raises DataError when a configured column is
+    missing, or when a value names no split.
     """
     chosen = data.columns.split
     if chosen is False or (chosen is None and _USUAL not in table.column_names):

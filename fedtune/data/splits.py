@@ -1,4 +1,8 @@
-"""Train, validation and test: the source's own parts, or a stable hash of the group; the seed of a run has no say."""
+"""Makes the train, validation and test splits.
+
+The source's own splits are used. Missing ones are taken from the training split by a stable hash of the group. The
+run's seed has no influence.
+"""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -16,7 +20,7 @@ __all__ = ["number_groups", "split_dataset"]
 
 
 def split_dataset(data: DataSettings, found: Mapping[str, Table]) -> dict[str, Table]:
-    """The three parts; those the source lacks are cut from its training part, a whole group at a time."""
+    """Return the three splits. Missing ones are taken from the training split in whole groups."""
     divided, start = dict(found), 0.0
     shares = {"test": data.splits.test, "validation": data.splits.validation}
     lacking = [part for part in shares if part not in found]
@@ -32,7 +36,7 @@ def split_dataset(data: DataSettings, found: Mapping[str, Table]) -> dict[str, T
 
 
 def number_groups(table: Table) -> NDArray[np.int64]:
-    """The group of each row, numbered from 0; a row is its own group where the data has none."""
+    """Return the group number of each row, from 0. Without groups, each row is its own group."""
     if "group" not in table.column_names:
         return np.arange(len(table))
     return np.unique(np.asarray(table["group"][:]), return_inverse=True)[1].astype(np.int64)
@@ -52,7 +56,7 @@ def _recall_places(data: DataSettings, table: Table) -> NDArray[np.float64]:
 
 
 def _places(table: Table) -> NDArray[np.float64]:
-    """A number in [0, 1) per row from its group, or else from its content, so that copies of a row stay together."""
+    """Return a number in [0, 1) per row, hashed from its group or its content. Copies of a row get the same number."""
     contents = (group.encode() for group in table["group"]) if "group" in table.column_names else _contents(table)
     return np.fromiter((_place(content) for content in contents), np.float64)
 
@@ -64,6 +68,8 @@ def _place(content: bytes) -> float:
 def _contents(table: Table) -> Iterator[bytes]:
     if "text" in table.column_names:
         yield from (text.encode() for text in table.column("text").iter_values())
+    elif "prompt" in table.column_names:
+        yield from (prompt.encode() for prompt in table["prompt"])
     elif "words" in table.column_names:
         yield from ("\x1f".join(words).encode() for words in table["words"])
     elif isinstance(table.kinds["image"], Pictures):

@@ -1,7 +1,7 @@
-"""Examples as named columns, and which rows of them are meant: all that a process holds of its data.
+"""A table of examples: named columns and a selection of rows.
 
-Reading a file or a sample needs no more than numpy. ``datasets``, with pandas and pyarrow behind it, costs a process
-half a second and 100 MB; it is imported for sources that only it reads.
+Reading a local file or a sample needs only NumPy. ``datasets``, with pandas and pyarrow, takes half a second and 100 MB
+to import. It is imported only for sources that need it.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,37 +18,37 @@ __all__ = ["ClassLists", "Classes", "Greys", "Kind", "Pictures", "Table", "conca
 
 @dataclass(frozen=True)
 class Pictures:
-    """Encoded pictures: ``bytes`` and ``path``, one of which may be missing."""
+    """Encoded images: records of ``bytes`` and ``path``, one of which may be missing."""
 
 
 @dataclass(frozen=True)
 class Greys:
-    """Grey pictures of one shape, as an array [n, height, width]."""
+    """Grey images of one shape: an array [n, height, width]."""
 
 
 @dataclass(frozen=True)
 class Classes:
-    """Numbers of classes with these names."""
+    """Class numbers, with the class names in order."""
 
     names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class ClassLists:
-    """Lists of numbers of classes with these names."""
+    """Lists of class numbers, with the class names in order."""
 
     names: tuple[str, ...]
 
 
 Kind = Pictures | Greys | Classes | ClassLists
-"""What a column holds that are no plain values."""
+"""The kind of a column that holds more than plain values."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Columns of equal length; ``rows`` picks some of their rows, in an order of its own, and copies nothing.
+    """Columns of equal length. ``rows`` selects and orders rows without copying them.
 
-    ``origin`` is the digest of the files that the columns lie in, where they are read from the disk when needed.
+    ``origin`` is the digest of the files that the columns are read from, if they stay on the disk.
     """
 
     columns: Mapping[str, Column]
@@ -60,53 +60,53 @@ class Table:
         return len(next(iter(self.columns.values()))) if self.rows is None else len(self.rows)
 
     def __getitem__(self, name: str) -> list[Any]:
-        """The values of a column as Python has them."""
+        """Return the values of a column as Python objects."""
         return self.column(name).values()
 
     @property
     def column_names(self) -> list[str]:
-        """In order."""
+        """The names of the columns, in order."""
         return list(self.columns)
 
     def column(self, name: str) -> Column:
-        """A column of the chosen rows."""
+        """Return a column, limited to the selected rows."""
         whole = self.columns[name]
         return whole if self.rows is None else whole.take(self.rows)
 
     @property
     def domains(self) -> list[str] | None:
-        """The domain of each row, where the data has any."""
+        """The domain of each row, or None if there is no such column."""
         return list(self["domain"]) if "domain" in self.columns else None
 
     def unique(self, name: str) -> list[Any]:
-        """The different values of a column."""
+        """Return the distinct values of a column."""
         return self.column(name).unique()
 
     def pictures(self) -> Iterator[Mapping[str, Any]]:
-        """Encoded pictures one by one, so that no more than one is copied at a time."""
+        """Yield the encoded images one at a time, so that only one is copied into memory."""
         whole = self.columns["image"]
         for row in range(len(whole)) if self.rows is None else self.rows.tolist():
             yield whole[row]
 
     def greys(self) -> NDArray[Any]:
-        """[n, height, width]: the pixels of grey pictures."""
+        """Return the pixels [n, height, width] of grey images."""
         column = self.column("image")
         assert isinstance(column, Values)
         return column.array
 
     def select(self, rows: ArrayLike) -> "Table":
-        """Some rows, counted among those chosen so far."""
+        """Select rows by their position among the rows selected so far."""
         chosen = np.asarray(rows, np.int64)
         return replace(self, rows=chosen if self.rows is None else self.rows[chosen])
 
     def select_columns(self, names: Iterable[str]) -> "Table":
-        """Some columns."""
+        """Select columns."""
         kept = list(names)
         kinds = {name: kind for name, kind in self.kinds.items() if name in kept}
         return replace(self, columns={name: self.columns[name] for name in kept}, kinds=kinds)
 
     def with_column(self, name: str, column: Column, kind: Kind | None = None) -> "Table":
-        """A column for the chosen rows, in place of one of that name if there is one; plain values have no kind."""
+        """Add or replace a column for the selected rows. Plain values have no kind."""
         kinds = {other: known for other, known in self.kinds.items() if other != name}
         kinds |= {} if kind is None else {name: kind}
         others = {other: self.column(other) for other in self.columns if other != name}
@@ -115,6 +115,6 @@ class Table:
 
 
 def concatenate(tables: Sequence[Table]) -> Table:
-    """The rows of tables with the same columns, one table after another."""
+    """Concatenate the rows of tables that have the same columns."""
     columns = {name: concatenate_columns([one.column(name) for one in tables]) for name in tables[0].columns}
     return Table(columns, tables[0].kinds)

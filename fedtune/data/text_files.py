@@ -1,4 +1,4 @@
-"""Sources of plain text: csv files and their kin, or files with an example a line."""
+"""Reads plain text sources: delimited files such as csv, and files with one example per line."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ _ENDINGS = {"csv": (".csv", ".tsv", ".csv.gz", ".tsv.gz"), "text": (".txt", ".te
 
 
 def text_files(kind: str, path: Path, data: DataSettings) -> tuple[dict[str, Table], tuple[str, ...]]:
-    """The parts in a file or a folder of files of a kind, and what was guessed of their encoding."""
+    """Read a file or a folder of files. Return the splits, and notes about guessed encodings."""
     files = files_in(path, _ENDINGS[kind])
     if not files:
         raise DataError(f"{path} holds no file that ends in {' or '.join(_ENDINGS[kind])}; bring data")
@@ -40,7 +40,7 @@ def _read(kind: str, file: Path, data: DataSettings) -> tuple[dict[str, Column],
 
 
 def with_places(found: Mapping[str, Column], column: str, folder: Path) -> dict[str, Column]:
-    """Paths of pictures in ``column`` that are relative, as seen from the folder of the file that lists them."""
+    """Make relative paths of images in ``column`` absolute, relative to the folder of the file that lists them."""
     paths = found[column].values() if column in found else []
     if not any(isinstance(path, str) for path in paths):
         return dict(found)
@@ -50,7 +50,7 @@ def with_places(found: Mapping[str, Column], column: str, folder: Path) -> dict[
 
 
 def _joined(tables: list[tuple[Path, dict[str, Column]]]) -> dict[str, Column]:
-    """The rows of several files one after another; DataError when one lacks a column of the first."""
+    """Concatenate the rows of several files; DataError when their columns differ."""
     [(first, start), *others] = tables
     for file, other in others:
         if other.keys() != start.keys():
@@ -60,6 +60,6 @@ def _joined(tables: list[tuple[Path, dict[str, Column]]]) -> dict[str, Column]:
 
 
 def _alike(columns: list[Column]) -> Column:
-    """Columns that hold numbers in some files only, as text in all."""
+    """Concatenate columns. If only some files hold numbers, all values become text."""
     numbers = {type(column[0]) for column in columns if len(column)}
     return concatenate_columns(columns if len(numbers) < 2 else [column.texts() for column in columns])

@@ -1,4 +1,4 @@
-"""Texts end to end in blocks of tokens, as calibration data of language models is usually made."""
+"""Texts concatenated into blocks of tokens, the usual calibration data of language models."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ _SEED, _DOCUMENTS, _BLOCK = 42, 256, 512
 
 
 def iter_shuffled_tokens(documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[int]]:
-    """Token ids of texts in a shuffled order, one text at a time."""
+    """Yield the token ids of one text at a time, in shuffled order."""
     for index in np.random.default_rng(_SEED).permutation(len(documents)):
         yield tokenizer(documents[int(index)], verbose=False)["input_ids"]
 
@@ -26,9 +26,10 @@ def iter_shuffled_tokens(documents: Sequence[str], tokenizer: "PreTrainedTokeniz
 def iter_token_blocks(
     rows: Iterable[Sequence[int]], *, block_size: int = _BLOCK, num_documents: int = _DOCUMENTS, batch: int = 8
 ) -> Iterator[dict[str, Tensor]]:
-    """Token ids [k, block] of texts end to end: the first ``num_documents`` not empty, at most a block long.
+    """Yield batches of token ids [k, block] from concatenated texts.
 
-    What is left over is dropped; DataError when there is not a single block.
+    Only the first ``num_documents`` texts that are not empty and fit in a block are used. The remainder is dropped.
+    Raises DataError when there is less than one block.
     """
     taken: list[int] = []
     count = 0

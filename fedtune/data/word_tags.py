@@ -1,4 +1,4 @@
-"""Words with a tag each, as token classification predicts them."""
+"""Encodes words with one tag each, the labels of token classification."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,10 +13,10 @@ __all__ = ["encode_known_tags", "encode_tags"]
 def encode_tags(
     found: Mapping[str, Table], source: str, known: Sequence[str] = ()
 ) -> tuple[dict[str, Table], tuple[str, ...]]:
-    """The column ``tags`` as tag numbers of each word, and the tag names in that order.
+    """Encode the column ``tags`` as one tag number per word. Return the splits and the tag names in order.
 
-    The order is that of the data's own names, or of ``known`` where they are the same, or else alphabetical with ``O``
-    first. DataError where words and tags do not fit.
+    The order is the one declared by the data set, else that of ``known`` if the names are the same, else alphabetical
+    with ``O`` first. Raises DataError when words and tags do not match.
     """
     tags = {part: _read_tags(table, source) for part, table in found.items()}
     names = _order({name for rows in tags.values() for row in rows for name in row}, _told_names(found), known)
@@ -26,7 +26,7 @@ def encode_tags(
 
 
 def encode_known_tags(table: Table, labels: Sequence[str], source: str) -> Table:
-    """The column ``tags`` as numbers of the tag names ``labels``; DataError for one that is none of them."""
+    """Encode the column ``tags`` with the tag names ``labels``; DataError for an unknown tag."""
     tags = _read_tags(table, source)
     unknown = sorted({name for row in tags for name in row} - set(labels))
     if unknown:
@@ -38,9 +38,9 @@ def encode_known_tags(table: Table, labels: Sequence[str], source: str) -> Table
     return _with_numbers(table, tags, labels)
 
 
-def _order(names: set[str], told: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
-    for order in (told, known):
-        if order and names <= set(order) and (order is told or names == set(order)):
+def _order(names: set[str], declared: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+    for order in (declared, known):
+        if order and names <= set(order) and (order is declared or names == set(order)):
             return tuple(order)
     return tuple(sorted(names, key=lambda name: (name != "O", name)))
 
@@ -51,7 +51,7 @@ def _told_names(found: Mapping[str, Table]) -> tuple[str, ...]:
 
 
 def _read_tags(table: Table, source: str) -> list[list[str]]:
-    """The tag names of each row; DataError unless there is one for each word, and no word is empty."""
+    """Return the tag names of each row; DataError unless each word has one tag and no word is empty."""
     kind = table.kinds.get("tags")
     names = kind.names if isinstance(kind, ClassLists) else None
     found = []

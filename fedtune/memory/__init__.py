@@ -1,4 +1,4 @@
-"""What a training step keeps, measured."""
+"""Measures the memory of a training step."""
 
 from fedtune.memory.heap import release_freed
 from fedtune.memory.meter import StorageMeter

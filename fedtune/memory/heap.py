@@ -1,4 +1,4 @@
-"""What the C library does with memory that is freed: it holds on to some, and gives some back to the system."""
+"""Controls how the C library handles freed memory: it keeps some of it and returns some to the system."""
 
 import ctypes
 import os
@@ -12,12 +12,12 @@ _VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLE
 
 
 def keep_freed_memory(count: int = 1 << 25) -> bool:
-    """Let this process keep up to ``count`` freed bytes, for the rest of its life; whether anything was changed.
+    """Let the C library keep up to ``count`` freed bytes until the process ends. Return whether a setting was changed.
 
-    A merge takes and frees a few blocks of a megabyte for each piece of a tensor. By default glibc gives each of them
-    back when it is freed and clears it page by page when it is taken again: 272 thousand page faults of a linear merge
-    of three models of 269 MB, 47 thousand with it. Nothing is changed where the C library has no such setting, or where
-    the user set it by the environment.
+    A merge allocates and frees several blocks of a megabyte per chunk of a tensor. By default glibc returns each block
+    to the system when it is freed, and zeroes its pages when it is allocated again. A linear merge of three models of
+    269 MB then takes 272 thousand page faults; with this setting it takes 47 thousand. Nothing is changed if the C
+    library has no such setting, or if the user set it in the environment.
     """
     if any(name in os.environ for name in _VARIABLES):
         return False
@@ -29,10 +29,10 @@ def keep_freed_memory(count: int = 1 << 25) -> bool:
 
 
 def release_freed() -> None:
-    """Give freed memory back to the system where the C library can (glibc); elsewhere nothing happens.
+    """Return freed memory to the system, if the C library can (glibc).
 
-    glibc keeps freed blocks of up to 32 MB for later use, where blocks of other sizes do not fit in. Before a peak
-    that costs as much memory as the model.
+    glibc keeps freed blocks of up to 32 MB, and blocks of other sizes may not fit into them. Without this call, that
+    can cost as much memory as the model at the next peak.
     """
     if (trim := _malloc_trim()) is not None:
         trim(0)

@@ -1,13 +1,16 @@
 """Measure the memory that tensors of a training step occupy, counting each storage once.
 
-The meter counts a storage from its creation until it is freed, whoever holds it. It sees what saved-tensor hooks miss:
-keyword arguments of checkpointed blocks and attributes of custom functions. The hook adds tensors that existed before
-the step and that autograd keeps (a batch). The meter leaves out the tensors that the caller excludes, which are usually
-parameters and buffers. It reports their gradients separately in ``gradients``. When a gradient reaches its parameter,
-the meter removes it from the peak since its creation, together with the tensors it was summed from (a weight that is
-used twice gets two). Memory that an operation uses internally is not counted; the peak of the process shows it. The
-peak is an upper bound. Autograd adds gradients in place, but not while operations are observed, so where two gradients
-of one tensor meet, a third exists for a moment.
+The meter counts a storage from its creation until it is freed. It sees what saved-tensor hooks miss: keyword arguments
+of checkpointed blocks and attributes of custom functions. A hook adds tensors that existed before the step and that
+autograd keeps, such as a batch.
+
+Tensors that the caller excludes, usually parameters and buffers, are not counted. Their gradients are reported
+separately as ``gradient_bytes``. A gradient that reaches its parameter is left out of the peak since its creation. So
+are the tensors it was summed from; a weight that is used twice has two.
+
+Memory that an operation uses internally is not counted; the peak of the process includes it. The peak is an upper
+bound: autograd adds gradients in place, but not while operations are observed. Where two gradients of one tensor are
+added, a third one then exists for a short time.
 """
 
 import weakref
@@ -28,7 +31,7 @@ __all__ = ["StorageMeter"]
 
 @dataclass(slots=True)
 class _Storage:
-    """A storage that is alive; ``number`` is never used again, as addresses are."""
+    """A live storage. ``number`` is never reused, unlike an address."""
 
     number: int
     size: int
@@ -37,9 +40,11 @@ class _Storage:
 
 
 class StorageMeter(TorchDispatchMode):
-    """Bytes of live storages made inside the block: ``bytes`` now, ``peak`` so far, ``gradients`` of parameters now.
+    """Counts the bytes of live storages created inside the block.
 
-    Read ``bytes`` after the forward pass, once only the loss is held, for what is kept for the backward pass.
+    ``current_bytes`` is the present size, ``peak_bytes`` the largest so far, ``gradient_bytes`` the present size of
+    parameter gradients. Read ``current_bytes`` after the forward pass, while only the loss is referenced, to get the
+    activation memory kept for backward.
     """
 
     def __init__(self, excluded: Iterable[Tensor] = ()) -> None:
@@ -48,31 +53,31 @@ class StorageMeter(TorchDispatchMode):
         self._not_ours = {(held := tensor.untyped_storage())._cdata: held for tensor in _dense(self._excluded)}
         self._numbers = count()
         self._live: dict[int, _Storage] = {}
-        self._changes: list[tuple[int, int]] = []  # number of the storage, bytes it grew by; in the order of time
-        self._arrived: set[int] = set()  # gradients of parameters
-        self._parts: dict[int, set[int]] = {}  # what a sum was added up from, all of it made in the backward pass
+        self._changes: list[tuple[int, int]] = []  # (storage number, change in bytes), in order
+        self._arrived: set[int] = set()  # numbers of parameter gradients
+        self._parts: dict[int, set[int]] = {}  # the terms of each sum made in the backward pass
         self._block = ExitStack()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled here; to skip it, torch would import its compiler: a second and 70 MB per process."""
+        """Nothing is compiled here. True would make torch import its compiler: a second and 70 MB per process."""
         return False
 
     @property
     def current_bytes(self) -> int:
-        """What is held now, without gradients of excluded parameters."""
+        """The bytes held now, without gradients of excluded parameters."""
         gradients = self._gradients()
         return sum(one.size for one in self._live.values() if one.number not in gradients)
 
     @property
     def peak_bytes(self) -> int:
-        """The most that was held at one time, without gradients of excluded parameters."""
+        """The largest number of bytes held at one time, without gradients of excluded parameters."""
         gradients = self._gradients()
         return max(accumulate((change for number, change in self._changes if number not in gradients), initial=0))
 
     @property
     def gradient_bytes(self) -> int:
-        """What gradients of excluded parameters hold now, as far as they were made in the block."""
+        """The bytes held now by gradients of excluded parameters, if they were created in the block."""
         gradients = self._gradients()
         return sum(one.size for one in self._live.values() if one.number in gradients)
 
@@ -80,7 +85,7 @@ class StorageMeter(TorchDispatchMode):
         self._block.enter_context(_watch_resizes(self._meet))
         self._block.enter_context(saved_tensors_hooks(self._pack, _unpack))
         for tensor in self._excluded:
-            if tensor.requires_grad and tensor.is_leaf:  # a gradient may be used and dropped before anybody looks
+            if tensor.requires_grad and tensor.is_leaf:  # it may be freed before it is read
                 self._block.callback(tensor.register_post_accumulate_grad_hook(self._note_gradient).remove)
         super().__enter__()
         return self
@@ -95,7 +100,7 @@ class StorageMeter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        fresh = func is torch.ops.aten.lift_fresh.default  # it gets what torch.tensor has just made
+        fresh = func is torch.ops.aten.lift_fresh.default  # its input was just created by torch.tensor
         taken = [] if fresh else [self._meet(tensor.untyped_storage(), made=False) for tensor in _dense((args, kwargs))]
         out = func(*args, **(kwargs or {}))
         given = [self._meet(tensor.untyped_storage(), made=True) for tensor in _dense(out)]
@@ -112,7 +117,7 @@ class StorageMeter(TorchDispatchMode):
         return tensor
 
     def _meet(self, storage: UntypedStorage, made: bool) -> _Storage:
-        """A storage an operation takes or returns: unknown ones are new, or were there before the block."""
+        """Register a storage that an operation reads or returns. An unknown one is new, or existed before the block."""
         key = storage._cdata
         if key not in self._live:
             counted = made and key not in self._not_ours
@@ -123,7 +128,7 @@ class StorageMeter(TorchDispatchMode):
         return self._live[key]
 
     def _measure(self, storage: UntypedStorage) -> None:
-        """Its size now: storages can be resized, to nothing even, and filled again."""
+        """Update the size of a storage. Storages can be resized, even to zero, and filled again."""
         known = self._live[storage._cdata]
         size = storage.nbytes() if known.counted else 0
         if size != known.size:
@@ -135,7 +140,7 @@ class StorageMeter(TorchDispatchMode):
         self._changes.append((gone.number, -gone.size))
 
     def _gradients(self) -> set[int]:
-        """Numbers of the gradients of parameters, and of what they were added up from."""
+        """Return the numbers of the parameter gradients and of the tensors they were summed from."""
         self._note_gradients()
         found: set[int] = set()
         waiting = set(self._arrived)
@@ -149,7 +154,10 @@ class StorageMeter(TorchDispatchMode):
             self._note_gradient(tensor)
 
     def _note_gradient(self, parameter: Tensor) -> None:
-        """What was kept from the forward pass stays counted, though it may end as a gradient."""
+        """Record a parameter's gradient.
+
+        Tensors kept from the forward pass stay counted even if they become a gradient.
+        """
         gradient = parameter.grad if parameter.is_leaf else None
         if gradient is not None and gradient.layout is torch.strided:
             known = self._live.get(gradient.untyped_storage()._cdata)
@@ -158,7 +166,7 @@ class StorageMeter(TorchDispatchMode):
 
 
 def _dense(values: Any) -> Iterator[Tensor]:
-    """Tensors among nested values that have a storage."""
+    """Return the tensors with a storage among nested values."""
     return (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and leaf.layout is torch.strided)
 
 
@@ -168,7 +176,7 @@ _SUMS = {
     torch.ops.aten.clone.default,
     torch.ops.aten.copy_.default,
 }
-"""How autograd puts a parameter's gradient together."""
+"""The operations by which autograd accumulates a parameter's gradient."""
 
 
 def _unpack(tensor: Tensor) -> Tensor:
@@ -177,7 +185,7 @@ def _unpack(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def _watch_resizes(meet: Callable[[UntypedStorage, bool], object]) -> Iterator[None]:
-    """Tell of storages that are resized directly, which no operation shows: reversible layers empty them so."""
+    """Report storages that are resized directly, as reversible layers do. No operation shows such a change."""
     plain = UntypedStorage.resize_
 
     def resize(storage: UntypedStorage, size: int) -> Any:

@@ -1,4 +1,4 @@
-"""Where models come from: hub ids, folders, GGUF files and samples, all through one loader."""
+"""Loads and saves models from Hub ids, folders, GGUF files and samples."""
 
 from fedtune.models.load import (
     class_names,

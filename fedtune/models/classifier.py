@@ -1,4 +1,7 @@
-"""What the image models defined here have in common. Nothing of fedtune is imported: the file travels with a model."""
+"""The base class of fedtune's image models.
+
+This file imports nothing of fedtune, because it is saved beside the weights.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -12,19 +15,19 @@ __all__ = ["ClassifierOutput", "ImageClassifier"]
 
 
 class ClassifierOutput(NamedTuple):
-    """The mean cross-entropy where labels were given, and logits [n, labels]."""
+    """The mean cross-entropy loss if labels were given, and the logits [n, labels]."""
 
     loss: Tensor | None
     logits: Tensor
 
 
 class ImageClassifier(nn.Module, ABC):
-    """A chain of stages, made from the number of labels and, by name, from ``settings``."""
+    """A sequence of stages, constructed from the number of labels and keyword ``settings``."""
 
     kind: ClassVar[str]
-    """What its folder's config.json calls it."""
+    """The kind of the model in the folder's config.json."""
     head_name: ClassVar[str]
-    """The layer that is new when the labels are."""
+    """The name of the layer that is replaced when the number of labels changes."""
     supports_gradient_checkpointing: ClassVar[bool] = True
 
     def __init__(self, **settings: Any) -> None:
@@ -34,24 +37,24 @@ class ImageClassifier(nn.Module, ABC):
 
     @abstractmethod
     def stages(self) -> Sequence[nn.Module]:
-        """The net as it is now: stem, each block, the rest; every one takes the output of the one before, alone.
+        """Return the stages in order: stem, blocks, classifier. Each stage takes only the output of the previous one.
 
-        They hold all parameters and buffers. What is no submodule of its own is bundled anew in each call, so that a
-        layer that was replaced is always seen.
+        Together they hold all parameters and buffers. Stages that are not submodules are built in each call, so that
+        replaced layers are included.
         """
 
     def activation_checkpointing_enable(self, _: Any = None) -> None:
-        """Keep each stage's input only, from now on."""
+        """Enable activation checkpointing: only the input of each stage is kept for backward."""
         self._checkpointed = True
 
     def logits(self, pixels: Tensor) -> Tensor:
-        """[n, 3, h, w] -> [n, labels]."""
+        """Return logits: [n, 3, h, w] -> [n, labels]."""
         x = pixels
         for stage in self.stages():
             x = checkpoint(stage, x, use_reentrant=False) if self._checkpointed and self.training else stage(x)
         return x
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **_: Any) -> ClassifierOutput:
-        """Logits [n, labels], and the mean cross-entropy when labels [n] are given."""
+        """Return the logits [n, labels], and the mean cross-entropy loss if labels [n] are given."""
         logits = self.logits(pixel_values)
         return ClassifierOutput(None if labels is None else F.cross_entropy(logits, labels), logits)

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0: inverted residual blocks with ReLU6 and no squeeze-excite.
+"""EfficientNet-Lite0: inverted residual blocks with ReLU6 and without squeeze-and-excitation.
 
 The module names are those of the published checkpoint. Blocks and scaling: Tan & Le 2019, "EfficientNet"; the Lite
 variant: TensorFlow TPU team 2020.
@@ -28,20 +28,23 @@ STAGES = (
 
 
 class SameConv2d(nn.Conv2d):
-    """A convolution padded as TensorFlow's "same": with stride 2 the odd pixel goes to the bottom right."""
+    """A convolution with TensorFlow's "same" padding.
+
+    With stride 2, an odd pixel of padding goes to the bottom right.
+    """
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
         padding = kernel // 2 if stride == 1 else 0
         super().__init__(inputs, outputs, kernel, stride, padding, groups=groups, bias=False)
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name nn.Conv2d gives it
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the parameter's name in nn.Conv2d
         """[n, c, h, w] -> [n, c', ceil(h / stride), ceil(w / stride)]."""
         if any(margins := self.compute_same_padding(*input.shape[-2:])):
             input = F.pad(input, margins)  # noqa: A001
         return super().forward(input)
 
     def compute_same_padding(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """Rows and columns of zeros put around the input beside ``padding``: left, right, top, bottom."""
+        """Return the zero padding that is added besides ``padding``: left, right, top, bottom."""
         return (*self._missing(width), *self._missing(height)) if self.stride[0] > 1 else (0, 0, 0, 0)
 
     def _missing(self, size: int) -> tuple[int, int]:
@@ -55,7 +58,10 @@ def _norm(channels: int) -> nn.BatchNorm2d:
 
 
 class LiteBlock(InvertedResidual):
-    """ReLU6 after the two inner convolutions; without the first of them where nothing is widened."""
+    """An inverted residual block with ReLU6 after the first two convolutions.
+
+    Without expansion it has no first convolution.
+    """
 
     def __init__(self, inputs: int, outputs: int, expansion: int, kernel: int, stride: int) -> None:
         super().__init__(adds_input=stride == 1 and inputs == outputs)
@@ -72,7 +78,7 @@ class LiteBlock(InvertedResidual):
         self._bn2 = _norm(outputs)
 
     def layers(self) -> list[nn.Module]:
-        """Widen, filter, narrow."""
+        """Return the layers: expand, depthwise convolution, project."""
         widen = [self._expand_conv, self._bn0, self._relu0] if self.has_expansion else []
         return [*widen, self._depthwise_conv, self._bn1, self._relu1, self._project_conv, self._bn2]
 
@@ -87,7 +93,10 @@ def _blocks() -> nn.ModuleList:
 
 
 class EfficientNetLite(ImageClassifier):
-    """Input: pixels [n, 3, h, w], scaled as (pixel - 127) / 128. Lite0 has no free dimension but the labels."""
+    """EfficientNet-Lite0 for pixels [n, 3, h, w] scaled as (pixel - 127) / 128.
+
+    Only the number of labels can be chosen.
+    """
 
     kind: ClassVar[str] = "efficientnet-lite"
     head_name: ClassVar[str] = "_fc"
@@ -106,7 +115,7 @@ class EfficientNetLite(ImageClassifier):
         self._fc = nn.Linear(1280, labels)
 
     def stages(self) -> list[nn.Module]:
-        """Stem, 16 blocks, head convolution, classifier."""
+        """Return the stages: stem, 16 blocks, head convolution, classifier."""
         stem = nn.Sequential(self._conv_stem, self._bn0, self._relu0)
         head = nn.Sequential(self._conv_head, self._bn1, self._relu1)
         return [stem, *self._blocks, head, nn.Sequential(self._pool, self._dropout, self._fc)]

@@ -1,4 +1,7 @@
-"""Texts for encoder-decoders end in one end token: their classifiers read the decoder's state at it."""
+"""Makes tokenizers of encoder-decoder models end each text in one end token.
+
+Their sequence classifiers read the decoder's hidden state at the end token.
+"""
 
 from tokenizers.processors import Sequence, TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -9,9 +12,10 @@ __all__ = ["end_texts"]
 
 
 def end_texts(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
-    """Make the tokenizer end every text so, unless it does; ModelError when it cannot.
+    """Make the tokenizer append an end token to every text, unless it does already.
 
-    An end token spelt out inside a text is read as plain characters. Both are saved with the tokenizer.
+    An end token that is spelt out in a text is tokenised as plain characters. Both settings are saved with the
+    tokenizer. Raises ModelError when the tokenizer does not support this.
     """
     end = tokenizer.eos_token
     if end is None or tokenizer.pad_token == end:

@@ -1,4 +1,4 @@
-"""GGUF files, dequantised once into the cache, under the hash of what they came from."""
+"""Dequantises GGUF files into the cache, under the hash of the file."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ __all__ = ["dequantise_gguf"]
 
 
 def dequantise_gguf(file: Path) -> Path:
-    """The folder with a GGUF model's dequantised float32 weights and its tokenizer."""
+    """Return the folder with the float32 weights and the tokenizer of a GGUF model."""
     with file.open("rb") as opened:
         if opened.read(4) != b"GGUF":
             raise SourceError(f"{file} is not a GGUF file; check model.source")
@@ -38,7 +38,10 @@ def _dequantise(file: Path, into: Path) -> None:
 
 
 def _forget_quantisation(model: Any) -> None:
-    """The weights are plain tensors by now; with these marks left ``save_pretrained`` refuses."""
+    """Remove the marks of quantisation.
+
+    The weights are plain tensors, but ``save_pretrained`` refuses a marked model.
+    """
     model.hf_quantizer = None
     model.is_quantized = False
     del model.config.quantization_config

@@ -1,4 +1,4 @@
-"""Loading and saving the image models defined here: plain layers, read strictly from a folder of safetensors."""
+"""Loads and saves fedtune's image models as folders of safetensors."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -33,12 +33,12 @@ __all__ = [
 
 _MODEL_TYPE = "fedtune-image-classifier"
 _INSIDE = "model."
-"""Before every name in what was saved by transformers."""
+"""The prefix of tensor names in folders saved by transformers."""
 _UNTRAINED = "untrained"
 
 
 def is_fedtune_image_model(location: str) -> bool:
-    """Whether a folder holds one of these models; for all others transformers sees to it."""
+    """Return whether a folder holds one of fedtune's image models. All others are loaded by transformers."""
     try:
         return bool(_config(Path(location))["model_type"] == _MODEL_TYPE)
     except (KeyError, OSError, TypeError, ValueError):
@@ -48,7 +48,7 @@ def is_fedtune_image_model(location: str) -> bool:
 def load_image_model(
     model: ModelSettings, folder: Path, task: ModelTask, labels: Sequence[str], *, seed: int, quantised: bool
 ) -> ImageClassifier:
-    """The model in ``folder``: a fitting head is kept, another drawn, and so is all of what is untrained.
+    """Load the model in ``folder``. A head of another size and untrained weights are drawn from ``seed``.
 
     Raises ModelError and SourceError as ``models.load`` does.
     """
@@ -68,7 +68,7 @@ def load_image_model(
 
 
 def preprocessor(folder: Path, source: str) -> Preprocessor:
-    """How the model in ``folder`` reads pictures; ModelError when its file cannot be followed."""
+    """Return the image preprocessing of the model in ``folder``; ModelError when its file cannot be used."""
     file = folder / FILE
     if not file.is_file():
         return Preprocessor()
@@ -79,18 +79,18 @@ def preprocessor(folder: Path, source: str) -> Preprocessor:
 
 
 def save_image_model(model: ImageClassifier, folder: Path) -> None:
-    """Write config.json and the weights into a folder."""
+    """Write config.json and the weights to a folder."""
     _write_config(folder, model.kind, model.settings)
     save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def save_untrained_config(kind: str, settings: Mapping[str, Any], folder: Path) -> None:
-    """Write a config.json that has every load draw all weights from its seed."""
+    """Write a config.json for a model without weights. Each load draws all weights from its seed."""
     _write_config(folder, kind, settings, **{_UNTRAINED: True})
 
 
 def wrap_for_transformers(model: ImageClassifier, labels: Sequence[str]) -> "PreTrainedModel":
-    """The same function as a transformers model, whose ``save_pretrained`` ships the code beside the weights."""
+    """Return the same model as a transformers model, whose ``save_pretrained`` saves the code beside the weights."""
     from fedtune.models.in_transformers import FedtuneForImageClassification, FedtuneImageConfig
 
     numbers = {label: number for number, label in enumerate(labels)}
@@ -119,13 +119,13 @@ def _tensors(folder: Path, source: str) -> dict[str, Tensor]:
 
 
 def _fill(model: ImageClassifier, tensors: dict[str, Tensor], source: str) -> None:
-    """Copy the weights in; a head of other shape is left as drawn."""
+    """Copy the weights into the model. A head of another shape keeps its drawn weights."""
     wanted = model.state_dict()
     fitting = {name: tensors[name] for name in wanted if name in tensors and tensors[name].shape == wanted[name].shape}
     wrong = [name for name in wanted if name not in fitting and not name.startswith(f"{model.head_name}.")]
     if wrong:
         raise ModelError(f"{source} has no weights for {min(wrong)!r}, which it needs; fetch it again")
     given_up = [name for name in sorted(wanted.keys() & tensors.keys() - fitting.keys()) if tensors[name].any()]
-    for name in given_up[:1]:  # a head of zeros, as that of sample:logistic, has learned nothing
+    for name in given_up[:1]:  # a head of zeros, as in sample:logistic, is untrained
         warn_of_new_head(source, len(tensors[name]), len(wanted[name]))
     model.load_state_dict(fitting, strict=False)

@@ -1,4 +1,4 @@
-"""The image models defined here as a transformers model: ``save_pretrained`` ships the code beside the weights."""
+"""fedtune's image models as transformers models. ``save_pretrained`` saves the code beside the weights."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ __all__ = ["FedtuneForImageClassification", "FedtuneImageConfig"]
 
 
 class FedtuneImageConfig(PretrainedConfig):
-    """``kind`` names the model; ``settings`` are what it is made from, beside the labels."""
+    """``kind`` names the model; ``settings`` are its arguments besides the number of labels."""
 
     model_type = "fedtune-image-classifier"
 
@@ -23,7 +23,7 @@ class FedtuneImageConfig(PretrainedConfig):
 
 
 class FedtuneForImageClassification(PreTrainedModel):
-    """A model defined here, as ``model``."""
+    """A transformers model that wraps one of fedtune's image models as ``model``."""
 
     config_class = FedtuneImageConfig
     main_input_name = "pixel_values"
@@ -35,7 +35,7 @@ class FedtuneForImageClassification(PreTrainedModel):
         self.post_init()
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
-        """Logits [n, labels], and the mean cross-entropy when labels [n] are given."""
+        """Return the logits [n, labels], and the mean cross-entropy loss if labels [n] are given."""
         found = self.model(pixel_values, labels)
         return ImageClassifierOutput(loss=found.loss, logits=found.logits)
 

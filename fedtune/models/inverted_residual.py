@@ -1,4 +1,7 @@
-"""The block of mobile nets: widen, filter each channel, narrow again. Sandler et al. 2018, "MobileNetV2"."""
+"""The inverted residual block of MobileNets: expand, depthwise convolution, project.
+
+Sandler et al. 2018, "MobileNetV2".
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -9,9 +12,9 @@ __all__ = ["InvertedResidual"]
 
 
 class InvertedResidual(nn.Module, ABC):
-    """Convolutions, norms and activations in a row; the input is added where the shapes allow it.
+    """A sequence of convolutions, norms and activations, with a residual connection where the shapes allow it.
 
-    Layers bear the names of the checkpoint the net was published with, and may be replaced under them.
+    The layers have the names of the published checkpoint. A layer can be replaced under its name.
     """
 
     def __init__(self, *, adds_input: bool) -> None:
@@ -20,10 +23,10 @@ class InvertedResidual(nn.Module, ABC):
 
     @abstractmethod
     def layers(self) -> Sequence[nn.Module]:
-        """The layers as they are now, in the order they are called."""
+        """Return the current layers in the order in which they are called."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[n, c, h, w] -> [n, c', h', w']."""
+        """Run the block: [n, c, h, w] -> [n, c', h', w']."""
         out = x
         for layer in self.layers():
             out = layer(out)

@@ -1,4 +1,4 @@
-"""The image models defined here by the name their configuration gives them."""
+"""fedtune's image models by the kind in their configuration."""
 
 from collections.abc import Callable
 

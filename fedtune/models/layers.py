@@ -1,4 +1,4 @@
-"""Layers the image models share, and how a net without published weights is drawn."""
+"""Layers shared by the image models, and the initialisation of models without pretrained weights."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ class GlobalAveragePool(nn.Module):
     """The mean over height and width."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[n, c, h, w] -> [n, c]."""
+        """Average over pixels: [n, c, h, w] -> [n, c]."""
         return x.mean(dim=(2, 3))
 
 
@@ -25,21 +25,21 @@ def make_conv_norm(
     norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
     activation: Callable[[], nn.Module] | None = None,
 ) -> nn.Sequential:
-    """A convolution of [h, w] -> [ceil(h / stride), ceil(w / stride)], its norm, and an activation if any."""
+    """Return a convolution [h, w] -> [ceil(h / stride), ceil(w / stride)], its norm, and the activation, if any."""
     convolution = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
     return nn.Sequential(convolution, norm(outputs), *([activation()] if activation else []))
 
 
 def flatten_layers(parts: nn.Sequential) -> list[nn.Module]:
-    """The layers in the order they are called, without the bundles they stand in."""
+    """Return the layers in the order in which they are called, with nested sequences flattened."""
     return [layer for part in parts for layer in (part if isinstance(part, nn.Sequential) else [part])]
 
 
 def init_weights(model: nn.Module) -> None:
-    """Convolutions from He et al. 2015, "Delving Deep into Rectifiers", eq. 14; linear layers close to zero.
+    """Initialise convolutions as He et al. 2015, "Delving Deep into Rectifiers", eq. 14, and linear layers near zero.
 
-    torchvision draws depthwise ones narrower, by its fan-out over all groups; under running statistics that nobody has
-    collected yet, the signal would fade.
+    torchvision uses the fan-out over all groups, which gives depthwise convolutions a smaller deviation. With running
+    statistics that are not yet trained, the signal would vanish.
     """
     model.apply(_draw)
 

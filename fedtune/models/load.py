@@ -1,7 +1,7 @@
-"""A model fitted to a task, and its tokenizer: one path from here on, whatever the source.
+"""Loads the model of a recipe with the head of its task, its tokenizer and its preprocessor.
 
-Models defined here load without transformers, whose import takes seconds and a hundred megabytes; a device that
-classifies pictures needs neither.
+fedtune's own models load without transformers, whose import takes seconds and about 100 MB. A device that classifies
+images with them does not need it.
 """
 
 from collections.abc import Sequence
@@ -31,10 +31,11 @@ __all__ = [
 def load_model(
     model: ModelSettings, task: ModelTask, labels: Sequence[str], *, seed: int, quantisation: object | None = None
 ) -> nn.Module:
-    """The model on the CPU in ``model.dtype``; a new head is drawn from ``seed`` alone, so two loads are bit-equal.
+    """Load the model on the CPU in ``model.dtype``.
 
-    ``quantisation`` is a transformers quantisation config. Raises SourceError when the source cannot be read and
-    ModelError when it does not fit the task.
+    A new head is drawn from ``seed`` alone, so two loads are equal bit for bit. ``quantisation`` is a transformers
+    quantisation config. Raises SourceError when the source cannot be read, ModelError when the model does not fit the
+    task.
     """
     location = resolve_model_source(model.source)
     if image_model_files.is_fedtune_image_model(location):
@@ -48,7 +49,7 @@ def load_model(
 
 
 def class_names(model: ModelSettings) -> tuple[str, ...]:
-    """The class names of a fine-tuned classifier in the order of its head; empty where it has no names."""
+    """Return the class names of a fine-tuned classifier in the order of its head; empty if it has none."""
     location = resolve_model_source(model.source)
     if image_model_files.is_fedtune_image_model(location):
         return ()
@@ -58,14 +59,14 @@ def class_names(model: ModelSettings) -> tuple[str, ...]:
 
 
 def load_tokenizer(model: ModelSettings) -> Any:
-    """The model's tokenizer, with a padding token: a transformers ``PreTrainedTokenizerBase``."""
+    """Load the model's tokenizer, a transformers ``PreTrainedTokenizerBase`` with a padding token."""
     from fedtune.models import pretrained
 
     return pretrained.load_pretrained_tokenizer(model, resolve_model_source(model.source))
 
 
 def preprocessor(model: ModelSettings) -> Preprocessor:
-    """How the model reads pictures: as the recipe records it, else as its folder says."""
+    """Return the image preprocessing, from the recipe if it is set there, else from the model's folder."""
     if model.preprocessor is not None:
         return model.preprocessor
     location = resolve_model_source(model.source)
@@ -77,7 +78,7 @@ def preprocessor(model: ModelSettings) -> Preprocessor:
 
 
 def save_model(model: nn.Module, labels: Sequence[str], folder: Path) -> None:
-    """Write a model of plain layers for ``from_pretrained``; a model defined here takes its code with it."""
+    """Write a model of plain layers for ``from_pretrained``. The code of fedtune's own models is saved with it."""
     from fedtune.models import pretrained
 
     pretrained.save_pretrained_model(
@@ -86,7 +87,7 @@ def save_model(model: nn.Module, labels: Sequence[str], folder: Path) -> None:
 
 
 def save_config(model: nn.Module, folder: Path) -> None:
-    """Write the configuration of a model that transformers loaded: class names and padding id among the rest."""
+    """Write the configuration of a transformers model, including class names and the padding id."""
     from fedtune.models import pretrained
 
     pretrained.save_config(model, folder)

@@ -1,4 +1,4 @@
-"""What transformers raises for a source it cannot load, as one sentence."""
+"""Turns the exceptions of transformers for a source that cannot be loaded into one sentence."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ __all__ = ["explain_load_errors"]
 
 @contextmanager
 def explain_load_errors(source: str) -> Iterator[None]:
-    """Turn what transformers raises for a source it cannot load into one sentence."""
+    """Raise SourceError with one sentence when transformers cannot load ``source``."""
     try:
         yield
     except (ImportError, OSError, SafetensorError, ValueError) as error:
@@ -20,7 +20,7 @@ def explain_load_errors(source: str) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong and the mend, by the first error of the chain that says it."""
+    """Return what went wrong and how to fix it, from the first known exception in the chain."""
     chain: list[BaseException] = [error]
     while (before := chain[-1].__cause__ or chain[-1].__context__) is not None and before not in chain:
         chain.append(before)

@@ -1,4 +1,4 @@
-"""Multinomial logistic regression on raw pixels: the smallest honest model, for baselines and engine benchmarks."""
+"""Multinomial logistic regression on raw pixels, a small baseline."""
 
 from typing import ClassVar
 
@@ -11,14 +11,14 @@ __all__ = ["GreyPixels", "LogisticRegression"]
 
 
 class GreyPixels(nn.Module):
-    """Images scaled to side x side pixels, their channels averaged."""
+    """Resizes images to side x side pixels and averages their channels."""
 
     def __init__(self, side: int) -> None:
         super().__init__()
         self.side = side
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """[n, c, h, w] -> [n, side * side]."""
+        """Return grey pixels: [n, c, h, w] -> [n, side * side]."""
         grey, side = pixels.mean(dim=1, keepdim=True), (self.side, self.side)
         if grey.shape[-2:] != side:
             grey = F.interpolate(grey, size=side, mode="bilinear", antialias=True)
@@ -40,5 +40,5 @@ class LogisticRegression(ImageClassifier):
         nn.init.zeros_(self.classifier.bias)
 
     def stages(self) -> list[nn.Module]:
-        """The whole as one."""
+        """Return the whole model as one stage."""
         return [nn.Sequential(self.pixels, self.classifier)]

@@ -1,6 +1,6 @@
 """MobileNetV2, width 1.0: Sandler et al. 2018, "MobileNetV2: Inverted Residuals and Linear Bottlenecks", table 2.
 
-Modules and the constants of the norms are those of torchvision, whose checkpoints it takes by name.
+Module names and norm constants are those of torchvision, so its checkpoints can be loaded.
 """
 
 from typing import ClassVar
@@ -26,7 +26,10 @@ STAGES = (
 
 
 class V2Block(InvertedResidual):
-    """ReLU6 after the two inner convolutions; without the first of them where nothing is widened."""
+    """An inverted residual block with ReLU6 after the first two convolutions.
+
+    Without expansion it has no first convolution.
+    """
 
     def __init__(self, inputs: int, outputs: int, expansion: int, stride: int) -> None:
         super().__init__(adds_input=stride == 1 and inputs == outputs)
@@ -36,12 +39,12 @@ class V2Block(InvertedResidual):
         self.conv = nn.Sequential(*widen, spread, *make_conv_norm(hidden, outputs))
 
     def layers(self) -> list[nn.Module]:
-        """Widen, filter, narrow."""
+        """Return the layers: expand, depthwise convolution, project."""
         return flatten_layers(self.conv)
 
 
 class MobileNetV2(ImageClassifier):
-    """Input: pixels [n, 3, h, w]; the last map is 1/32 of their side."""
+    """MobileNetV2 for pixels [n, 3, h, w]. The last feature map has 1/32 of their side."""
 
     kind: ClassVar[str] = "mobilenet-v2"
     head_name: ClassVar[str] = "classifier.1"
@@ -55,7 +58,7 @@ class MobileNetV2(ImageClassifier):
         init_weights(self)
 
     def stages(self) -> list[nn.Module]:
-        """Stem, 17 blocks, head convolution, classifier."""
+        """Return the stages: stem, 17 blocks, head convolution, classifier."""
         return [*self.features, nn.Sequential(self.pool, *self.classifier)]
 
 

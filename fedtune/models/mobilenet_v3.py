@@ -1,7 +1,7 @@
 """MobileNetV3-small, width 1.0: Howard et al. 2019, "Searching for MobileNetV3", table 2.
 
-Modules are those of torchvision, whose checkpoints it takes by name. With torchvision and against the table, the last
-convolution before the pooling has no squeeze-excite.
+Module names are those of torchvision, so its checkpoints can be loaded. As in torchvision, and unlike the table, the
+last convolution before pooling has no squeeze-and-excitation.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from .layers import GlobalAveragePool, flatten_layers, init_weights, make_conv_n
 
 __all__ = ["MobileNetV3", "SqueezeExcite", "V3Block"]
 
-# kernel, channels inside, channels out, squeeze-excite, activation, stride
+# kernel, hidden channels, output channels, squeeze-and-excitation, activation, stride
 BLOCKS: tuple[tuple[int, int, int, bool, Callable[[], nn.Module], int], ...] = (
     (3, 16, 16, True, nn.ReLU, 2),
     (3, 72, 24, False, nn.ReLU, 2),
@@ -34,7 +34,10 @@ _norm = partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)
 
 
 class SqueezeExcite(nn.Module):
-    """Each channel times a gate in 0..1, from the means of all channels. Section 5.3, after Hu et al. 2018."""
+    """Multiplies each channel by a gate in 0..1 computed from the means of all channels.
+
+    Section 5.3, after Hu et al. 2018.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -45,14 +48,17 @@ class SqueezeExcite(nn.Module):
         self.scale_activation = nn.Hardsigmoid()
 
     def forward(self, x: Tensor) -> Tensor:
-        """[n, c, h, w] -> [n, c, h, w]."""
+        """Scale the channels: [n, c, h, w] -> [n, c, h, w]."""
         squeezed = self.activation(self.fc1(x.mean(dim=(2, 3), keepdim=True)))
         gate: Tensor = self.scale_activation(self.fc2(squeezed))
         return x * gate
 
 
 class V3Block(InvertedResidual):
-    """Squeeze-excite, where there is one, before the channels are narrowed; widening only where the width changes."""
+    """An inverted residual block with optional squeeze-and-excitation before the projection.
+
+    It expands only if the number of hidden channels differs from the input's.
+    """
 
     def __init__(
         self,
@@ -72,12 +78,12 @@ class V3Block(InvertedResidual):
         self.block = nn.Sequential(*widen, spread, *gate, make_conv_norm(hidden, outputs, norm=_norm))
 
     def layers(self) -> list[nn.Module]:
-        """Widen, filter, weigh, narrow."""
+        """Return the layers: expand, depthwise convolution, squeeze-and-excitation, project."""
         return flatten_layers(self.block)
 
 
 class MobileNetV3(ImageClassifier):
-    """Input: pixels [n, 3, h, w]; the last map is 1/32 of their side."""
+    """MobileNetV3-small for pixels [n, 3, h, w]. The last feature map has 1/32 of their side."""
 
     kind: ClassVar[str] = "mobilenet-v3-small"
     head_name: ClassVar[str] = "classifier.3"
@@ -94,7 +100,7 @@ class MobileNetV3(ImageClassifier):
         init_weights(self)
 
     def stages(self) -> list[nn.Module]:
-        """Stem, 11 blocks, head convolution, classifier."""
+        """Return the stages: stem, 11 blocks, head convolution, classifier."""
         return [*self.features, nn.Sequential(self.pool, *self.classifier)]
 
 
@@ -107,6 +113,6 @@ def _blocks() -> list[V3Block]:
 
 
 def _divisible(channels: int) -> int:
-    """The nearest multiple of 8 that is at least 8 and not below nine tenths."""
+    """Return the nearest multiple of 8 that is at least 8 and at least 0.9 times ``channels``."""
     rounded = max(8, (channels + 4) // 8 * 8)
     return rounded if rounded >= 0.9 * channels else rounded + 8

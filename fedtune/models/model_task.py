@@ -1,4 +1,4 @@
-"""What loading a model needs to know of the task that it is loaded for."""
+"""The interface of a task that model loading needs."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -7,7 +7,7 @@ __all__ = ["ModelTask"]
 
 
 class ModelTask(Protocol):
-    """A task, as far as it shapes the model: each ``fedtune.tasks.Task`` is one."""
+    """A task as far as it affects the model. Every ``fedtune.tasks.Task`` implements it."""
 
     @property
     def name(self) -> str:
@@ -19,15 +19,15 @@ class ModelTask(Protocol):
 
     @property
     def has_new_head(self) -> bool:
-        """Whether the model gets a head for the labels of the data."""
+        """Whether the model gets a new head for the labels of the data."""
 
     @property
     def head_problem(self) -> str | None:
         """The ``problem_type`` of the model's configuration."""
 
     def make_head_settings(self, labels: Sequence[str]) -> dict[str, Any]:
-        """Settings of the model's configuration that make the head."""
+        """Return the settings of the model's configuration that define the head."""
 
     @property
     def reads_text(self) -> bool:
-        """Whether the model reads tokens."""
+        """Whether the model's input is tokens."""

@@ -1,4 +1,4 @@
-"""The sentence that tells of a trained head given up for a new one."""
+"""The warning that a trained head is replaced by a new one."""
 
 import warnings
 
@@ -8,7 +8,7 @@ __all__ = ["warn_of_new_head"]
 
 
 def warn_of_new_head(source: str, found: int, wanted: int) -> None:
-    """Say that a model's head is for ``found`` classes and cannot be kept, since the data have ``wanted``."""
+    """Warn that a head for ``found`` classes is replaced, because the data has ``wanted`` classes."""
     warnings.warn(
         f"model.source: {source} has a head for {found} classes, but the data have {wanted}; a new head is drawn from "
         "the seed, and what the old one learned is lost",

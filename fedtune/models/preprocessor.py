@@ -1,4 +1,4 @@
-"""``preprocessor_config.json`` of a model's folder: what it says about pictures, read and written."""
+"""Reads and writes the ``preprocessor_config.json`` of a model's folder."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -18,15 +18,15 @@ FILE = "preprocessor_config.json"
 Settings = Mapping[str, Any]
 _BLACK, _ONE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 _RESAMPLE: dict[int, Resample] = {0: "nearest", 2: "bilinear", 3: "bicubic"}
-"""Pillow's numbers of what torch offers too."""
+"""Pillow's numbers of the resampling filters that torch has too."""
 _FIRST_WARPED = 384
-"""From this side on ConvNeXT's preprocessor cuts nothing out."""
+"""From this size on, ConvNeXT's preprocessor does not crop."""
 
 
 def from_settings(settings: Settings, source: str) -> Preprocessor:
-    """What the settings of a transformers image processor, all of them, do to a picture.
+    """Convert the full settings of a transformers image processor.
 
-    Raises ModelError for what is not square or is resized by a rule that is not known here.
+    Raises ModelError for sizes that are not square and for unknown resizing rules.
     """
     kind = str(settings.get("image_processor_type", "")).removesuffix("Pil").removesuffix("Fast")
     scale, offset = _scale(settings)
@@ -49,7 +49,7 @@ _MEND = "set model.preprocessor to what it needs"
 
 
 def check_known(processor: object, source: str) -> None:
-    """ModelError for an image processor of transformers with steps of its own that are not known here."""
+    """Raise ModelError for a transformers image processor that overrides steps in a way not supported here."""
     kind = type(processor)
     name = kind.__name__.removesuffix("Pil").removesuffix("Fast")
     own = [step for step in _STEPS if not _owner(kind, step).startswith("transformers.image_processing_")]
@@ -62,16 +62,16 @@ _KNOWN = frozenset(
     f"{name}ImageProcessor"
     for name in ("Beit", "ConvNext", "EfficientNet", "Levit", "MobileNetV2", "MobileViT", "PoolFormer", "Segformer")
 )
-"""Image processors whose own steps are followed here, or are for labels that are pictures."""
+"""Image processors whose own steps are supported here, or affect only label images."""
 
 
 def _owner(kind: type, step: str) -> str:
-    """The module of the class that a step comes from."""
+    """Return the module of the class that defines a step."""
     return next((base.__module__ for base in kind.__mro__ if step in vars(base)), "")
 
 
 def _sizes(settings: Settings, kind: str, source: str) -> dict[str, Any]:
-    """``side``, ``edge`` and ``resize``."""
+    """Return the settings ``side``, ``edge`` and ``resize``."""
     edge, shortest = _edge(settings, source)
     side = _square(settings["crop_size"], source) if settings.get("do_center_crop") else edge
     if not settings.get("do_resize", True):
@@ -100,11 +100,11 @@ _EDGE: dict[str, Callable[[int, Settings, bool], tuple[int, bool]]] = {
     "LevitImageProcessor": _levit,
     "PoolFormerImageProcessor": _poolformer,
 }
-"""Image processors that resize to another edge than their size says: edge, settings, shortest -> edge, shortest."""
+"""Image processors that resize to another edge than their size: (edge, settings, shortest) -> (edge, shortest)."""
 
 
 def _edge(settings: Settings, source: str) -> tuple[int, bool]:
-    """The wanted length, and whether it is the shortest edge's."""
+    """Return the edge length in pixels, and whether it applies to the shortest edge."""
     size = settings.get("size") or {}
     if isinstance(size, Mapping) and size.get("shortest_edge") and not size.get("longest_edge"):
         return int(size["shortest_edge"]), True
@@ -128,14 +128,17 @@ def _resample(settings: Settings, source: str) -> Resample:
 
 
 def _scale(settings: Settings) -> tuple[float, float]:
-    """What a pixel is multiplied by, and what is then taken away."""
+    """Return the factor of the pixel values and the offset that is subtracted afterwards."""
     if settings.get("do_rescale") is False:
         return 1.0, 0.0
     return float(settings.get("rescale_factor", 1 / 255)), 1.0 if settings.get("rescale_offset") else 0.0
 
 
 def _normal(settings: Settings, kind: str) -> tuple[Any, Any]:
-    """Mean and deviation; MobileViT's processor never normalises, EfficientNet's may divide twice."""
+    """Return mean and standard deviation.
+
+    MobileViT's processor never normalises; EfficientNet's may normalise twice.
+    """
     normalises = bool(settings.get("do_normalize")) and kind != "MobileViTImageProcessor"
     mean, std = settings.get("image_mean") or _BLACK, settings.get("image_std") or _ONE
     first = (mean, std) if normalises else (_BLACK, _ONE)
@@ -152,7 +155,7 @@ def _triple(values: Any, source: str) -> tuple[float, float, float]:
 
 
 def settings_of(preprocessor: Preprocessor) -> dict[str, Any]:
-    """The same as settings of a transformers image processor."""
+    """Convert to the settings of a transformers image processor."""
     edge = preprocessor.edge or preprocessor.side
     cuts = edge != preprocessor.side or preprocessor.resize == "shortest"
     size = {"shortest_edge": edge} if preprocessor.resize == "shortest" else {"height": edge, "width": edge}
@@ -173,7 +176,7 @@ def settings_of(preprocessor: Preprocessor) -> dict[str, Any]:
 
 
 def _processor(preprocessor: Preprocessor, *, cuts: bool) -> str:
-    """A class of transformers that does all of it, in its older versions too."""
+    """Return an image processor class that supports all of these steps, in older versions of transformers too."""
     if preprocessor.channels == "bgr":
         plain = preprocessor.mean == _BLACK and preprocessor.std == _ONE
         if not plain:
@@ -185,5 +188,5 @@ def _processor(preprocessor: Preprocessor, *, cuts: bool) -> str:
 
 
 def save(preprocessor: Preprocessor, folder: Path) -> None:
-    """Write it into a model's folder, for ``AutoImageProcessor``."""
+    """Write the settings into a model's folder, for ``AutoImageProcessor``."""
     write_bytes_atomically(folder / FILE, (json.dumps(settings_of(preprocessor), indent=2) + "\n").encode())

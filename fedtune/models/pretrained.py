@@ -1,4 +1,4 @@
-"""Models and tokenizers that transformers loads."""
+"""Models and tokenizers loaded by transformers."""
 
 from collections.abc import Iterable, Sequence
 from copy import copy
@@ -43,7 +43,7 @@ __all__ = [
 def load_pretrained_model(
     model: ModelSettings, location: str, task: ModelTask, labels: Sequence[str], *, seed: int, quantisation: Any | None
 ) -> PreTrainedModel:
-    """The model at ``location``, a hub id or a folder, as ``models.load`` promises it."""
+    """Load the model at ``location``, a Hub id or a folder, as described in ``models.load``."""
     with explain_load_errors(model.source), silence_transformers(), torch.random.fork_rng(devices=[]):
         config = AutoConfig.from_pretrained(location, trust_remote_code=False)
         _check_family(model, task, config)
@@ -55,7 +55,7 @@ def load_pretrained_model(
             quantisation.llm_int8_skip_modules = _head_layers(task, config)
         loaded, info = _loaded(model, location, task, config, seed, quantisation)
         if quantisation is not None and (drawn := _owners(info["missing_keys"])):
-            quantisation.llm_int8_skip_modules += drawn  # there is nothing to quantise
+            quantisation.llm_int8_skip_modules += drawn  # drawn layers have nothing to quantise
             loaded, info = _loaded(model, location, task, config, seed, quantisation)
     _check_weights(model, task, loaded, info)
     require_interpolation(model, loaded)
@@ -70,7 +70,7 @@ def load_pretrained_model(
 def _loaded(
     model: ModelSettings, location: str, task: ModelTask, config: PretrainedConfig, seed: int, quantisation: Any | None
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model, and what transformers found of its weights; what it did not find is drawn from the seed."""
+    """Return the model and transformers' loading info. Missing weights are drawn from the seed."""
     torch.manual_seed(seed)
     four_bits = {} if quantisation is None else {"quantization_config": quantisation, "device_map": "cpu"}
     found: tuple[PreTrainedModel, dict[str, Any]] = _auto_class(task).from_pretrained(
@@ -87,12 +87,12 @@ def _loaded(
 
 
 def _owners(drawn: Iterable[str]) -> list[str]:
-    """The layers that hold drawn parameters inside the backbone."""
+    """Return the layers inside the backbone that hold drawn parameters."""
     return sorted({name.rpartition(".")[0] for name in drawn if ".pooler." in name})
 
 
 def class_names(model: ModelSettings, location: str) -> tuple[str, ...]:
-    """What the model calls its classes, in the order of its head; nothing where they are only numbered."""
+    """Return the class names in the order of the head; an empty tuple if the classes only have numbers."""
     with explain_load_errors(model.source), silence_transformers():
         config = AutoConfig.from_pretrained(location, trust_remote_code=False)
     named = dict(sorted((int(number), str(name)) for number, name in (config.id2label or {}).items()))
@@ -101,7 +101,7 @@ def class_names(model: ModelSettings, location: str) -> tuple[str, ...]:
 
 
 def load_pretrained_tokenizer(model: ModelSettings, location: str) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a padding token."""
+    """Load the model's tokenizer and make sure that it has a padding token."""
     with explain_load_errors(model.source), silence_transformers():
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
         config = AutoConfig.from_pretrained(location, trust_remote_code=False)
@@ -119,13 +119,13 @@ def load_pretrained_tokenizer(model: ModelSettings, location: str) -> PreTrained
 
 
 _FEWEST_WORDS = 2
-"""transformers makes a tokenizer of special tokens, and at most one more, for a folder that has none."""
+"""For a folder without a tokenizer, transformers makes one of special tokens and at most one other token."""
 
 
 def preprocessor(model: ModelSettings, location: str) -> Preprocessor:
-    """How the model reads pictures, by its ``preprocessor_config.json``; without one only its image size is known.
+    """Return the image preprocessing in ``preprocessor_config.json``. Without that file, only the image size is used.
 
-    Raises ModelError when its file cannot be followed.
+    Raises ModelError when the file's settings are not supported.
     """
     with explain_load_errors(model.source), silence_transformers():
         if not _has(location, FILE):
@@ -142,7 +142,7 @@ def _has(location: str, file: str) -> bool:
 
 
 def _by_size(size: Any) -> Preprocessor:
-    """The defaults, at the size of pictures that a configuration tells."""
+    """Return the default preprocessing at the image size of the configuration."""
     sides = {size} if isinstance(size, int) else set(size or ())
     return Preprocessor(side=sides.pop()) if len(sides) == 1 else Preprocessor()
 
@@ -152,8 +152,10 @@ def _auto_class(task: ModelTask) -> Any:
 
 
 def _head_layers(task: ModelTask, config: PretrainedConfig) -> list[str]:
-    """What is not quantised: what lies behind the backbone, where transformers overlooks a new head with a bias; and
-    layers whose weights are read as they lie.
+    """Return the layers that are not quantised.
+
+    These are all layers outside the backbone, since transformers overlooks a new head with a bias, and layers whose
+    weights are read directly.
     """
     with torch.device("meta"):
         skeleton = _auto_class(task).from_config(config)
@@ -169,7 +171,7 @@ def _check_family(model: ModelSettings, task: ModelTask, config: PretrainedConfi
 
 
 def _check_head(model: ModelSettings, task: ModelTask, config: PretrainedConfig) -> None:
-    """A head for several labels at once, or for a number, would be trained as another than it is."""
+    """Raise ModelError when the checkpoint's head was trained for another kind of label than the task's."""
     if not task.has_new_head:
         return
     made_for = _find_problem_type(config)
@@ -182,9 +184,9 @@ def _check_head(model: ModelSettings, task: ModelTask, config: PretrainedConfig)
 
 
 def _find_problem_type(config: PretrainedConfig) -> str | None:
-    """What the head of a checkpoint was trained for; None where its configuration does not say."""
-    told = None if config.problem_type is None else str(config.problem_type)
-    return "regression" if told is None and config.num_labels == 1 else told
+    """Return the problem type of a checkpoint's head, or None if its configuration does not name one."""
+    declared = None if config.problem_type is None else str(config.problem_type)
+    return "regression" if declared is None and config.num_labels == 1 else declared
 
 
 _PROBLEMS = {
@@ -196,7 +198,7 @@ _PROBLEMS = {
 
 
 def _check_weights(model: ModelSettings, task: ModelTask, loaded: PreTrainedModel, info: dict[str, Any]) -> None:
-    """Only a head may be new: a body without pretrained weights is the wrong class for this checkpoint."""
+    """Raise ModelError when weights other than the head's are missing: the checkpoint does not fit the model class."""
     labels = loaded.config.num_labels if task.has_new_head else 0
     drawn = [key for key in info["missing_keys"] if ".pooler." not in f".{key}"]
     wrong = [key for key in drawn if not labels or not _is_head(loaded, key)]
@@ -214,7 +216,7 @@ def _is_head(loaded: PreTrainedModel, key: str) -> bool:
 
 
 def save_pretrained_model(model: nn.Module, folder: Path) -> None:
-    """Write a model of plain layers for ``from_pretrained``, whatever it was quantised to before."""
+    """Write a model of plain layers for ``from_pretrained``. Marks of an earlier quantisation are removed."""
     assert isinstance(model, PreTrainedModel)
     if getattr(model, "hf_quantizer", None) is not None:
         model.__dict__.update(hf_quantizer=None, is_quantized=False)
@@ -224,16 +226,17 @@ def save_pretrained_model(model: nn.Module, folder: Path) -> None:
 
 
 def save_config(model: nn.Module, folder: Path) -> None:
-    """Write a model's configuration alone, without how it was quantised."""
+    """Write only a model's configuration, without its quantisation settings."""
     config: Any = copy(model.config)
     vars(config).pop("quantization_config", None)
     config.save_pretrained(folder)
 
 
 def _prepare_text_model(loaded: PreTrainedModel, model: ModelSettings, location: str, task: ModelTask) -> None:
-    """No key-value cache while training; a decoder finds the last word of a padded text by its padding id.
+    """Switch off the key-value cache, and set the padding id of the model to the tokenizer's.
 
-    That is the tokenizer's, which pads the texts, whatever the configuration says.
+    A decoder with a classification head uses the padding id to find the last token of a padded text. The tokenizer pads
+    the texts, so its id is used even if the configuration has another.
     """
     loaded.config.use_cache = False
     known = loaded.config.pad_token_id
@@ -241,7 +244,7 @@ def _prepare_text_model(loaded: PreTrainedModel, model: ModelSettings, location:
         return
     try:
         padding = load_pretrained_tokenizer(model, location).pad_token_id
-    except FedtuneError:  # whoever encodes texts is told
+    except FedtuneError:  # reported again when texts are encoded
         if known is None:
             raise
         return

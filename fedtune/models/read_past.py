@@ -1,4 +1,4 @@
-"""Layers whose weights a model takes without running the layer, so that nothing can stand in the layer's place."""
+"""Layers whose weights a model reads without calling the layer. Such layers cannot be replaced."""
 
 from torch import nn
 
@@ -11,10 +11,10 @@ _ENDINGS = {
     "mamba2": ("out_proj", "conv1d"),
     "nemotron_h": ("out_proj", "conv1d"),
 }
-"""Last parts of their names, by model type; most of them PEFT refuses too."""
+"""Endings of the layer names by model type. PEFT refuses most of them too."""
 
 
 def read_past(model: nn.Module) -> list[str]:
-    """Names of such layers."""
+    """Return the names of such layers in a model."""
     endings = _ENDINGS.get(getattr(getattr(model, "config", None), "model_type", ""), ())
     return [name for name, _ in model.named_modules() if name.rpartition(".")[2] in endings]

@@ -1,6 +1,6 @@
 """ResNet-18: He et al. 2016, "Deep Residual Learning for Image Recognition", table 1 with projections (option B).
 
-Modules are those of torchvision, whose checkpoints it takes by name.
+Module names are those of torchvision, so its checkpoints can be loaded.
 """
 
 from typing import ClassVar
@@ -14,7 +14,7 @@ __all__ = ["BasicBlock", "ResNet18"]
 
 
 class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions, added to the input, which is projected where the shapes differ."""
+    """Two 3 x 3 convolutions with a residual connection, which has a projection if the shapes differ."""
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
         super().__init__()
@@ -28,16 +28,17 @@ class BasicBlock(nn.Module):
         self.relu2 = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        """[n, inputs, h, w] -> [n, outputs, h', w']."""
+        """Run the block: [n, inputs, h, w] -> [n, outputs, h', w']."""
         inner = self.relu1(self.bn1(self.conv1(x)))
         out: Tensor = self.relu2(self.bn2(self.conv2(inner)) + self.downsample(x))
         return out
 
 
 class ResNet18(ImageClassifier):
-    """Input: pixels [n, 3, h, w]; ``small`` keeps their size in the stem, as is usual at 32 pixels and below.
+    """ResNet-18 for pixels [n, 3, h, w].
 
-    ``width`` is that of the first blocks, 64 in the paper.
+    ``small`` makes the stem keep the image size, as is usual for images of up to 32 pixels. ``width`` is the number of
+    channels of the first blocks, 64 in the paper.
     """
 
     kind: ClassVar[str] = "resnet18"
@@ -58,7 +59,7 @@ class ResNet18(ImageClassifier):
         init_weights(self)
 
     def stages(self) -> list[nn.Module]:
-        """Stem, 8 blocks, classifier."""
+        """Return the stages: stem, 8 blocks, classifier."""
         stem = nn.Sequential(self.conv1, self.bn1, self.relu, self.maxpool)
         blocks = [*self.layer1, *self.layer2, *self.layer3, *self.layer4]
         return [stem, *blocks, nn.Sequential(self.pool, self.fc)]

@@ -1,4 +1,4 @@
-"""Image models that do not come as safetensors, put once into the cache."""
+"""Image models that are not published as safetensors, converted once into the cache."""
 
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,13 @@ UNTRAINED_MODELS: dict[str, tuple[type[ImageClassifier], dict[str, Any]]] = {
     "resnet18-small": (ResNet18, {"small": True}),
     "resnet18-narrow": (ResNet18, {"small": True, "width": 16}),
 }
-"""Nets whose weights no package ships, with their settings."""
+"""Models without pretrained weights in any package, with their settings."""
 
 
 def convert_efficientnet_lite0(file: Path) -> Path:
-    """The folder with the ImageNet weights of EfficientNet-Lite0.
+    """Return the folder with the ImageNet weights of EfficientNet-Lite0.
 
-    They were only ever published as a pickle: it is read because its checksum is pinned, and as plain tensors only.
+    They were published only as a pickle. Its checksum is pinned, and only plain tensors are loaded from it.
     """
     if (found := hash_file(file)) != LITE0_SHA256:
         raise ChecksumError(f"{file.name} has sha256 {found}, but {LITE0_SHA256} was published; do not trust it")
@@ -48,7 +48,7 @@ def convert_efficientnet_lite0(file: Path) -> Path:
 
 
 def make_logistic_regression_folder() -> Path:
-    """The folder with an untrained logistic regression: all zero, with a head of two labels to be replaced."""
+    """Return the folder of an untrained logistic regression: weights of zero and a placeholder head of two labels."""
     folder = get_cache_folder() / "image-models" / "logistic-28"
     make_folder_once(
         folder, lambda beside: image_model_files.save_image_model(LogisticRegression(2), beside), "sample:logistic"
@@ -57,7 +57,7 @@ def make_logistic_regression_folder() -> Path:
 
 
 def make_untrained_model_folder(name: str) -> Path:
-    """The folder of a net whose weights every load draws from its own seed."""
+    """Return the folder of a model without weights. Each load draws them from its own seed."""
     model, settings = UNTRAINED_MODELS[name]
     folder = get_cache_folder() / "image-models" / name
     make_folder_once(

@@ -1,4 +1,4 @@
-"""Where a model comes from: every source ends as a hub id or a folder that ``from_pretrained`` takes."""
+"""Resolves a model source to a Hub id or a folder that ``from_pretrained`` loads."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,9 +16,9 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def resolve_model_source(source: str, key: str = "model.source") -> str:
-    """A hub id, or a folder with ``config.json`` and safetensors; SourceError when there is no such thing.
+    """Return a Hub id, or a folder with ``config.json`` and safetensors.
 
-    ``key`` is what the user wrote the source under.
+    ``key`` is the setting that holds the source, for messages. Raises SourceError when the source does not exist.
     """
     kind, _, name = source.partition(":")
     if kind not in _KINDS or not name:
@@ -27,17 +27,20 @@ def resolve_model_source(source: str, key: str = "model.source") -> str:
 
 
 def run_folder(reference: str) -> Path:
-    """Where the result of ``RUN@ROUND`` lies as a whole model once it is made; the cache keeps it."""
+    """Return the cache folder for the result of ``RUN@ROUND`` as a full model."""
     return get_cache_folder() / "exported" / reference.replace("@", "-").replace("/", "_")
 
 
 def is_made(folder: Path) -> bool:
-    """Whether a folder holds a model."""
+    """Return whether a folder holds a model."""
     return (folder / "config.json").is_file()
 
 
 def _run(reference: str, key: str) -> str:
-    """Only commands that know the run store make such a base; whatever else loads the recipe finds it here."""
+    """Return the exported model of a run.
+
+    Only commands that know the run store export it; others find it in the cache.
+    """
     folder = run_folder(reference)
     if "@" not in reference or not is_made(folder):
         raise SourceError(
@@ -47,7 +50,7 @@ def _run(reference: str, key: str) -> str:
     return str(folder)
 
 
-def _hub(name: str, key: str) -> str:  # noqa: ARG001 - like the others
+def _hub(name: str, key: str) -> str:  # noqa: ARG001 - the signature is shared
     return name
 
 
@@ -75,12 +78,12 @@ def _gguf(name: str, key: str) -> str:
 
 
 def _from_gguf(file: Path) -> Path:
-    from fedtune.models.gguf_loader import dequantise_gguf  # only these sources need transformers
+    from fedtune.models.gguf_loader import dequantise_gguf  # imported here: only GGUF files need transformers
 
     return dequantise_gguf(file)
 
 
-def _sample(name: str, key: str) -> str:  # noqa: ARG001 - like the others
+def _sample(name: str, key: str) -> str:  # noqa: ARG001 - the signature is shared
     if name not in _SAMPLES:
         raise SourceError(f"there is no sample model {name!r}; {suggest_nearest(name, list(_SAMPLES))}")
     return str(_SAMPLES[name]())

@@ -1,4 +1,4 @@
-"""Loading and saving without reports, retry notes and progress bars; errors still come through."""
+"""Silences reports, retry messages and progress bars while loading and saving. Errors are still raised."""
 
 import io
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ __all__ = ["silence_transformers"]
 
 @contextmanager
 def silence_transformers() -> Iterator[None]:
-    """Only exceptions leave the block: what is logged or drawn on stderr is dropped; levels are set back after it."""
+    """Drop log messages and output on stderr inside the block, and restore the log levels after it."""
     verbosity, hub_verbosity = logging.get_verbosity(), hub_logging.get_verbosity()
     logging.set_verbosity(CRITICAL)
     hub_logging.set_verbosity(CRITICAL)

@@ -1,4 +1,4 @@
-"""What a run's weights may tell of any one client: contributions of bounded norm, and Gaussian noise from a secret."""
+"""Differential privacy: client updates of bounded norm, and Gaussian noise generated from a secret key."""
 
 from fedtune.privacy.bounds import compute_max_update_norm, compute_mean_noise_std, compute_noise_std
 from fedtune.privacy.clipping import ROUNDING_SLACK, clip_to_norm

@@ -1,4 +1,4 @@
-"""How large things may be under a recipe's privacy: the noise that fits the clipping, the norms that are believed."""
+"""The noise scale and the largest accepted norm of a client update under a recipe's privacy settings."""
 
 import math
 
@@ -11,23 +11,27 @@ _TAIL = 8.0
 
 
 def compute_noise_std(privacy: PrivacySettings) -> float:
-    """Standard deviation of the noise on a sum of contributions: ``noise`` times what one of them can change."""
+    """Return the standard deviation of the noise on a sum of client updates: ``noise_multiplier`` times the
+    sensitivity.
+    """
     return privacy.noise_multiplier * privacy.clipping_norm * (1 + ROUNDING_SLACK)
 
 
 def compute_mean_noise_std(privacy: PrivacySettings, count: int) -> float:
-    """Standard deviation of the noise on the mean of so many contributions.
+    """Return the standard deviation of the noise on the mean of ``count`` client updates.
 
-    Each moves the mean by clip / count; rounding the mean to fp32 before the noise may add 2^-23 of clip.
+    Each update changes the mean by at most clipping_norm / count. Rounding the mean to fp32 before adding noise may add
+    2^-23 of the clipping norm.
     """
     return compute_noise_std(privacy) * (1 / count + 2.0**-23)
 
 
 def compute_max_update_norm(privacy: PrivacySettings, elements: int) -> float:
-    """The norm up to which a contribution of so many elements is believed to be clipped as asked.
+    """Return the largest norm that is accepted for a clipped client update of ``elements`` elements.
 
-    With noise of its own, |delta + noise| <= clip + deviation * (sqrt(elements) + 8) but for one in 1e13: the norm is a
-    1-Lipschitz function of Gaussian numbers, so it passes its mean by t deviations with at most exp(-t^2 / 2).
+    If clients add noise, |delta + noise| <= clipping_norm + std * (sqrt(elements) + 8), except with probability 1e-13.
+    The norm is a 1-Lipschitz function of Gaussian variables, so it exceeds its mean by t standard deviations with
+    probability at most exp(-t^2 / 2).
     """
     bound = privacy.clipping_norm * (1 + ROUNDING_SLACK)
     if privacy.noise_added_by == "server":

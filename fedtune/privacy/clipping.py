@@ -1,6 +1,7 @@
-"""Clipping: a contribution as a whole is scaled down to a given L2 norm.
+"""Clips a client update as a whole to a given L2 norm.
 
-What: delta * min(1, clip / |delta|), |delta| being the norm over all tensors together, taken in double precision.
+What: delta * min(1, clip / |delta|), where |delta| is the norm over all tensors, computed in double precision.
+
 Source: McMahan et al., "Learning Differentially Private Recurrent Language Models" (arXiv 1710.06963), flat clipping.
 """
 
@@ -15,13 +16,16 @@ from fedtune.errors import ClientUpdateError
 __all__ = ["ROUNDING_SLACK", "clip_to_norm"]
 
 ROUNDING_SLACK = 1e-6
-"""Clipped deltas are rounded to fp32, by 6e-8 of each value: their norm passes the bound by less than this share."""
+"""Clipped deltas are rounded to fp32, by 6e-8 of each value.
+
+Their norm exceeds the bound by less than this fraction.
+"""
 
 
 def clip_to_norm(deltas: Mapping[str, Tensor], most: float) -> dict[str, Tensor]:
-    """The fp32 deltas, scaled by one factor where their norm is above ``most``; no bit changes where it is not.
+    """Return the fp32 deltas, scaled by one factor if their norm exceeds ``most``, else unchanged bit for bit.
 
-    Raises ContributionError for values that are not finite: they have no norm to bound.
+    Raises ClientUpdateError for values that are not finite.
     """
     norm = math.hypot(*(float(torch.linalg.vector_norm(delta, dtype=torch.float64)) for delta in deltas.values()))
     if not math.isfinite(norm):

@@ -1,11 +1,13 @@
-"""Gaussian noise from a secret: unknown to whoever lacks the secret, and the same again for whoever has it.
+"""Gaussian noise from a secret key: reproducible with the key, unpredictable without it.
 
-What: ChaCha20 under HMAC-SHA256(secret, place) gives uniform numbers, Box-Muller makes them normal, and four of them
-are added and halved: rounding errors of a single one can betray what it was added to.
-Why not the run's seed: every device knows the recipe, and with it could take the noise away. Why not the system's
-randomness alone: a round that is begun again must release the same bits, or it would have released twice.
+What: ChaCha20, keyed by HMAC-SHA256(secret, place), gives uniform numbers, and Box-Muller makes them normal. Four of
+them are added and divided by two, because the rounding errors of a single one can reveal the value it was added to.
+
+Why not the run's seed: every device knows the recipe, and could subtract the noise. Why not only the system's
+randomness: a repeated round must release the same bits, otherwise it would release the result twice.
+
 Source: Box and Muller (1958); four summands after Holohan and Braghin, "Secure Random Sampling in Differential Privacy"
-(arXiv 2107.10138). Sums are rounded to fp32 once; this is no proof against every attack on floating point.
+(arXiv 2107.10138). Sums are rounded to fp32 once. This does not prevent every attack on floating-point numbers.
 """
 
 import hmac
@@ -25,27 +27,30 @@ __all__ = ["NormalStream", "add_gaussian_noise"]
 
 _SUMMANDS = 4
 _BLOCK = 2 * _SUMMANDS * 8
-"""Bytes of a block of ChaCha20: two words of eight for each summand."""
+"""Bytes of ChaCha20 output per normal number: two words of eight bytes for each summand."""
 
 
 class NormalStream:
-    """An endless row of standard normal numbers; another place, or another secret, gives an unrelated one."""
+    """A stream of standard normal numbers. Streams of different places or secrets are unrelated."""
 
     def __init__(self, secret: bytes, *place: int | str) -> None:
         self._key = hmac.digest(secret, "/".join(str(part) for part in place).encode(), "sha256")
 
     def draw_normals(self, start: int, count: int) -> NDArray[np.float64]:
-        """Numbers ``start`` to ``start + count`` of the row; each takes one block of the cipher's 2^32."""
+        """Return numbers ``start`` to ``start + count`` of the stream. Each uses one of the cipher's 2^32 blocks."""
         stream = Cipher(ChaCha20(self._key, start.to_bytes(4, "little") + bytes(12)), mode=None).encryptor()
         words = np.frombuffer(stream.update(bytes(count * _BLOCK)), dtype="<u8")
-        uniform = ((words >> np.uint64(11)) + 0.5) * 2.0**-53  # the middles of 2^53 equal parts of (0, 1)
+        uniform = ((words >> np.uint64(11)) + 0.5) * 2.0**-53  # the midpoints of 2^53 equal intervals of (0, 1)
         first, second = uniform.reshape(count, 2, _SUMMANDS).swapaxes(0, 1)
         normal = np.sqrt(-2 * np.log(first)) * np.cos(2 * math.pi * second)
         total: NDArray[np.float64] = normal.sum(axis=1) / math.sqrt(_SUMMANDS)
         return total
 
     def add_noise(self, values: Tensor, start: int, deviation: float) -> Tensor:
-        """fp32 values, the first being number ``start`` of its tensor, with N(0, deviation^2) added in double."""
+        """Return fp32 values with N(0, deviation^2) added in double precision.
+
+        ``start`` is the index of the first value in its tensor.
+        """
         noise = torch.from_numpy(self.draw_normals(start, values.numel())).reshape(values.shape)
         return (values.double() + deviation * noise).float()
 
@@ -53,7 +58,10 @@ class NormalStream:
 def add_gaussian_noise(
     tensors: Mapping[str, Tensor], deviation: float, secret: bytes, *place: int | str
 ) -> dict[str, Tensor]:
-    """fp32 tensors with N(0, deviation^2) added to every element; ``place`` says what the noise is for."""
+    """Return fp32 tensors with N(0, deviation^2) added to every element.
+
+    ``place`` identifies the purpose of the noise.
+    """
     return {name: _noised(tensor, deviation, NormalStream(secret, *place, name)) for name, tensor in tensors.items()}
 
 

@@ -1,4 +1,4 @@
-"""The secret that noise comes from: made once by the machine that adds the noise, and never sent."""
+"""The secret key of the noise. The machine that adds the noise creates it once and never sends it."""
 
 import os
 from pathlib import Path
@@ -12,13 +12,14 @@ _BYTES = 32
 
 
 def load_or_create_noise_key(folder: Path) -> bytes:
-    """256 bits from the operating system, kept in ``folder`` for its owner alone, so that a resumed run finds them.
+    """Return the 256-bit key in ``folder``, created from the operating system's randomness if it does not exist.
 
-    Raises StoreError when they cannot be kept, or what is there is something else: noise from it might be guessed.
+    Only the owner can read the file. A resumed run uses the same key. Raises StoreError when the key cannot be written,
+    or the file has the wrong size, since noise from such a key might be predictable.
     """
     path = folder / "noise.key"
     if not path.exists():
-        write_bytes_atomically(path, os.urandom(_BYTES))  # made with mode 0600
+        write_bytes_atomically(path, os.urandom(_BYTES))  # created with mode 0600
     found = path.read_bytes()
     if len(found) != _BYTES:
         raise StoreError(f"{path} is damaged; delete it, and what goes on from here has noise of its own")

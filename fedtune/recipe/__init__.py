@@ -1,1 +1,1 @@
-"""All settings of a run, and every check of them."""
+"""The settings of a run and their validation."""

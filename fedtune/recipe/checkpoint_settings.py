@@ -1,4 +1,4 @@
-"""The part of a recipe that says which rounds' checkpoints stay on disk."""
+"""The settings of a recipe for the checkpoints that are kept on disk."""
 
 from typing import Literal
 
@@ -10,14 +10,16 @@ __all__ = ["Checkpoints", "Keep"]
 
 
 class Keep(SettingsModel):
-    """Rounds whose checkpoints stay; that of round 0 always does."""
+    """The rounds whose checkpoints are kept. That of round 0 is always kept."""
 
-    last: int = Field(2, ge=1, description="the newest so many")
-    best: bool = Field(True, description="the one that scored best on validation, or on what clients hold out")
-    every: int | None = Field(10, ge=1, description="each round of which this is a divisor; null: none for that")
+    last: int = Field(2, ge=1, description="number of newest rounds to keep")
+    best: bool = Field(
+        True, description="keep the round with the best metric on validation data, or on clients' held-out data"
+    )
+    every: int | None = Field(10, ge=1, description="keep rounds divisible by this number; null: none")
 
 
 class Checkpoints(SettingsModel):
-    """What becomes of checkpoints once their round is committed."""
+    """What happens to checkpoints after their round is committed."""
 
     keep: Literal["all"] | Keep = Keep()

@@ -1,4 +1,4 @@
-"""The part of a recipe that says where examples come from, which are held out, and how clients share the rest."""
+"""The settings of a recipe for the data: source, splits and the partition over clients."""
 
 from typing import Annotated, Literal, Self
 
@@ -21,24 +21,29 @@ __all__ = [
 
 
 class ColumnSettings(SettingsModel):
-    """Which column of the source holds what."""
+    """The names of the source's columns."""
 
     text: str = "text"
     image: str = "image"
-    text_pair: str = Field("text_pair", description="the second text of a pair")
-    label: str = Field("label", description="a class, several classes or a number, as the task takes it")
-    target: str = Field("target", description="the text to write")
-    words: str = Field("words", description="a list of words")
-    tags: str = Field("tags", description="a list with a tag for each word")
-    group: str | None = Field(None, description="examples that share it are never split apart")
-    domain: str | None = Field(None, description="results are also reported per value of it")
+    text_pair: str = Field("text_pair", description="second text of a pair")
+    label: str = Field("label", description="a class, several classes or a number, depending on the task")
+    target: str = Field("target", description="text to generate")
+    prompt: str = "prompt"
+    chosen: str = Field("chosen", description="preferred completion")
+    rejected: str = Field("rejected", description="completion that is not preferred")
+    words: str = Field("words", description="list of words")
+    tags: str = Field("tags", description="list with one tag per word")
+    group: str | None = Field(None, description="examples of the same group are kept together")
+    domain: str | None = Field(None, description="results are also reported per domain")
     split: str | Literal[False] | None = Field(
-        None, description="says train, validation or test of each row; by default one called split; false: nothing does"
+        None, description="split of each row: train, validation or test; default: a column called split; false: none"
     )
 
 
 class SplitFractions(SettingsModel):
-    """Shares of the groups held out by a stable hash, where the source has no parts of its own."""
+    """Shares of the groups in the validation and test splits, drawn by a stable hash if the source has no such
+    splits.
+    """
 
     validation: float = Field(0.1, gt=0, lt=1)
     test: float = Field(0.2, gt=0, lt=1)
@@ -51,25 +56,27 @@ class SplitFractions(SettingsModel):
 
 
 class Iid(SettingsModel):
-    """Groups dealt out evenly at random."""
+    """Groups are dealt evenly at random."""
 
     kind: Literal["iid"] = "iid"
 
 
 class Dirichlet(SettingsModel):
-    """Each class is shared out over the clients in proportions drawn from Dirichlet(alpha): labels and sizes differ.
+    """Each class is divided among the clients in proportions from Dirichlet(alpha), so labels and sizes differ.
 
-    As Flower, NIID-Bench (arXiv 2102.02079) and PFLlib draw it; drawn again until no client falls short.
+    As in Flower, NIID-Bench (arXiv 2102.02079) and PFLlib. The draw is repeated until each client has ``min_examples``.
     """
 
     kind: Literal["dirichlet"] = "dirichlet"
     alpha: float = Field(0.5, gt=0)
     min_examples: int = Field(1, ge=1)
-    balance: bool = Field(True, description="who has an even share of all examples gets none of the next class")
+    balance: bool = Field(
+        True, description="clients that hold an even share of all examples get none of the next class"
+    )
 
 
 class EqualDirichlet(SettingsModel):
-    """Each client draws label proportions of its own from Dirichlet(alpha), and all get equally many examples."""
+    """Each client draws its own label proportions from Dirichlet(alpha). All clients get equally many examples."""
 
     kind: Literal["equal-dirichlet"] = "equal-dirichlet"
     alpha: float = Field(0.5, gt=0)
@@ -77,21 +84,23 @@ class EqualDirichlet(SettingsModel):
 
 
 class Natural(SettingsModel):
-    """Clients follow a column: one author, shop or domain stays together as far as the number of clients allows."""
+    """Clients follow a column: rows of one author, shop or domain stay together if there are no more clients than
+    values.
+    """
 
     kind: Literal["natural"] = "natural"
     column: str
 
 
 class Size(SettingsModel):
-    """Same label mix, sizes proportional to ``rank ** -exponent``."""
+    """All clients have the same label mix. Their sizes are proportional to ``rank ** -exponent``."""
 
     kind: Literal["power-law"] = "power-law"
     exponent: float = Field(1.0, ge=0)
 
 
 class Shards(SettingsModel):
-    """Groups sorted by label and cut into shards; each client gets a few: the pathological split."""
+    """Groups are sorted by label and divided into shards; each client gets a few. This is an extreme label skew."""
 
     kind: Literal["shards"] = "shards"
     shards_per_client: int = Field(2, ge=1)
@@ -101,7 +110,7 @@ PartitionSettings = Annotated[Iid | Dirichlet | EqualDirichlet | Natural | Size 
 
 
 class DataSettings(SettingsModel):
-    """Where the examples come from and how they are split over clients."""
+    """The source of the examples, their splits and their partition over clients."""
 
     source: str = Field(
         description="hub:ID, csv:FILE, jsonl:FILE, parquet:FILE, text:FILE, folder:PATH, disk:FOLDER or sample:NAME"
@@ -109,15 +118,15 @@ class DataSettings(SettingsModel):
     columns: ColumnSettings = ColumnSettings()
     splits: SplitFractions = SplitFractions()
     partition: PartitionSettings = Iid()
-    max_train_examples: int | None = Field(
-        None, ge=1, description="keep at most so many training examples, chosen by seed"
+    max_train_examples: int | None = Field(None, ge=1, description="limit of training examples, sampled with the seed")
+    delimiter: str | None = Field(
+        None, min_length=1, max_length=1, description="delimiter of csv files; default: detected from the header"
     )
     tokens: Literal["memory", "disk"] = Field(
-        "memory", description="disk: texts are tokenised once into the cache and read from there; text-generation only"
+        "memory", description="disk: tokenise texts once into the cache and read them there; text-generation only"
     )
-    delimiter: str | None = Field(None, min_length=1, max_length=1, description="of csv; by default the heading's")
-    encoding: str | None = Field(None, description="of csv and text, e.g. cp1252; by default as its bytes look")
-    skip_unreadable: bool = Field(False, description="leave out pictures that cannot be read, and say how many")
+    encoding: str | None = Field(None, description="encoding of csv and text files, e.g. cp1252; default: detected")
+    skip_unreadable: bool = Field(False, description="leave out images that cannot be read, and report their number")
 
     @field_validator("encoding")
     @classmethod

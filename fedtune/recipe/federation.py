@@ -1,4 +1,4 @@
-"""The part of a recipe that says who takes part in a round, and what makes it count."""
+"""The settings of a recipe for the federation: which clients take part in a round, and which updates are merged."""
 
 from typing import Annotated, Literal, Self
 
@@ -12,50 +12,50 @@ Tag = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,31}$")]
 
 
 class ClientSelection(SettingsModel):
-    """Which devices take part: those for which all of it holds. A simulation holds it against its device classes."""
+    """Selects devices that meet all criteria. In a simulation, the criteria apply to the device classes."""
 
-    device_names: list[str] = Field([], description="patterns of names such as kitchen-*, one of which must fit")
-    tags: list[Tag] = Field([], description="tags a device must have, all of them; operators give them")
-    min_memory: ByteSize = Field(ByteSize(0), description="least memory a device allows its trainer")
-    sampling: Literal["random", "least-recent"] = Field("random", description="whom to sample first")
+    device_names: list[str] = Field([], description="patterns of device names, e.g. kitchen-*; a device must match one")
+    tags: list[Tag] = Field([], description="tags that a device must have; operators assign them")
+    min_memory: ByteSize = Field(ByteSize(0), description="minimum memory that a device must allow its trainer")
+    sampling: Literal["random", "least-recent"] = Field("random", description="order in which clients are sampled")
 
     @property
     def has_criteria(self) -> bool:
-        """Whether any device could fail to qualify."""
+        """Whether any device could be excluded."""
         return bool(self.device_names or self.tags or self.min_memory)
 
 
 class Asynchronous(SettingsModel):
-    """The asynchronous mode of FedBuff: a round ends with so many answers, and those begun earlier count too."""
+    """The asynchronous mode of FedBuff: a round ends after a number of updates, including those of earlier requests."""
 
-    buffer_size: int = Field(ge=1, description="usable answers that make a round")
+    buffer_size: int = Field(ge=1, description="number of usable updates that end a round")
     staleness_exponent: float = Field(
-        0.5, ge=0, description="tau rounds late, an answer is scaled by (1 + tau) ** -staleness_exponent"
+        0.5, ge=0, description="an update that is tau rounds late is scaled by (1 + tau) ** -staleness_exponent"
     )
-    max_staleness: int = Field(10, ge=0, description="an answer that would be later than so many rounds is given up")
+    max_staleness: int = Field(10, ge=0, description="updates that are later than this number of rounds are dropped")
 
 
 class Federation(SettingsModel):
-    """Who takes part in a round, and what makes it count."""
+    """Which clients take part in a round, and which of their updates are merged."""
 
     rounds: int = Field(ge=1)
     fraction_train: float = Field(1.0, gt=0, le=1)
-    clients_per_round: int | None = Field(None, ge=1, description="so many clients a round, in place of a fraction")
-    quorum: int = Field(1, ge=1, description="usable contributions a round needs")
+    clients_per_round: int | None = Field(
+        None, ge=1, description="number of clients per round; replaces fraction_train"
+    )
+    quorum: int = Field(1, ge=1, description="number of usable updates that a round needs")
     deadline: float | None = Field(
-        None, gt=0, description="seconds a round waits for replies; simulated seconds in a simulation"
+        None, gt=0, description="seconds that a round waits for replies; simulated seconds in a simulation"
     )
     take_first: int | None = Field(
-        None, ge=1, description="a round ends with so many usable replies: ask more clients, take the first"
+        None, ge=1, description="number of usable replies that end a round; sample more clients than this"
     )
-    max_update_norm: float | None = Field(None, gt=0, description="a contribution of larger L2 norm is refused")
+    max_update_norm: float | None = Field(None, gt=0, description="updates with a larger L2 norm are rejected")
     norm_bound: float | None = Field(
-        50.0, gt=1, description="an update so many times as large as the cohort's median is refused; null: none is"
+        50.0, gt=1, description="updates larger than this multiple of the cohort's median are rejected; null: no bound"
     )
     selection: ClientSelection = ClientSelection()
-    asynchronous: Asynchronous | None = Field(
-        None, description="late answers are merged too; without it they are dropped"
-    )
+    asynchronous: Asynchronous | None = Field(None, description="merge late updates too; default: they are dropped")
 
     @model_validator(mode="after")
     def _quorum_fits_buffer(self) -> Self:

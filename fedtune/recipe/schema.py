@@ -1,4 +1,4 @@
-"""What a run is: one frozen pydantic model, stored whole with the run."""
+"""The recipe of a run: one frozen pydantic model, which is stored with the run."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -59,37 +59,40 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 class ModelSettings(SettingsModel):
-    """The pretrained model everything is a delta to."""
+    """The pretrained model. All updates are deltas to it."""
 
     source: str = Field(description="hub:ID, path:FOLDER, gguf:FILE, sample:NAME or run:ID[@ROUND]")
     dtype: Dtype = "float32"
     position_interpolation: float = Field(
-        1.0, ge=1, description="a rotary model reads texts so many times longer than those of its pretraining"
+        1.0, ge=1, description="factor by which texts may exceed the pretraining length; rotary models only"
     )
-    preprocessor: Preprocessor | None = Field(None, description="how pictures are read; by default as its folder says")
+    preprocessor: Preprocessor | None = Field(
+        None, description="image preprocessing; default: that of the model's folder"
+    )
 
 
 _OWN = ("techniques", "batch_size", "dtype")
 
 
 class DeviceClass(SettingsModel):
-    """Devices of one kind: how many, the memory each allows a training step, and what they do otherwise than ``train``.
+    """Devices of one kind: their number, their memory for a training step, and settings that replace those of all
+    devices.
 
-    What they train must be a part of what ``train.techniques`` shares; low-rank pairs may be narrower.
+    Their techniques may train only tensors that ``train.techniques`` shares. Low-rank pairs may have a smaller rank.
     """
 
     name: str = "device"
     count: int = Field(ge=1)
     memory: ByteSize = Field(ByteSize(1_000_000_000), description="e.g. 512MB or 2GiB")
-    techniques: list[Unit] | None = Field(None, min_length=1, description="in place of train.techniques")
-    batch_size: int | None = Field(None, ge=1, description="in place of train.batch_size")
-    dtype: Dtype | None = Field(None, description="in place of model.dtype")
-    tags: list[Tag] = Field([], description="what federation.selection goes by in a simulation")
+    techniques: list[Unit] | None = Field(None, min_length=1, description="replaces train.techniques")
+    batch_size: int | None = Field(None, ge=1, description="replaces train.batch_size")
+    dtype: Dtype | None = Field(None, description="replaces model.dtype")
+    tags: list[Tag] = Field([], description="tags for federation.selection in a simulation")
     examples_per_second: float | None = Field(
-        None, gt=0, description="examples a second in a simulation's time; without it a deadline is never missed"
+        None, gt=0, description="examples per simulated second; without it, no deadline is missed"
     )
-    spread: float = Field(0.25, ge=0, le=2, description="standard deviation of the logarithm of a simulated duration")
-    dropout: float = Field(0.0, ge=0, lt=1, description="chance that a simulated client never answers a round")
+    spread: float = Field(0.25, ge=0, le=2, description="standard deviation of the logarithm of simulated durations")
+    dropout: float = Field(0.0, ge=0, lt=1, description="probability that a simulated client sends no reply in a round")
 
     @field_validator("techniques", mode="before")
     @classmethod
@@ -98,27 +101,31 @@ class DeviceClass(SettingsModel):
 
     @property
     def overridden_settings(self) -> tuple[str, ...]:
-        """Names of the settings it has of its own."""
+        """The names of the settings that this class overrides."""
         return tuple(name for name in _OWN if getattr(self, name) is not None)
 
 
 class EvaluationSettings(SettingsModel):
-    """Validation after every so many rounds; the test part is scored once, at the end."""
+    """Evaluation settings. Validation runs every few rounds; the test split is evaluated once, at the end."""
 
     every_n_rounds: int = Field(1, ge=1)
     max_examples: int | None = Field(
-        None, ge=1, description="validation examples scored before the last round, drawn by seed; without it all"
+        None,
+        ge=1,
+        description="validation examples evaluated before the last round, sampled with the seed; default: all",
     )
     batch_size: int = Field(64, ge=1)
     local_holdout: float = Field(
-        0.0, ge=0, le=0.5, description="share of its examples each client keeps to score the model on"
+        0.0, ge=0, le=0.5, description="share of its examples that each client holds out for evaluation"
     )
-    metrics: list[str] = Field([], max_length=16, description="beside accuracy and loss: f1, auc, balanced-accuracy")
+    metrics: list[str] = Field(
+        [], max_length=16, description="metrics besides accuracy and loss: f1, auc, balanced-accuracy"
+    )
     main_metric: str | None = Field(
-        None, description="what tables show and what selects the best checkpoint; by default as the task says"
+        None, description="metric that is shown in tables and selects the best checkpoint; default: the task's"
     )
     clients: Literal["all"] | Annotated[int, Field(ge=1)] | None = Field(
-        None, description="so many clients, or all, score each evaluated round's result on what they hold out"
+        None, description="number of clients, or all, that evaluate results of rounds on their held-out data"
     )
 
     @model_validator(mode="after")
@@ -131,18 +138,18 @@ class EvaluationSettings(SettingsModel):
 
 
 class PrivacySettings(SettingsModel):
-    """What the weights may tell of any one client: bounded contributions, all of equal weight, and Gaussian noise."""
+    """Differential privacy of clients: updates of bounded norm and equal weight, and Gaussian noise."""
 
-    clipping_norm: float = Field(gt=0, description="L2 norm each client's whole contribution is scaled down to")
+    clipping_norm: float = Field(gt=0, description="L2 norm to which each client's whole update is clipped")
     noise_multiplier: float = Field(
-        gt=0, description="standard deviation over clipping_norm: of the sum, or of each with noise_added_by: clients"
+        gt=0, description="noise standard deviation / clipping_norm, for the sum, or for each update if clients add it"
     )
-    noise_added_by: Literal["server", "clients"] = Field("server", description="who adds the noise, and is trusted to")
-    target_delta: float = Field(1e-5, gt=0, lt=1, description="at which epsilon is told")
+    noise_added_by: Literal["server", "clients"] = Field("server", description="who adds the noise and must be trusted")
+    target_delta: float = Field(1e-5, gt=0, lt=1, description="delta at which epsilon is reported")
 
 
 class Recipe(SettingsModel):
-    """What to do: the whole of a run, apart from where it is executed.
+    """All settings of a run, except where it is executed.
 
     Keys and values of version 1 are translated, see ``fedtune.recipe.versions``.
     """
@@ -168,16 +175,16 @@ class Recipe(SettingsModel):
 
     @property
     def num_clients(self) -> int:
-        """Number of clients in the federation."""
+        """The number of clients in the federation."""
         return sum(device.count for device in self.devices)
 
     @property
     def cohort_size(self) -> int:
-        """Number of clients sampled each round."""
+        """The number of clients sampled in each round."""
         return self.federation.clients_per_round or max(1, round(self.num_clients * self.federation.fraction_train))
 
     def get_device_class(self, client: int) -> DeviceClass:
-        """The device class of client 0, 1, ..., in the order the recipe lists them."""
+        """Return the device class of client 0, 1, ..., in the order of the recipe."""
         for device in self.devices:
             if client < device.count:
                 return device
@@ -185,11 +192,11 @@ class Recipe(SettingsModel):
         raise IndexError("more clients than devices")
 
     def get_client_recipe(self, client: int) -> Self:
-        """What one client carries out: its device class's own settings in place of the recipe's."""
+        """Return the recipe of one client: settings of its device class replace the recipe's."""
         return self.apply_device_class(self.get_device_class(client))
 
     def apply_device_class(self, device: DeviceClass) -> Self:
-        """The recipe as one device class carries it out; no class has settings of its own any more."""
+        """Return the recipe of one device class. In the result, no class overrides settings."""
         none = dict.fromkeys(_OWN)
         train = {
             "techniques": device.techniques or self.train.techniques,

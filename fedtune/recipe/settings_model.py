@@ -1,4 +1,4 @@
-"""The shape of everything a recipe says."""
+"""The base class of all settings."""
 
 from pydantic import BaseModel, ConfigDict
 
@@ -6,6 +6,6 @@ __all__ = ["SettingsModel"]
 
 
 class SettingsModel(BaseModel):
-    """Settings that are values: frozen, and closed to keys they do not know."""
+    """Immutable settings that reject unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

@@ -14,12 +14,12 @@ __all__ = ["TaskUnit", "list_task_names"]
 
 @cache
 def list_task_names() -> tuple[str, ...]:
-    """The names of all tasks in alphabetical order: the files of ``fedtune.tasks``, none of which is imported."""
+    """Return the names of all tasks, sorted. They are the files of ``fedtune.tasks``; none is imported."""
     return tuple(sorted(find_unit_modules("fedtune.tasks")))
 
 
 class TaskUnit(Unit):
-    """A task by name. Without settings it is written as the name alone."""
+    """A task by name. Without settings it is serialised as the name alone."""
 
     @model_validator(mode="after")
     def _is_known(self) -> Self:

@@ -1,4 +1,4 @@
-"""The part of a recipe that says how one client trains in one round, with which techniques."""
+"""The settings of a recipe for local training: one client in one round, with its techniques."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, Self
@@ -34,7 +34,7 @@ class Unit(SettingsModel):
 
 
 def split_joined(value: Any) -> Any:
-    """Names joined by ``+`` as a list; anything else as it is."""
+    """Split names joined by ``+`` into a list. Other values are returned unchanged."""
     return value.split("+") if isinstance(value, str) else value
 
 
@@ -42,38 +42,42 @@ Optimiser = Literal["adamw", "sgd", "adamw_8bit", "paged_adamw_8bit", "lion_8bit
 
 
 def _accept_optimizer(value: Any) -> Any:
-    """The optimiser may be spelt with a z; a key under both names is left, so that one of them is refused."""
+    """Accept the spelling ``optimizer``. If both spellings are given, keep both, so that validation refuses one."""
     if not isinstance(value, Mapping) or "optimizer" not in value or "optimiser" in value:
         return value
     return {"optimiser" if key == "optimizer" else key: entry for key, entry in value.items()}
 
 
 class Train(SettingsModel):
-    """The local loop one client runs in one round."""
+    """Settings of the local training of one client in one round."""
 
     techniques: list[Unit] = Field([Unit(name="full")], min_length=1)
     optimiser: Optimiser = "adamw"
     lr: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.0, ge=0)
-    lr_schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="over all rounds of the run")
-    warmup_ratio: float = Field(0.0, ge=0, lt=1, description="share of all steps")
-    momentum: float = Field(0.0, ge=0, lt=1, description="of sgd; it begins at nothing in every round")
-    nesterov: bool = Field(False, description="sgd with Nesterov's momentum")
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
+        "linear", description="schedule over all rounds of the run"
+    )
+    warmup_ratio: float = Field(0.0, ge=0, lt=1, description="share of all steps with rising learning rate")
+    momentum: float = Field(0.0, ge=0, lt=1, description="momentum of sgd; reset to zero in every round")
+    nesterov: bool = Field(False, description="use Nesterov momentum in sgd")
     max_grad_norm: float | None = Field(
-        1.0, gt=0, description="largest gradient norm; not with sgd, where nothing is clipped unless this is given"
+        1.0, gt=0, description="gradients are clipped to this norm; default with sgd: no clipping"
     )
     batch_size: int = Field(16, ge=1)
-    max_length: int = Field(128, ge=2, description="tokens a text is cut to")
-    group_by_length: bool = Field(False, description="batches of texts of like length: less padding, less time")
+    max_length: int = Field(128, ge=2, description="number of tokens that texts are truncated to")
+    group_by_length: bool = Field(False, description="batches of texts of similar length: less padding, less time")
     packing: Literal["none", "best-fit"] = Field(
         "none", description="best-fit: several short texts in a row of max_length tokens; text-generation only"
     )
     image_size: int | None = Field(
-        None, ge=8, description="side in pixels an image is scaled to; by default the model's"
+        None, ge=8, description="side in pixels that images are resized to; default: the model's"
     )
     local_steps: int | None = Field(None, ge=1)
     local_epochs: int | None = Field(None, ge=1)
-    threads: int = Field(1, ge=1, description="processor threads per client; part of what makes bits repeat")
+    threads: int = Field(
+        1, ge=1, description="CPU threads per client; results are reproducible only with the same number"
+    )
 
     @field_validator("techniques", mode="before")
     @classmethod

@@ -1,6 +1,7 @@
-"""Units by name: each file of a package, or of a folder inside it, publishes one. Nothing is imported to find them."""
+"""Finds units by listing a package's folders. Each file publishes one unit; nothing is imported to find it."""
 
 import pkgutil
+import sys
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,14 +12,12 @@ __all__ = ["find_unit_modules"]
 
 
 def find_unit_modules(package: str) -> dict[str, str]:
-    """The module of each unit, by the unit's name; RecipeError when two files publish the same name.
+    """Return the module of each unit by its name; RecipeError when two files publish the same name.
 
-    Names of files and folders with a leading underscore do not count: they help units.
+    Files and folders with a leading underscore are helpers and are left out.
     """
-    spec = find_spec(package)
-    assert spec is not None
     found: dict[str, str] = {}
-    for module in _iter_public_modules(package, spec.submodule_search_locations or ()):
+    for module in _iter_public_modules(package, _find_folders(package)):
         name = module.rpartition(".")[2].replace("_", "-")
         if name in found:
             raise RecipeError(f"{found[name]} and {module} both publish {name!r}; rename one of the files")
@@ -26,8 +25,17 @@ def find_unit_modules(package: str) -> dict[str, str]:
     return found
 
 
+def _find_folders(package: str) -> Iterable[str]:
+    """Return the folders of a package, whether or not it is imported."""
+    if package in sys.modules:
+        return sys.modules[package].__path__
+    spec = find_spec(package)
+    assert spec is not None
+    return spec.submodule_search_locations or ()
+
+
 def _iter_public_modules(package: str, folders: Iterable[str]) -> Iterator[str]:
-    """Names of modules, those of inner folders too."""
+    """Yield the names of modules, including those of inner folders."""
     for folder in folders:
         for _, name, is_package in pkgutil.iter_modules([folder]):
             if not name.startswith("_"):

@@ -1,7 +1,7 @@
-"""Published units by name. Units are found by listing folders, so that only the unit that is asked for is imported.
+"""Units by name. They are found by listing folders, so that only the requested unit is imported.
 
-Each file of a package, or of a folder inside it, publishes one unit under its own name. Names of files and folders with
-a leading underscore do not count: they help units.
+Each file of a package, or of a folder inside it, publishes one unit under its own name. Files and folders with a
+leading underscore are helpers and are left out.
 """
 
 import importlib
@@ -26,18 +26,21 @@ __all__ = [
 
 
 class NamedUnit(SettingsModel):
-    """A unit that is its own settings; ``name`` is what recipes call it."""
+    """A unit that consists of its own settings. ``name`` is its name in recipes."""
 
     name: ClassVar[str]
 
 
 def list_unit_names(package: str) -> list[str]:
-    """The names of all units that a package publishes, sorted."""
+    """Return the names of all units of a package, sorted."""
     return sorted(find_unit_modules(package))
 
 
 def build_unit(package: str, unit: Unit, where: str) -> Any:
-    """The unit a recipe names, validated; RecipeError names what is near or allowed. ``where`` is the recipe's key."""
+    """Return the validated unit that a recipe names at the key ``where``.
+
+    Raises RecipeError with the nearest name or key, or with the allowed ones.
+    """
     chosen = _import_unit_class(package, unit.name, where)
     try:
         return chosen.model_validate(unit.settings)
@@ -46,7 +49,7 @@ def build_unit(package: str, unit: Unit, where: str) -> Any:
 
 
 def read_unit_card(package: str, name: str) -> str:
-    """The docstring of the module that publishes a unit."""
+    """Return the card of a unit: the docstring of its module."""
     unit_class = _import_unit_class(package, name, package.rpartition(".")[2])
     return importlib.import_module(unit_class.__module__).__doc__ or ""
 

@@ -1,6 +1,6 @@
-"""A recipe of version 1 is rewritten in version 2: keys and values are replaced where they stand, all else stays.
+"""Rewrites a recipe of version 1 in version 2.
 
-Comments, order and layout are kept, since only the spans of changed keys and values are replaced.
+Only the text of changed keys and values is replaced. Comments, order and layout stay the same.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,7 +24,7 @@ __all__ = ["upgrade_recipe_text"]
 
 
 class _Edit(NamedTuple):
-    """New text for the characters from ``start`` to ``end``."""
+    """The new text for the characters from ``start`` to ``end``."""
 
     start: int
     end: int
@@ -32,15 +32,15 @@ class _Edit(NamedTuple):
 
 
 def upgrade_recipe_text(text: str, origin: str) -> str:
-    """The text of a recipe in the newest version; one that is of it already is returned as it is.
+    """Return the text of a recipe in the newest version. A text of that version is returned unchanged.
 
-    Raises RecipeError when the recipe does not hold, or when its meaning would change, as with some anchors.
+    Raises RecipeError when the recipe is invalid, or when its meaning would change, as with some anchors.
     """
     before = parse_recipe(text, origin)
     if not needs_translation(load(text)):
         return text
     root = yaml.compose(text, Loader=yaml.SafeLoader)
-    assert isinstance(root, yaml.MappingNode)  # parse_recipe has refused all others
+    assert isinstance(root, yaml.MappingNode)  # parse_recipe raises for all others
     upgraded = _apply({*_version_edits(root, text), *_mapping_edits(root, "")}, text)
     if not _means_the_same(upgraded, before.model_dump_json()):
         raise RecipeError(
@@ -64,7 +64,7 @@ def _apply(edits: set[_Edit], text: str) -> str:
 
 
 def _version_edits(root: yaml.MappingNode, text: str) -> Iterator[_Edit]:
-    """The version as the first key, or in the place of the one that is written."""
+    """Write the version as the first key, or replace the version that is there."""
     written = [value for key, value in root.value if key.value == "version"]
     if written:
         yield _Edit(written[0].start_mark.index, written[0].end_mark.index, str(VERSION))
@@ -76,7 +76,7 @@ def _version_edits(root: yaml.MappingNode, text: str) -> Iterator[_Edit]:
 
 
 def _mapping_edits(node: yaml.Node, key: str) -> Iterator[_Edit]:
-    """Edits of a node below a key of version 2."""
+    """Yield the edits of a node below a key of version 2."""
     if isinstance(node, yaml.ScalarNode):
         yield from _replace(node, lambda value: str(translate_value(key, value)))
     elif isinstance(node, yaml.SequenceNode):
@@ -93,7 +93,7 @@ def _mapping_edits(node: yaml.Node, key: str) -> Iterator[_Edit]:
 
 
 def _unit_edits(node: yaml.Node) -> Iterator[_Edit]:
-    """Edits of a technique or a merge step, written short or with the keys ``name`` and ``settings``."""
+    """Yield the edits of a technique or a merge step, in the short form or with the keys ``name`` and ``settings``."""
     if isinstance(node, yaml.ScalarNode):
         yield from _replace(node, _rename_unit)
     if not isinstance(node, yaml.MappingNode):
@@ -130,7 +130,7 @@ def _merges(key: yaml.Node) -> bool:
 
 
 def _replace(node: yaml.Node, rename: Callable[[str], str]) -> Iterator[_Edit]:
-    """The edit that gives a scalar its new text in the quotes that it has; none where nothing changes."""
+    """Yield the edit that replaces the text of a scalar and keeps its quotes; nothing if it does not change."""
     if not isinstance(node, yaml.ScalarNode) or node.tag != "tag:yaml.org,2002:str":
         return
     new = rename(node.value)

@@ -1,4 +1,4 @@
-"""What is wrong with settings, in one sentence: file, line, key, what is allowed, the nearest key."""
+"""Explains validation errors in one sentence: file, line, key, allowed values, nearest key."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -11,10 +11,10 @@ from pydantic_core import ErrorDetails
 __all__ = ["Location", "explain_validation_error", "suggest_nearest"]
 
 _LONGEST = 200
-"""Characters that a message shows of a value."""
+"""The largest number of characters of a value in a message."""
 
 Location = tuple[str | int, ...]
-"""Keys and list positions from the root to a setting."""
+"""The keys and list indices from the root to a setting."""
 
 
 def explain_validation_error(
@@ -24,7 +24,7 @@ def explain_validation_error(
     lines: Mapping[Location, int] | None = None,
     overridden: Mapping[Location, str] | None = None,
 ) -> str:
-    """The first problem of a validation as one sentence: file, line, key, what is allowed, nearest key."""
+    """Return the first validation error as one sentence: file, line, key, allowed values, nearest key."""
     detail = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
     location = _without_tags(model, detail["loc"])
     where = _where(location, origin, lines or {}, _blamed(detail, location, overridden or {}))
@@ -34,7 +34,7 @@ def explain_validation_error(
 
 
 def _without_tags(model: type[BaseModel], location: Location) -> Location:
-    """Drop the tags that pydantic puts into a location behind a union whose member a key chooses."""
+    """Remove the tags that pydantic adds to a location inside a discriminated union."""
     models, kept, tagged = [model], list[str | int](), False
     for part in location:
         if not tagged:
@@ -52,7 +52,7 @@ def _fields(models: Sequence[type[BaseModel]], name: str | int) -> list[FieldInf
 
 
 def _blamed(detail: ErrorDetails, location: Location, overridden: Mapping[Location, str]) -> Mapping[Location, str]:
-    """Overrides by the location they may spoil: a key set below a value spoils the value itself."""
+    """Return the overrides by the location they may have broken. A key set below a value breaks the value itself."""
     if detail["type"] == "value_error":
         return overridden
     return {path[: len(location)]: item for path, item in overridden.items()}
@@ -85,19 +85,19 @@ def _problem(detail: ErrorDetails, key: str, siblings: Sequence[str]) -> str:
 
 
 def _short(value: Any) -> str:
-    """A value as it is written in Python; a long one is cut."""
+    """Return the ``repr`` of a value, truncated if it is long."""
     text = repr(value)
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
 
 
 def suggest_nearest(word: str, known: Sequence[str]) -> str:
-    """``did you mean 'x'?``, or all that is allowed when nothing is near."""
+    """Return ``did you mean 'x'?``, or all allowed words when none is near."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(sorted(known))}"
 
 
 def _siblings(model: type[BaseModel], location: Location) -> list[str]:
-    """The keys allowed beside the last one of a location."""
+    """Return the keys that are allowed beside the last one of a location."""
     models = [model]
     for part in location[:-1]:
         if isinstance(part, str):

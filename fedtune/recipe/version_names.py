@@ -1,4 +1,4 @@
-"""What recipes of version 1 called by other names: tables of keys, values, units and their settings."""
+"""The names of version 1 of the recipe: tables of renamed keys, values, units and unit settings."""
 
 from typing import Any
 
@@ -41,7 +41,7 @@ KEYS = {
     "train.steps": "local_steps",
     "train.warmup": "warmup_ratio",
 }
-"""The last part of a key in version 2, by the whole key in version 1. Keys of a list's entries leave out the index."""
+"""The last part of a key in version 2, by the full key in version 1. List indices are left out of keys."""
 
 UNIT_LISTS = frozenset({"devices.techniques", "merge", "train.techniques"})
 """Keys whose values are lists of techniques or merge steps, or names joined by ``+``."""
@@ -60,7 +60,7 @@ VALUES: dict[str, dict[Any, Any]] = {
         "paged_adamw8bit": "paged_adamw_8bit",
     },
 }
-"""Values that have another name in version 2, by their key in version 1."""
+"""Values that were renamed in version 2, by their key in version 1."""
 
 UNIT_NAMES = {
     "checkpointing": "gradient-checkpointing",
@@ -70,7 +70,7 @@ UNIT_NAMES = {
     "norm": "batch-norm",
     "selective-recompute": "selective-checkpointing",
 }
-"""Names of techniques that changed; the old ones stay as aliases."""
+"""Techniques that were renamed. The old names stay as aliases."""
 
 _LOW_RANK = {"exact": "trained_factors", "targets": "target_modules"}
 _MEASURED = {
@@ -143,7 +143,7 @@ UNIT_KEYS: dict[str, dict[str, str]] = {
     "tinytl": {"biases": "train_biases", "kernel": "kernel_size", **_STORED},
     "trimmed-mean": {"share": "trim_fraction"},
 }
-"""Settings of techniques and merge steps that have another name in version 2, by the unit's name in version 2."""
+"""Settings of techniques and merge steps that were renamed in version 2, by the unit's name in version 2."""
 
 _FACTORS = {"freeze-a": "b-only", "none": "both", "remainder": "both-and-base"}
 UNIT_VALUES: dict[str, dict[str, dict[Any, Any]]] = {
@@ -153,7 +153,7 @@ UNIT_VALUES: dict[str, dict[str, dict[Any, Any]]] = {
     "qlora": {"exact": _FACTORS},
     "rebasin": {"many": {"cycle": "mean-of-others"}},
 }
-"""Values of such settings that have another name in version 2, by the setting's old name."""
+"""Values of such settings that were renamed in version 2, by the setting's old name."""
 
 NESTED_UNIT_KEYS = {("deft", "skip"): {"below": "skip_below", "gamma": "penalty"}}
-"""Keys below a setting that have another name in version 2, by the unit and the setting's old name."""
+"""Keys below a setting that were renamed in version 2, by the unit and the setting's old name."""

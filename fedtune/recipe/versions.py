@@ -1,8 +1,8 @@
-"""Recipes of version 1 are translated to version 2 when they are read: keys and values take the field's names.
+"""Translates recipes of version 1 to version 2 when they are read. Version 2 uses the terms of the field.
 
-A file or a stored run without ``version`` is of version 1. The tables in ``fedtune.recipe.version_names`` are all that
-differs: a key that they do not name is the same in both. Old names of techniques, merge steps and their settings stay
-as aliases in version 2.
+A file or a stored run without ``version`` has version 1. All differences are in the tables of
+``fedtune.recipe.version_names``; other keys are the same in both. Old names of techniques, merge steps and their
+settings stay as aliases in version 2.
 """
 
 import json
@@ -29,27 +29,27 @@ Path = tuple[str | int, ...]
 
 
 def needs_translation(value: object) -> bool:
-    """Whether a recipe, as it is written, is of version 1: no version is named, or 1."""
+    """Return whether a recipe has version 1: its version is 1 or missing."""
     return isinstance(value, Mapping) and value.get("version", 1) == 1
 
 
 def translate_recipe(value: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe of version 1 with the keys and values of version 2. What is not understood is left for the validation.
+    """Translate a recipe of version 1 to the keys and values of version 2. Unknown keys are left for validation.
 
-    A key that is given under both names stays under both, so that the validation refuses the old one.
+    If a key is given under both names, both are kept, so that validation refuses the old one.
     """
     translated: dict[str, Any] = _translate(value, "")
     return {"version": VERSION, **{key: found for key, found in translated.items() if key != "version"}}
 
 
 def read_stored_recipe(text: str) -> dict[str, Any]:
-    """A run's stored recipe as a mapping with the keys of version 2."""
+    """Return a run's stored recipe as a mapping with the keys of version 2."""
     value: dict[str, Any] = json.loads(text)
     return translate_recipe(value) if needs_translation(value) else value
 
 
 def translate_path(path: Path) -> Path:
-    """Where a key of version 1 stands in a recipe of version 2; indices of lists stay."""
+    """Translate the path of a key to version 2. List indices do not change."""
     found: Path = ()
     for part in path:
         found = (*found, part if isinstance(part, int) else translate_key(_dotted(found), part))
@@ -57,18 +57,18 @@ def translate_path(path: Path) -> Path:
 
 
 def translate_setting(path: Path, value: Any) -> tuple[Path, Any]:
-    """A setting under its key of version 2, with its value; keys and values of version 2 stay as they are."""
+    """Translate a setting's path and value to version 2. Those of version 2 do not change."""
     translated = translate_path(path)
     return translated, _translate(value, _dotted(translated))
 
 
 def translate_key(parent: str, name: str) -> str:
-    """The name in version 2 of a key below ``parent``, which is a key of version 2 without indices."""
+    """Return the name in version 2 of a key below ``parent``, a key of version 2 without indices."""
     return _RENAMED.get(_below(parent, name), name)
 
 
 def translate_value(key: str, value: Any) -> Any:
-    """The value in version 2 of a setting that is no mapping or list; ``key`` is a key of version 2."""
+    """Return the value in version 2 of a scalar setting; ``key`` is a key of version 2."""
     if not isinstance(value, str):
         return value
     if key in UNIT_LISTS:
@@ -101,18 +101,18 @@ def _dotted(path: Path) -> str:
 
 
 def _translated_key(key: str) -> str:
-    """A whole key of version 1 as one of version 2."""
+    """Translate a full key of version 1 to version 2."""
     parent, _, name = key.rpartition(".")
     return _below(_translated_key(parent), KEYS.get(key, name)) if parent else KEYS.get(key, name)
 
 
 _RENAMED = {_below(_translated_key(key.rpartition(".")[0]), key.rpartition(".")[2]): name for key, name in KEYS.items()}
-"""``KEYS`` with the parent's name of version 2, so that a recipe may mix the names of both."""
+"""``KEYS`` with the parent's name of version 2, so that a recipe may mix the names of both versions."""
 _REVALUED = {_translated_key(key): values for key, values in VALUES.items()}
 
 
 def translate_unit(unit: Any) -> Any:
-    """A technique or a merge step under its present name, with the present names and values of its settings."""
+    """Translate a technique or a merge step: its name, and the names and values of its settings."""
     if isinstance(unit, str):
         return UNIT_NAMES.get(unit, unit)
     if not isinstance(unit, Mapping):
@@ -124,7 +124,10 @@ def translate_unit(unit: Any) -> Any:
 
 
 def translate_unit_setting(unit: str, path: tuple[str, ...], value: Any) -> tuple[str, Any]:
-    """The present name and value of a unit's setting; ``path`` leads to it from the unit's settings, in old names."""
+    """Return the current name and value of a unit's setting.
+
+    ``path`` leads to it from the unit's settings, in old names.
+    """
     *above, name = path
     if above:
         return NESTED_UNIT_KEYS.get((unit, above[0]), {}).get(name, name), value

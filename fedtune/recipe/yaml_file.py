@@ -1,4 +1,4 @@
-"""A recipe read from YAML, with dotted overrides; what does not hold is told by file, line and key."""
+"""Reads a recipe from YAML with dotted overrides. Errors give file, line and key."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,9 +20,9 @@ Translate = Callable[[Location, Any], tuple[Location, Any]]
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in a YAML file, with ``key.key=value`` overrides applied; RecipeError names file, line and key.
+    """Read the recipe in a YAML file and apply ``key.key=value`` overrides; RecipeError gives file, line and key.
 
-    One line on standard error says so where the file is of version 1 and version 2 would be written otherwise.
+    If a file of version 1 would be written differently in version 2, a line is printed on standard error.
     """
     text = read_text_file(path, "the recipe")
     recipe = parse_recipe(text, str(path), overrides)
@@ -33,9 +33,9 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def parse_recipe(text: str, origin: str, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in a YAML text; ``origin`` is what messages call it.
+    """Parse the recipe in a YAML text. Messages call it ``origin``.
 
-    A text of version 1 is translated before overrides apply; these may name keys of either version.
+    A text of version 1 is translated before overrides are applied. Overrides may use keys of either version.
     """
     value, lines = _load_mapping(Recipe, text, origin, "recipe")
     if value.get("version", 1) not in (1, VERSION):
@@ -50,12 +50,12 @@ def parse_recipe(text: str, origin: str, overrides: Sequence[str] = ()) -> Recip
 
 
 def _is_translated(value: Mapping[str, Any]) -> bool:
-    """Whether a text names no version, or 1, and means something else than it would in the newest version."""
+    """Return whether a text has version 1 and differs from the same recipe in the newest version."""
     return needs_translation(value) and translate_recipe(value) != {**value, "version": VERSION}
 
 
 def read_text_file(path: Path, what: str) -> str:
-    """A text file; RecipeError calls it ``what`` when it cannot be read."""
+    """Return the content of a text file; RecipeError calls it ``what`` when it cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -63,7 +63,7 @@ def read_text_file(path: Path, what: str) -> str:
 
 
 def parse_settings(kind: type[Settings], text: str, origin: str, what: str, overrides: Sequence[str] = ()) -> Settings:
-    """A YAML text as settings, with overrides applied; RecipeError names ``origin``, line and key."""
+    """Parse a YAML text as settings and apply overrides; RecipeError gives ``origin``, line and key."""
     value, lines = _load_mapping(kind, text, origin, what)
     overridden = {apply_override(value, item): item for item in overrides}
     return _validate(kind, value, origin, lines, overridden)
@@ -100,9 +100,9 @@ def _reason(error: Exception) -> str:
 
 
 def apply_override(value: dict[str, Any], item: str, translate: Translate | None = None) -> Location:
-    """Put one ``key.key=value`` into the nested mapping and return where it went.
+    """Set one ``key.key=value`` in the nested mapping and return its path.
 
-    ``translate`` gives the place and the value that are meant by those that are written.
+    ``translate`` converts the written path and value to the current ones.
     """
     dotted, equals, text = item.partition("=")
     path: Location = tuple(dotted.split("."))

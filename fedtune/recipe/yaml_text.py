@@ -1,4 +1,4 @@
-"""YAML read within bounds: a few hundred bytes of aliases can stand for more values than any memory holds."""
+"""Reads YAML of limited size. A few hundred bytes of aliases can expand to more values than fit in memory."""
 
 from typing import Any
 
@@ -9,22 +9,22 @@ from fedtune.recipe.validation_errors import Location
 __all__ = ["YamlError", "documents", "load", "load_with_lines"]
 
 _LONGEST = 1 << 18
-"""Characters of a document: PyYAML reads about 100,000 a second."""
+"""The largest number of characters of a document. PyYAML reads about 100,000 per second."""
 _MOST_VALUES = 20_000
-"""Values of a document once every alias is written out; the longest recipes and merge documents have a few hundred."""
+"""The largest number of values of a document with all aliases expanded. The longest recipes have a few hundred."""
 
 
 class YamlError(ValueError):
-    """A text that is no YAML, or more of it than settings need; the message says which, without naming the text."""
+    """An invalid or too large YAML text. The message gives the reason without the name of the text."""
 
 
 def load(text: str) -> Any:
-    """The value of a document of one value; YamlError otherwise."""
+    """Return the value of a document; YamlError when it is invalid or too large."""
     return load_with_lines(text)[0]
 
 
 def load_with_lines(text: str) -> tuple[Any, dict[Location, int]]:
-    """The value, and the line (from 1) of every key and list item; YamlError for no YAML, or too much of it."""
+    """Return the value and the line (from 1) of every key and list item; YamlError when it is invalid or too large."""
     _check_length(text)
     try:
         return _read(yaml.SafeLoader(text))
@@ -32,14 +32,14 @@ def load_with_lines(text: str) -> tuple[Any, dict[Location, int]]:
         raise
     except RecursionError as error:
         raise YamlError("is not YAML: it is nested too deeply") from error
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # also a date that is none
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # ValueError: also an invalid date
         raise YamlError(f"is not YAML: {' '.join(str(error).split())}") from error
 
 
 def documents(text: str) -> list[str]:
-    """The documents in a text that are not empty, each where it stood, so that its lines keep their numbers.
+    """Return the documents of a text that are not empty, preceded by blank lines so that line numbers stay the same.
 
-    A text without one is itself the only one; YamlError for no YAML, or too much of it.
+    A text without such a document is returned as the only one. Raises YamlError when it is invalid or too large.
     """
     _check_length(text)
     found: list[str] = []
@@ -69,12 +69,12 @@ def _read(loader: yaml.SafeLoader) -> tuple[Any, dict[Location, int]]:
         return None, {}
     if _values(node, {}) > _MOST_VALUES:
         raise YamlError(f"stands for more than {_MOST_VALUES} values once its aliases are written out; use fewer")
-    lines = _lines(node)  # first, since constructing works merge keys into the nodes
+    lines = _lines(node)  # first, because construction resolves merge keys in the nodes
     return loader.construct_document(node), lines
 
 
 def _values(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values a node stands for; each node is counted once, however often an alias names it."""
+    """Return the number of values of a node with aliases expanded. Each node is visited only once."""
     if id(node) not in known:
         known[id(node)] = 0
         children = [child for pair in _pairs(node) for child in pair]

@@ -1,4 +1,6 @@
-"""Flower's own engine: the same apps on a SuperLink of their own and Ray actors, all of which end with the run."""
+"""Runs a simulation on Flower's own engine: the same apps on a private SuperLink and Ray actors, which end with the
+run.
+"""
 
 import os
 import secrets
@@ -23,10 +25,10 @@ _POLL_SECONDS = 0.5
 
 
 def run_on_flower_engine(recipe: Recipe, run: str, store: str) -> None:
-    """Execute a run that the store holds on Flower's engine; RunError when Flower says that it failed.
+    """Execute a stored run on Flower's engine; RunError when Flower reports a failure.
 
-    The SuperLink listens on a socket that its owner alone can open. Ray listens on ports, and takes calls only from
-    those that know a secret of this run.
+    The SuperLink listens on a socket that only the owner can open. Ray listens on ports, and accepts only calls with a
+    secret token of this run.
     """
     settings = {"run": run, "store": store, "home": str(paths.get_home_folder())}
     cores = SimulationConfig(num_supernodes=recipe.num_clients, client_resources_num_cpus=recipe.train.threads)
@@ -44,7 +46,7 @@ def run_on_flower_engine(recipe: Recipe, run: str, store: str) -> None:
 
 @contextmanager
 def _ray_with_a_secret() -> Iterator[None]:
-    """Ray's processes ask each other for a token, which they read in their environment."""
+    """Make Ray's processes require a token from each other. They read it from the environment."""
     added = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     before = {name: os.environ.get(name) for name in added}
     os.environ.update(added)
@@ -59,7 +61,7 @@ def _ray_with_a_secret() -> Iterator[None]:
 
 
 def _follow(superlink: SuperLink, flower_run_id: int, recipe: Recipe, run: str, store: str) -> None:
-    """Pass on the rounds that land in the store until Flower says that the run has ended."""
+    """Emit an event for each committed round until Flower reports the end of the run."""
     with Store.open(store) as opened:
         last = max((record.number for record in opened.rounds(run)), default=-1)
         emit_event(RunStarted(run, max(1, last + 1), recipe.federation.rounds))
@@ -67,10 +69,10 @@ def _follow(superlink: SuperLink, flower_run_id: int, recipe: Recipe, run: str, 
         while not ended:
             found = superlink.get_control_client().get_run_status(
                 flower_run_id
-            )  # asked first: what was committed before the end is passed on
+            )  # read before the rounds, so that no round committed before the end is missed
             ended = found.status == "finished"
             for record in opened.rounds(run, last):
-                emit_event(RoundEnded(record))
+                emit_event(RoundEnded(record, recipe.evaluation.main_metric))
                 last = record.number
             time.sleep(0 if ended else _POLL_SECONDS)
         if found.outcome != "completed":

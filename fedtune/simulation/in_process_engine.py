@@ -1,4 +1,4 @@
-"""The local engine: one run from its last committed round to its end, inside this process."""
+"""The in-process engine: executes a run from its last committed round to its end in this process."""
 
 import os
 
@@ -14,11 +14,11 @@ from fedtune.training import RunContext
 __all__ = ["choose_worker_count", "run_in_process"]
 
 _WORTH_A_POOL = 1_000_000
-"""Parameters of a model from which on starting worker processes pays."""
+"""The number of model parameters from which a pool of processes pays off."""
 
 
 def run_in_process(run_context: RunContext, run: str, store: str, workers: int) -> None:
-    """Execute a run that the store holds: clients in turn in this process, or in a pool of ``workers`` processes."""
+    """Execute a stored run. Clients run one after another in this process, or in a pool of ``workers`` processes."""
     client_workers: ClientWorkers = (
         ProcessPoolWorkers(run_context, workers) if workers > 1 else SequentialWorkers(client_app)
     )
@@ -37,7 +37,7 @@ def run_in_process(run_context: RunContext, run: str, store: str, workers: int) 
 
 
 def choose_worker_count(run_context: RunContext) -> int:
-    """As many processes as there are cores and clients for; one where clients are done before a pool would start."""
+    """Return the number of worker processes: limited by the cores and the cohort, and 1 for small models."""
     recipe = run_context.recipe
     if sum(parameter.numel() for parameter in run_context.model.parameters()) < _WORTH_A_POOL:
         return 1

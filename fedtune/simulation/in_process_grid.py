@@ -1,4 +1,4 @@
-"""A Flower Grid inside this process: the unmodified apps, without Ray, SuperLink or sockets."""
+"""A Flower Grid inside this process, without Ray, SuperLink or sockets."""
 
 import itertools
 import time
@@ -15,14 +15,14 @@ __all__ = ["InProcessGrid"]
 
 _SERVER = 1
 _CLIENT_FAILED = 2
-"""Flower's error code for a ClientApp that raised."""
+"""Flower's error code for an exception in a ClientApp."""
 
 
 class InProcessGrid(Grid):
-    """Nodes 2, 3, ... whose ClientApp is run by ``workers``."""
+    """Nodes 2, 3, ... whose ClientApp is executed by ``workers``."""
 
     shares_disk = True
-    """Clients see the server's files, so that the shared state need not travel."""
+    """Clients can read the server's files, so the shared state need not be sent."""
 
     def __init__(self, nodes: int, workers: ClientWorkers) -> None:
         set_node_identity(_SERVER)
@@ -36,25 +36,25 @@ class InProcessGrid(Grid):
         self._numbers = itertools.count(1)
 
     def set_run(self, run: Run) -> None:
-        """There is one run."""
+        """Do nothing: there is only one run."""
 
     @property
     def run(self) -> Run:
-        """There is one run, and SQL, not Flower, describes it."""
+        """Not available. The run store, not Flower, describes the run."""
         raise NotImplementedError
 
     def create_message(
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str = "", ttl: float | None = None
     ) -> Message:
-        """A message to a node."""
+        """Create a message to a node."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Sequence[int]:
-        """All nodes; they are always there."""
+        """Return all nodes. They are always available."""
         return list(self._contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Hand messages to the workers; those of an earlier exchange that did not start are dropped."""
+        """Queue messages for the workers. Messages of an earlier exchange that have not started are dropped."""
         self._workers.discard_pending()
         self._sent.clear()
         self._arrived.clear()
@@ -67,7 +67,7 @@ class InProcessGrid(Grid):
         return message_id
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """Replies that are there, after waiting a moment for one."""
+        """Return the replies that have arrived, after waiting briefly for one."""
         self._arrived |= {
             message_id: self._reply(message_id, result) for message_id, result in self._workers.collect_results()
         }
@@ -81,7 +81,7 @@ class InProcessGrid(Grid):
         return reply
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        """Push, then pull until every reply is in or ``timeout`` seconds are over."""
+        """Push messages, then pull until all replies have arrived or ``timeout`` seconds have passed."""
         end = float("inf") if timeout is None else time.monotonic() + timeout
         waiting, arrived = set(self.push_messages(messages)), []
         while waiting and time.monotonic() < end:

@@ -1,6 +1,6 @@
-"""Who runs the ClientApp of simulated nodes: this process, one client after the other, or a pool of processes.
+"""Runs the ClientApp of simulated nodes, one after another in this process or in a pool of processes.
 
-A pool shares the base model: its storages lie in shared memory, and a worker copies only what is trained.
+The pool shares the base model in shared memory. A worker copies only the tensors that are trained.
 """
 
 import os
@@ -31,7 +31,7 @@ _CLIENT = 2
 
 
 class ClientWorkers(ABC):
-    """Takes messages and gives back answers, in whatever order they are done."""
+    """Takes messages and returns replies in the order in which they are finished."""
 
     @abstractmethod
     def submit(self, message_id: str, message: Message, context: Context) -> None:
@@ -39,19 +39,19 @@ class ClientWorkers(ABC):
 
     @abstractmethod
     def collect_results(self) -> list[tuple[str, ClientResult]]:
-        """Answers not yet given back; waits a moment when there is none."""
+        """Return new replies, after waiting briefly if there is none."""
 
     @abstractmethod
     def discard_pending(self) -> None:
-        """Drop what is queued and whatever comes of what runs."""
+        """Drop queued messages and the replies of running clients."""
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of processes."""
+        """Release the processes."""
 
 
 class SequentialWorkers(ClientWorkers):
-    """One client after the other in this process and thread; each is run when its answer is asked for."""
+    """Runs one client after another in this process and thread. Each runs when its reply is collected."""
 
     def __init__(self, app: ClientApp) -> None:
         self._app = app
@@ -72,31 +72,34 @@ class SequentialWorkers(ClientWorkers):
             return [(message_id, error)]
 
     def discard_pending(self) -> None:
-        """Drop what is queued."""
+        """Drop queued messages."""
         self._queue.clear()
 
     def close(self) -> None:
-        """There is nothing to let go of."""
+        """Do nothing: there are no processes to release."""
 
 
 class ProcessPoolWorkers(ClientWorkers):
-    """``processes`` workers that share the run context's base model; when one is killed, all are replaced.
+    """A pool of ``processes`` workers that share the run context's base model. When one is killed, all are replaced.
 
-    Messages wait here and not in the executor: one that breaks chokes on futures that were cancelled.
+    Messages are queued here and not in the executor, because a broken executor fails on cancelled futures.
     """
 
-    def __init__(self, shop: RunContext, processes: int, app: ClientApp = client_app) -> None:
-        shop.share_memory()
-        self._shop, self._processes, self._app = shop, processes, app
+    def __init__(self, run_context: RunContext, processes: int, app: ClientApp = client_app) -> None:
+        run_context.share_memory()
+        self._run_context, self._processes, self._app = run_context, processes, app
         self._queue: deque[tuple[str, Message, Context]] = deque()
         self._futures: dict[Future[tuple[Message, Context]], str] = {}
         self._executor, self._lifeline = self._start()
 
     def _start(self) -> tuple[ProcessPoolExecutor, Connection]:
-        """Workers, and the end of a pipe they do not outlive, whether it is closed or this process is killed."""
+        """Start the workers.
+
+        Return them and one end of a pipe; they exit when it is closed or this process is killed.
+        """
         context = torch.multiprocessing.get_context("spawn")
         watched, lifeline = context.Pipe(duplex=False)
-        begin = (self._shop, watched)
+        begin = (self._run_context, watched)
         return ProcessPoolExecutor(self._processes, mp_context=context, initializer=_begin, initargs=begin), lifeline
 
     def submit(self, message_id: str, message: Message, context: Context) -> None:
@@ -104,7 +107,7 @@ class ProcessPoolWorkers(ClientWorkers):
         self._queue.append((message_id, message, context))
 
     def collect_results(self) -> list[tuple[str, ClientResult]]:
-        """Answers that have come back."""
+        """Return the replies that have arrived."""
         while self._queue and len(self._futures) <= self._processes:
             message_id, message, context = self._queue.popleft()
             self._futures[self._hand_over(message, context)] = message_id
@@ -121,21 +124,22 @@ class ProcessPoolWorkers(ClientWorkers):
                 return self._executor.submit(_answer, self._app, message, context)
 
     def discard_pending(self) -> None:
-        """Drop what is queued; of what runs, nobody will ask for the answer."""
+        """Drop queued messages. Replies of running clients are ignored."""
         self._queue.clear()
         self._futures.clear()
 
     def close(self) -> None:
-        """End the processes at once, whatever they are doing."""
+        """Stop the processes at once, even if they are running clients."""
         _let_go_of_half_written_messages(self._executor)
         self._lifeline.close()
         self._executor.shutdown()
 
 
 def _let_go_of_half_written_messages(executor: ProcessPoolExecutor) -> None:
-    """Early releases of Python 3.11 wait for ever if workers end while a message to them is being written.
+    """Close the parent's read end of the call queue.
 
-    Later ones close the parent's own reading end, so that the writer gets an error, which is ignored.
+    Early releases of Python 3.11 wait forever if workers exit while a message to them is being written. Later releases
+    close this end themselves, so that the writer gets an error, which is ignored.
     """
     queue: Any = vars(executor).get("_call_queue")
     if queue is not None:
@@ -144,7 +148,7 @@ def _let_go_of_half_written_messages(executor: ProcessPoolExecutor) -> None:
 
 @contextmanager
 def _interrupts_held_back() -> Iterator[None]:
-    """Ctrl-C waits until the block is over; processes started inside never see it and leave it to this one."""
+    """Delay Ctrl-C until the end of the block. Processes started inside ignore it and leave it to this process."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -161,12 +165,12 @@ def _result(future: Future[tuple[Message, Context]]) -> ClientResult:
     return error if isinstance(error, Exception) else RuntimeError(repr(error))
 
 
-def _begin(shop: RunContext, watched: Connection) -> None:
-    """Make a fresh worker process ready: it ends with its parent, and owns what it trains."""
+def _begin(run_context: RunContext, watched: Connection) -> None:
+    """Initialise a worker process: it exits with its parent and owns copies of the tensors that it trains."""
     threading.Thread(target=_end_with, args=(watched,), daemon=True).start()
     set_node_identity(_CLIENT)
-    shop.copy_writable_tensors()
-    set_run_context(shop)
+    run_context.copy_writable_tensors()
+    set_run_context(run_context)
 
 
 def _end_with(watched: Connection) -> None:

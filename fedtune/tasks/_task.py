@@ -52,6 +52,15 @@ class Task(NamedUnit):
         return True
 
     @property
+    def needs_reference(self) -> bool:
+        """Whether examples carry what the model that training starts from makes of them."""
+        return False
+
+    def add_reference(self, model: nn.Module, examples: EncodedDataset) -> EncodedDataset:
+        """The examples with what the model, as it is now, makes of them."""
+        return examples
+
+    @property
     def keeps_outputs(self) -> bool:
         """Whether its metrics need the output of each example."""
         return False

@@ -5,8 +5,9 @@ states, or the first one (``pooling``), scaled to length 1. The similarity of tw
 Columns: ``text`` and ``text_pair``; with ``loss: cosine`` also the source's label column, the similarity that is wanted
 (``number``). Each text is cut to ``train.max_length`` tokens.
 Loss: with ``contrastive`` the cross entropy of finding a text's partner among all partners of the batch, similarities
-times ``scale``. The batch is the loss's own unit: it is never cut into micro-batches, and a larger one is harder. With
-``cosine`` the mean squared difference between similarity and label.
+times ``scale``. Other pairs with the same first or the same second text are no wrong answers and are left out. The
+batch is the loss's own unit: it is never cut into micro-batches, and a larger one is harder. With ``cosine`` the mean
+squared difference between similarity and label.
 Metrics: with ``contrastive`` accuracy (the main one: how often the nearest of all scored partners is the right one),
 mrr (mean reciprocal rank of the right one) and the loss over all scored pairs; with ``cosine`` spearman (the main one),
 pearson and loss.
@@ -18,7 +19,7 @@ batch as wrong answers).
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -84,7 +85,7 @@ class FeatureExtraction(TextTask):
         first, second = self._embed(model, batch)
         if self.loss == "cosine":
             return F.mse_loss((first * second).sum(-1), batch["labels"])
-        return self._compare(first, second)
+        return self._compare(first, second, _compare_hashes(*_hash_texts(batch)))
 
     def _embed(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Embeddings [n, width] of the first and of the second texts."""
@@ -97,23 +98,25 @@ class FeatureExtraction(TextTask):
         first, second = F.normalize(pooled, dim=-1).chunk(2)
         return first, second
 
-    def _compare(self, first: Tensor, second: Tensor) -> Tensor:
-        """The contrastive loss of pairs [n, width]."""
-        return F.cross_entropy(self.scale * first @ second.T, torch.arange(len(first)))
+    def _compare(self, first: Tensor, second: Tensor, equal: Tensor) -> Tensor:
+        """The contrastive loss of pairs [n, width]; ``equal`` [n, n] says which pairs have a text in common."""
+        similar = self.scale * first @ second.T
+        return F.cross_entropy(similar.masked_fill(equal, -math.inf), torch.arange(len(first)))
 
     def score_batch(self, model: nn.Module, batch: Mapping[str, Tensor], reader: Any) -> list[ExampleScore]:
         """One prediction for each pair; the output is both embeddings and the label."""
         first, second = self._embed(model, batch)
         errors = ((first * second).sum(-1) - batch["labels"]).square().tolist()
-        outputs = zip(first, second, batch["labels"].tolist(), strict=True)
+        texts = zip(*_hash_texts(batch), strict=True)
+        outputs = zip(first, second, batch["labels"].tolist(), texts, strict=True)
         return [ExampleScore(1, 0, error, output) for error, output in zip(errors, outputs, strict=True)]
 
     def compute_metrics(self, sums: ScoreSums) -> dict[str, float]:
         """See the card."""
         if self.loss == "contrastive":
             return self._rank(sums)
-        similar = [float(first @ second) for first, second, _ in sums.outputs]
-        pairs = zip(similar, [label for *_, label in sums.outputs], strict=True)
+        similar = [float(first @ second) for first, second, *_ in sums.outputs]
+        pairs = zip(similar, [label for _, _, label, _ in sums.outputs], strict=True)
         return {**correlate(list(pairs)), **self.compute_basic_metrics(sums)}
 
     def compute_basic_metrics(self, sums: ScoreSums) -> dict[str, float]:
@@ -125,7 +128,8 @@ class FeatureExtraction(TextTask):
         if not sums.outputs:
             return dict.fromkeys(("accuracy", "mrr", "loss"), math.nan)
         first, second = (torch.stack([output[side] for output in sums.outputs]) for side in (0, 1))
-        return {**_rank_partners(first, second), "loss": float(self._compare(first, second))}
+        equal = _compare_hashes(*zip(*(texts for *_, texts in sums.outputs), strict=True))
+        return {**_rank_partners(first, second, equal), "loss": float(self._compare(first, second, equal))}
 
     def save_model_extras(self, model: nn.Module, recipe: Recipe, folder: Path) -> None:
         """Write the files that make sentence-transformers pool and scale as training did."""
@@ -159,8 +163,21 @@ def _write_json(file: Path, value: object) -> None:
     file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def _rank_partners(first: Tensor, second: Tensor) -> dict[str, float]:
-    """How well the right partner of each text ranks among all; a tie counts against it."""
-    similar = first @ second.T
+def _hash_texts(batch: Mapping[str, Tensor]) -> tuple[list[int], list[int]]:
+    """A number for each of the first and of the second texts; padding behind a text does not change it."""
+    rows = zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)
+    found = [hash(tuple(ids[mask].tolist())) for ids, mask in rows]
+    return found[: len(found) // 2], found[len(found) // 2 :]
+
+
+def _compare_hashes(first: Sequence[int], second: Sequence[int]) -> Tensor:
+    """[n, n]: whether two different pairs have the same first or the same second text."""
+    sides = [torch.tensor(side)[:, None] == torch.tensor(side) for side in (first, second)]
+    return (sides[0] | sides[1]) & ~torch.eye(len(first), dtype=torch.bool)
+
+
+def _rank_partners(first: Tensor, second: Tensor, equal: Tensor) -> dict[str, float]:
+    """How well the right partner of each text ranks among all that are wrong; a tie counts against it."""
+    similar = (first @ second.T).masked_fill(equal, -math.inf)
     ranks = (similar >= similar.diagonal()[:, None]).sum(1).double()
     return {"accuracy": float((ranks == 1).double().mean()), "mrr": float((1 / ranks).mean())}

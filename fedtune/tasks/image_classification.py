@@ -1,16 +1,21 @@
-"""Image classification: one picture, one class.
+"""Image classification: one image, and one class or several.
 
 What: the model gets a new head over the pretrained layers, with one output for each class of the data.
-Columns: ``image`` and ``label``. The model's own preprocessor reads the pictures, at ``train.image_size`` pixels.
-Loss: cross entropy over the classes, the mean over the pictures of a batch.
-Metrics: accuracy (the main one) and loss, and those that ``evaluation.metrics`` names.
+Columns: ``image`` and ``label``. The model's own preprocessor reads the images, at ``train.image_size`` pixels. For
+``multi_label_classification`` the source's label column has a list of class names, or names between commas
+(``labels``).
+Loss: the mean over the images of a batch of the cross entropy over the classes, or of the binary cross entropies of all
+classes.
+Metrics: accuracy (the main one), loss and those that ``evaluation.metrics`` names; with several classes f1 over all
+decisions (the main one), macro-f1 and accuracy per decision.
 Models: fedtune's own, such as ``sample:mobilenet-v2``, and those of ``AutoModelForImageClassification``.
 """
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from fedtune import models
@@ -19,28 +24,31 @@ from fedtune.data.pixels import encode_pictures
 from fedtune.models.preprocessor import save
 from fedtune.recipe.preprocessor_settings import Preprocessor
 from fedtune.recipe.schema import Recipe, Train
-from fedtune.tasks._scores import ExampleScore, score_classes
-from fedtune.tasks._task import Task
+from fedtune.tasks._classification import Classification
 
 __all__ = ["ImageClassification"]
 
 
-class ImageClassification(Task):
-    """Predict the class of a picture."""
+class ImageClassification(Classification):
+    """Predict what an image is labelled with."""
 
     name: ClassVar[str] = "image-classification"
     auto_class: ClassVar[str] = "AutoModelForImageClassification"
     reads_text: ClassVar[bool] = False
 
+    problem_type: Literal["single_label_classification", "multi_label_classification"] = Field(
+        "single_label_classification", description="transformers' name for the kind of label"
+    )
+
     @property
     def columns(self) -> tuple[str, ...]:
-        """Pictures and their classes."""
-        return ("image", "label")
+        """Images and their labels."""
+        return ("image", self.problem.label_column)
 
     @property
     def head_problem(self) -> str | None:
-        """One class per picture."""
-        return "single_label_classification"
+        """What the head predicts."""
+        return self.problem_type
 
     def load_reader(self, recipe: Recipe) -> Preprocessor:
         """The model's preprocessor, at ``train.image_size`` pixels."""
@@ -58,18 +66,14 @@ class ImageClassification(Task):
         return recipe.model_copy(update={"train": train, "model": model})
 
     def encode_examples(self, examples: Table, recipe: Recipe, reader: Any) -> EncodedDataset:
-        """Pixels and a class number for each picture."""
-        return encode_pictures(examples, reader)
-
-    def score_logits(self, logits: Tensor, labels: Tensor) -> list[ExampleScore]:
-        """One prediction for each picture; logits [n, classes], labels [n]."""
-        return score_classes(logits, labels)
+        """Pixels and labels."""
+        return encode_pictures(examples, reader, self.problem.encode_labels(examples))
 
     def make_random_batch(
         self, model: nn.Module, recipe: Recipe, num_labels: int, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """Random pixels and classes."""
-        labels = torch.randint(max(num_labels, 1), (recipe.train.batch_size,), generator=generator)
+        """Random pixels and labels."""
+        labels = self.problem.draw_labels(recipe.train.batch_size, num_labels, generator)
         side = self.load_reader(recipe).side
         pixels = torch.randn(recipe.train.batch_size, 3, side, side, generator=generator)
         return {"pixel_values": pixels, "labels": labels}

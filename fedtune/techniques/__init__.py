@@ -46,7 +46,7 @@ __all__ = [
 
 
 def build_techniques(units: Sequence[Unit], recipe_key: str = "train.techniques") -> tuple[Technique, ...]:
-    """The techniques that a recipe names, in order; RecipeError for wrong settings or combinations."""
+    """Return the techniques that a recipe names, in order; RecipeError for wrong settings or combinations."""
     chosen: tuple[Technique, ...] = tuple(build_unit(__name__, unit, recipe_key) for unit in units)
     present = [technique.name for technique in chosen]
     for one, other in permutations(chosen, 2):
@@ -94,27 +94,27 @@ def begin_round(techniques: Sequence[Technique], model: nn.Module, round_number:
 
 
 def begin_step(techniques: Sequence[Technique], model: nn.Module, batch: Mapping[str, Tensor], progress: float) -> None:
-    """Tell each technique the inputs of the next step and the share 0..1 of the run that is completed."""
+    """Pass the inputs of the next step, and the share 0..1 of the run that is completed, to each technique."""
     for technique in techniques:
         technique.begin_step(model, batch, progress)
 
 
 def before_optimiser_step(techniques: Sequence[Technique], model: nn.Module, step_info: StepInfo) -> float:
-    """Let each technique change the gradients of a step; returns the learning rate of the step."""
+    """Let each technique change the gradients of a step. Return the learning rate of the step."""
     for technique in techniques:
         step_info = step_info._replace(lr=technique.before_optimiser_step(model, step_info))
     return step_info.lr
 
 
 def list_low_rank_pairs(techniques: Sequence[Technique], model: nn.Module) -> list[LowRankPair]:
-    """The low-rank pairs in the model."""
+    """Return the low-rank pairs in the model."""
     return [pair for technique in techniques for pair in technique.list_low_rank_pairs(model)]
 
 
 def declare_extra_payload(
     techniques: Sequence[Technique], model: nn.Module, round_number: int
 ) -> dict[str, TensorSpec]:
-    """The tensors that techniques ask clients to add to their updates in a round."""
+    """Return the extra tensors that techniques require in client updates in a round."""
     return {
         name: form
         for technique in techniques
@@ -125,7 +125,7 @@ def declare_extra_payload(
 def compute_extra_payload(
     techniques: Sequence[Technique], model: nn.Module, round_number: int, run_backward: Callable[[], None]
 ) -> dict[str, Tensor]:
-    """The tensors that a client adds to its update; ``run_backward`` computes the gradients of one batch."""
+    """Return the extra tensors of a client's update. ``run_backward`` computes the gradients of one batch."""
     return {
         name: tensor
         for technique in techniques
@@ -139,7 +139,7 @@ def after_aggregation(
     round_number: int,
     extra_payloads: Sequence[ExtraPayload],
 ) -> dict[str, Tensor]:
-    """The merged state of a round after techniques have changed it, with the extra payloads of the clients."""
+    """Return the merged state after each technique has changed it, given the extra payloads of the clients."""
     revised = dict(state)
     for technique in techniques:
         revised = technique.after_aggregation(revised, round_number, extra_payloads)
@@ -148,14 +148,14 @@ def after_aggregation(
 
 @contextmanager
 def collect_metrics(techniques: Sequence[Technique], model: nn.Module) -> Iterator[Callable[[], dict[str, float]]]:
-    """Metrics of techniques that are measured while held-out examples are evaluated inside the block."""
+    """Collect metrics of techniques while examples are evaluated in the block. The yielded function returns them."""
     with ExitStack() as stack:
         taken = [stack.enter_context(technique.collect_metrics(model)) for technique in techniques]
         yield lambda: {name: value for figures in taken for name, value in figures().items()}
 
 
 def list_trainable_tensors(model: nn.Module) -> list[str]:
-    """Names of the tensors that are trained and sent now: parameters in order, then updated running statistics."""
+    """Return the names of the tensors that are trained and sent now: parameters, then updated running statistics."""
     parameters = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     kept = set(list_local_tensors(model))
     return [*(name for name in parameters if name not in kept), *list_running_statistics(model)]

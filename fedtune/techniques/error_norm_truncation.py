@@ -16,7 +16,7 @@ data drifts or is poisoned.
 Use when: texts are scraped, translated by machine or labelled carelessly. Below about 20 % noise the gain is small.
 Avoid when: a new task has just begun, since a new domain looks like noise; raise ``threshold`` or ``start``. Clients
 with few examples should not use ``fraction``, which drops good tokens where there is no noise.
-Fits: causal language models.
+Fits: causal language models with a loss for each token.
 Source: Li et al., "Error Norm Truncation" (arXiv 2310.00840). Deviations: e is computed as √(sum p² - 2 p_y + 1)
 without a one-hot vector; ``fraction`` is taken within a batch, not from a stream of quantiles; the divisor.
 """
@@ -61,6 +61,8 @@ class ErrorNormTruncation(Technique):
         """Put the rule before the model's loss; ModelError for a model that computes its loss otherwise."""
         if not isinstance(model, PreTrainedModel) or task.auto_class != "AutoModelForCausalLM":
             raise ModelError(f"{type(model).__name__} is no causal language model; remove error-norm-truncation")
+        if type(task).compute_loss is not Task.compute_loss:
+            raise ModelError(f"{task.name} has a loss of its own, not one for each token; remove error-norm-truncation")
         _require_use(model, filter_loss(model, self.choose_dropped, _LEAST_SHARE))
 
     def begin_step(self, model: nn.Module, batch: Mapping[str, Tensor], progress: float) -> None:

@@ -1,4 +1,4 @@
-"""The local loop a device runs: batches, loss, optimiser, metrics."""
+"""Local training on a device: batches, loss, optimiser and metrics."""
 
 from fedtune.training.batches import total_steps
 from fedtune.training.client_round import ClientRound

@@ -1,4 +1,4 @@
-"""How active each input channel of a model's weights is: sums of |x| over real tokens, by hooks on the layers."""
+"""Activation statistics of the input channels of a model's weights: sums of |x| over real tokens, measured by hooks."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -27,7 +27,10 @@ __all__ = [
 
 
 class InputChannels(NamedTuple):
-    """The input channels of a weight: ``inward`` is the axis of the layer's input and ``axis`` that of the weight."""
+    """The input channels of a weight.
+
+    ``input_axis`` is their axis in the layer's input and ``weight_axis`` their axis in the weight.
+    """
 
     layer: nn.Module
     input_axis: int
@@ -38,17 +41,17 @@ class InputChannels(NamedTuple):
 
 @dataclass
 class ActivationSums:
-    """Sums of |x| [channels], fp64, over ``count`` tokens, pixels or examples. Totals of several places add up."""
+    """Sums of |x| [channels], fp64, over ``count`` tokens, pixels or examples. Sums can be added."""
 
     sums: Tensor
     count: int = 0
 
 
 def find_input_channels(model: nn.Module, names: AbstractSet[str] | None = None) -> dict[str, InputChannels]:
-    """The input channels of each weight that has any, by parameter name; ``names`` keeps some of them.
+    """Return the input channels of each weight that has any, by parameter name. ``names`` restricts the weights.
 
-    Left out are embeddings, by name or because a weight is tied to one, and B of a low-rank pair, whose input has ranks
-    in place of channels. Experts that are one fused parameter have no layer of their own and are left out too.
+    Embeddings are left out, by name or because a weight is tied to one. So is B of a low-rank pair, whose inputs are
+    ranks and not channels, and fused expert parameters, which have no layer of their own.
     """
     embeddings = {id(layer.weight) for layer in model.modules() if isinstance(layer, nn.Embedding)}
     known = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -64,11 +67,11 @@ def find_input_channels(model: nn.Module, names: AbstractSet[str] | None = None)
 
 
 def _input_channels_of(layer: nn.Module, weight: Tensor) -> InputChannels | None:
-    if not weight.is_floating_point():  # a four-bit layer's packed weight
+    if not weight.is_floating_point():  # the packed weight of a four-bit layer
         return None
     if isinstance(layer, nn.Linear):
         return InputChannels(layer, -1, 1, layer.in_features)
-    if type(layer).__name__ == "Conv1D":  # of transformers, which a device that classifies pictures does not load
+    if type(layer).__name__ == "Conv1D":  # from transformers, which image classification does not import
         return InputChannels(layer, -1, 0, len(weight))
     if isinstance(layer, nn.modules.conv._ConvTransposeNd):
         return InputChannels(layer, 1, 0, layer.in_channels)
@@ -81,7 +84,7 @@ def _input_channels_of(layer: nn.Module, weight: Tensor) -> InputChannels | None
 
 
 def check_merge_has_targets(steps: Sequence[object], model: nn.Module, shared: Collection[str]) -> None:
-    """RecipeError when a step that follows activity would find nothing to scale among the shared tensors."""
+    """Raise RecipeError when a step that uses activation statistics has no shared tensor to scale."""
     for step in steps:
         if isinstance(step, ActivationRelaxStep) and step.needs:
             _require_scaled(step, model, shared)
@@ -102,9 +105,9 @@ def _require_scaled(step: ActivationRelaxStep, model: nn.Module, shared: Collect
 def measure_activation_statistics(
     model: nn.Module, batches: Iterable[Batch], techniques: Sequence[Technique] = ()
 ) -> dict[str, ActivationStatistics]:
-    """Mean |x| of every input channel over the batches, by parameter name; labels in them are not used.
+    """Return the mean |x| of every input channel over the batches, by parameter name. Labels are ignored.
 
-    Layers that no batch reaches are left out. The model is left in evaluation mode.
+    Layers that are never called are left out. The model is left in evaluation mode.
     """
     return average_activations(
         find_input_channels(model), sum_activations(model, find_input_channels(model), batches, techniques)
@@ -118,9 +121,9 @@ def sum_activations(
     batches: Iterable[Batch],
     techniques: Sequence[Technique] = (),
 ) -> dict[str, ActivationSums]:
-    """Sums of |x| of the layers at ``places``, by parameter name.
+    """Return the sums of |x| of the layers at ``places``, by parameter name.
 
-    Padding does not count, as ``hook_layer_inputs`` tells it.
+    ``hook_layer_inputs`` leaves out padding.
     """
     found = {name: ActivationSums(torch.zeros(place.size, dtype=torch.float64)) for name, place in places.items()}
     model.eval()
@@ -137,7 +140,7 @@ def sum_activations(
 
 def _add(found: Mapping[str, ActivationSums], name: str, rows: Tensor) -> None:
     total = found[name]
-    if rows.shape[1] != len(total.sums):  # a norm of other than the last axis
+    if rows.shape[1] != len(total.sums):  # a norm over another axis than the last
         return
     total.sums += rows.abs().sum(0, dtype=torch.float64)
     total.count += len(rows)
@@ -146,7 +149,7 @@ def _add(found: Mapping[str, ActivationSums], name: str, rows: Tensor) -> None:
 def average_activations(
     places: Mapping[str, InputChannels], found: Mapping[str, ActivationSums]
 ) -> dict[str, ActivationStatistics]:
-    """Totals as means, laid out as each weight needs them; without those that counted nothing."""
+    """Return means from sums, in the shape that each weight needs. Sums with a count of zero are left out."""
     return {
         name: ActivationStatistics(_expand_groups(places[name], total.sums / total.count), places[name].weight_axis)
         for name, total in found.items()
@@ -155,7 +158,7 @@ def average_activations(
 
 
 def _expand_groups(place: InputChannels, level: Tensor) -> Tensor:
-    """[channels] as it is, or for a grouped convolution [out, channels of the row's group]."""
+    """Return [channels] unchanged, or for a grouped convolution [out, channels of the row's group]."""
     if place.groups == 1:
         return level
     rows = int(place.layer.out_channels) // place.groups  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Which examples make each batch of a client's round."""
+"""The batches of a client's round."""
 
 from collections.abc import Iterator
 
@@ -14,9 +14,9 @@ IntArray = NDArray[np.int64]
 
 
 def batches(indices: IntArray, batch: int, steps: int, seed: int, lengths: Tensor | None = None) -> Iterator[list[int]]:
-    """``steps`` batches, epoch after epoch, each epoch in its own order; the last batch of an epoch may be smaller.
+    """Yield ``steps`` batches, each epoch in a new random order. The last batch of an epoch may be smaller.
 
-    With ``lengths`` [n], batches hold examples of like length, drawn from a few batches' worth at a time.
+    With ``lengths`` [n], the examples of a batch have similar lengths.
     """
     random = np.random.default_rng(seed)
     left = steps
@@ -30,11 +30,14 @@ def batches(indices: IntArray, batch: int, steps: int, seed: int, lengths: Tenso
 
 
 _WINDOW = 8
-"""Batches whose examples are sorted by length together; more saves more padding but mixes less."""
+"""The number of batches whose examples are sorted together. A larger number saves padding but mixes less."""
 
 
 def _like_lengths_together(order: IntArray, lengths: IntArray, batch: int, random: np.random.Generator) -> IntArray:
-    """Sort within windows, then shuffle each window's batches; a ragged batch stays the last."""
+    """Sort within windows of several batches, then shuffle the batches of each window.
+
+    A partial batch stays the last.
+    """
     placed = []
     for start in range(0, len(order), _WINDOW * batch):
         window = order[start : start + _WINDOW * batch]
@@ -45,7 +48,7 @@ def _like_lengths_together(order: IntArray, lengths: IntArray, batch: int, rando
 
 
 def total_steps(examples: int, recipe: Recipe) -> int:
-    """Optimiser steps of one client in one round."""
+    """Return the number of optimiser steps of one client in one round."""
     settings = recipe.train
     per_epoch = -(-examples // settings.batch_size)
     return settings.local_steps or per_epoch * (settings.local_epochs or 1)

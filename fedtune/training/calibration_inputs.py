@@ -1,4 +1,4 @@
-"""Calibration inputs from any data source, for a merge that is not part of a run."""
+"""Calibration inputs from any data source, for an offline merge."""
 
 from torch import Tensor
 
@@ -14,9 +14,9 @@ _BLOCK = 512
 def load_calibration_inputs(
     source: str, model: ModelSettings, task: Task, *, column: str | None = None, block: int = _BLOCK, batch: int = 8
 ) -> list[dict[str, Tensor]]:
-    """Batches of inputs as ``task`` makes them from the examples of ``source``, which need no labels.
+    """Return batches of inputs that ``task`` makes from the examples of ``source``. Labels are not needed.
 
-    Texts have at most ``block`` tokens. ``column`` names the column that the model reads.
+    Texts are truncated to ``block`` tokens. ``column`` is the column that holds the model's input.
     """
     name = task.input_column
     recipe = Recipe(

@@ -1,4 +1,4 @@
-"""The built-in metrics of classifiers, by scikit-learn; a case that is not defined is settled before it is asked."""
+"""The built-in metrics of classifiers, computed by scikit-learn. Undefined cases are handled here."""
 
 from collections.abc import Callable, Mapping
 
@@ -13,20 +13,23 @@ Ints = NDArray[np.int64]
 
 
 def f1(probabilities: Floats, labels: Ints) -> float:
-    """Macro F1: the mean over the classes that occur or are predicted. A class without a hit counts 0."""
+    """Return macro F1: the mean over the classes that occur or are predicted.
+
+    Without a true positive, a class counts 0.
+    """
     return float(f1_score(labels, probabilities.argmax(1), average="macro", zero_division=0))
 
 
 def balanced_accuracy(probabilities: Floats, labels: Ints) -> float:
-    """The mean recall over the classes that occur. Classes that are only predicted do not count."""
+    """Return the mean recall over the classes that occur. Classes that are only predicted do not count."""
     occurring = np.unique(labels)
     return float(recall_score(labels, probabilities.argmax(1), labels=occurring, average="macro", zero_division=0))
 
 
 def compute_auc(probabilities: Floats, labels: Ints) -> float:
-    """The area under the ROC curve: of two classes that of the second, of more the mean of each against the rest.
+    """Return the area under the ROC curve: of the second of two classes, or the mean of each class against the rest.
 
-    Classes that do not occur are left out of the mean. NaN when all examples are of one class.
+    Classes that do not occur are left out of the mean. NaN when all examples belong to one class.
     """
     occurring = np.unique(labels)
     if len(occurring) < 2:

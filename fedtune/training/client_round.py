@@ -1,4 +1,4 @@
-"""One client's round as a value: what it trains or scores, on which examples, and by which recipe."""
+"""The inputs of one client's round: the model, the recipe and the client's examples."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,10 +19,10 @@ __all__ = ["ClientRound"]
 
 @dataclass(frozen=True)
 class ClientRound:
-    """A client's work in round ``number`` (1, 2, ...): ``rows`` of ``examples`` are the client's.
+    """A client's training or evaluation in round ``number`` (1, 2, ...) on the ``rows`` of ``examples`` that it holds.
 
-    ``local_tensors`` are all tensors that the device keeps for itself. At most ``micro_batch_size`` examples go through
-    the model at a time; the batch stays what it is.
+    ``local_tensors`` are all tensors that stay on the device. At most ``micro_batch_size`` examples pass through the
+    model at a time; the batch size does not change.
     """
 
     model: nn.Module
@@ -41,11 +41,11 @@ class ClientRound:
         return get_task(self.recipe.task)
 
     def split_rows(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Rows to train on, and rows that are held out: the same in every round."""
+        """Return the rows to train on and the held-out rows, the same in every round."""
         return split_holdout(
             self.rows, self.recipe.evaluation.local_holdout, derive_seed(self.recipe.seed, self.client, "own")
         )
 
     def derive_seed(self, purpose: str) -> int:
-        """The seed of this client's random numbers in this round."""
+        """Derive the seed of this client's random numbers in this round."""
         return derive_seed(self.recipe.seed, self.number, self.client, purpose)

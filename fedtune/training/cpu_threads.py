@@ -1,4 +1,4 @@
-"""How many processor threads torch uses."""
+"""Sets the number of CPU threads of torch."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ __all__ = ["use_cpu_threads"]
 
 @contextmanager
 def use_cpu_threads(count: int) -> Iterator[None]:
-    """Use ``count`` threads inside the block."""
+    """Use ``count`` CPU threads inside the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

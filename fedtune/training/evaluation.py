@@ -1,4 +1,4 @@
-"""Scoring a model on held-out examples, over all of them and per domain."""
+"""Evaluates a model on held-out examples, in total and per domain."""
 
 import math
 from collections import defaultdict
@@ -21,7 +21,7 @@ __all__ = ["EvaluatedModel", "Metric", "evaluate_model", "score_held_out"]
 
 
 class Metric(NamedTuple):
-    """One figure: ``domain`` is a domain's name, ``all`` for every example, ``mean`` for the mean over domains."""
+    """One metric. ``domain`` is a domain's name, ``all`` for all examples, or ``mean`` for the mean over domains."""
 
     domain: str
     name: str
@@ -30,9 +30,9 @@ class Metric(NamedTuple):
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """A model with its techniques, and how it is scored: ``metrics`` are further ones by name.
+    """A model with its techniques and the settings of its evaluation. ``metrics`` are names of further metrics.
 
-    ``reader`` turns examples into inputs; only tasks that write texts need it.
+    ``reader`` is the tokenizer or preprocessor. Only tasks that generate text need it.
     """
 
     model: nn.Module
@@ -44,11 +44,11 @@ class EvaluatedModel:
 
     @property
     def keeps_outputs(self) -> bool:
-        """Whether metrics need the output of each example."""
+        """Whether the metrics need the output of each example."""
         return bool(self.metrics) or self.task.keeps_outputs
 
     def compute_further_metrics(self, sums: ScoreSums) -> dict[str, float]:
-        """The metrics beyond the task's own, from probabilities and labels."""
+        """Return the metrics besides the task's own, from probabilities and labels."""
         if not (self.metrics and sums.outputs):
             return dict.fromkeys(self.metrics, math.nan)
         probabilities, labels = zip(*sums.outputs, strict=True)
@@ -56,7 +56,7 @@ class EvaluatedModel:
 
 
 def _say_nothing(done: int) -> None:
-    """Report no progress."""
+    """Ignore the progress."""
 
 
 @torch.no_grad()
@@ -66,10 +66,10 @@ def evaluate_model(
     rows: Sequence[int] | None = None,
     report_progress: Callable[[int], None] = _say_nothing,
 ) -> list[Metric]:
-    """The task's metrics over all examples and per domain; losses are in natural logarithms.
+    """Return the task's metrics over all examples and per domain. Losses use natural logarithms.
 
-    ``rows`` are the examples to score, all by default. ``report_progress`` is called with the number scored so far,
-    after every batch. What techniques measure meanwhile is added for all examples together.
+    ``rows`` are the examples to evaluate, all by default. ``report_progress`` is called after every batch with the
+    number of evaluated examples. Metrics of techniques are added for all examples together.
     """
     evaluated.model.eval()
     sums: dict[str, ScoreSums] = defaultdict(ScoreSums)
@@ -87,7 +87,7 @@ def evaluate_model(
 
 @torch.no_grad()
 def score_held_out(client: ClientRound, held_out: Sequence[int]) -> HoldoutMetrics:
-    """The score on rows that a client holds out, over all of them together; zeros without any."""
+    """Return the metrics on a client's held-out rows, over all of them together; zeros without any."""
     recipe = client.recipe
     if not held_out:
         return HoldoutMetrics()
@@ -105,7 +105,7 @@ def score_held_out(client: ClientRound, held_out: Sequence[int]) -> HoldoutMetri
 def _iter_scores(
     evaluated: EvaluatedModel, examples: EncodedDataset, rows: Sequence[int]
 ) -> Iterator[tuple[int, ExampleScore]]:
-    """The row and the score of each example."""
+    """Yield the row and the score of each example."""
     for start in range(0, len(rows), evaluated.batch_size):
         chosen = rows[start : start + evaluated.batch_size]
         batch = examples.make_batch(chosen)
@@ -114,7 +114,7 @@ def _iter_scores(
 
 
 def _order_by_length(examples: EncodedDataset, rows: Sequence[int] | None) -> list[int]:
-    """Short texts first, so that a batch holds little padding."""
+    """Sort examples by length, so that batches contain little padding."""
     chosen = list(range(len(examples)) if rows is None else rows)
     if examples.lengths is None:
         return chosen
@@ -122,7 +122,7 @@ def _order_by_length(examples: EncodedDataset, rows: Sequence[int] | None) -> li
 
 
 def _compute_metrics(sums: Mapping[str, ScoreSums], evaluated: EvaluatedModel) -> Iterator[Metric]:
-    """The metrics of each domain, and the mean of one over the domains: accuracy, or else the task's main metric."""
+    """Yield the metrics of each domain, and the mean over domains of accuracy or else of the task's main metric."""
     means: dict[str, list[float]] = defaultdict(list)
     for domain, one in sorted(sums.items()):
         found = evaluated.task.compute_metrics(one)

@@ -1,4 +1,4 @@
-"""What a client never trains on, so that it can tell how good a model is for its own data."""
+"""Splits off the examples that a client never trains on, for evaluation on its own data."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,14 +9,14 @@ Rows = NDArray[np.int64]
 
 
 def count_held_out(examples: int, share: float) -> int:
-    """How many of a client's examples it holds out: a share, rounded down."""
+    """Return the number of held-out examples of a client: a share, rounded down."""
     return int(share * examples)
 
 
 def split_holdout(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
-    """Rows to train on and rows to score on: ``share`` (at most 0.5) of them, rounded down, drawn by ``seed``.
+    """Return rows to train on and held-out rows: ``share`` (at most 0.5) of them, rounded down, drawn with ``seed``.
 
-    Of fewer than 1 / share rows none is held out; one at least is always left to train on.
+    With fewer than 1 / share rows, none is held out. At least one is always left to train on.
     """
     count = count_held_out(len(rows), share)
     if not count:

@@ -1,4 +1,4 @@
-"""The local loop a device runs in one round: from the shared state to a delta of what it trained."""
+"""The local training of one client in one round, from the shared state to the delta of the trained tensors."""
 
 import time
 import warnings
@@ -48,10 +48,10 @@ __all__ = ["LocalTrainingResult", "apply_optimiser_step", "compute_step_loss", "
 
 @dataclass(frozen=True)
 class LocalTrainingResult:
-    """What one client's round gave: ``delta`` (trained minus received, fp32), what else is asked for, what it cost.
+    """The result of one client's round: ``delta`` is trained minus received, in fp32.
 
-    ``own`` stays on the device; ``own_score`` is that of the model as received, on what the client holds out, and
-    ``trained_score`` that of the model it trained.
+    ``local_tensors`` stay on the device. ``holdout_metrics`` are those of the received model on the held-out examples,
+    and ``trained_score`` those of the trained model.
     """
 
     delta: dict[str, Tensor]
@@ -69,7 +69,8 @@ class LocalTrainingResult:
 def train_local_model(client: ClientRound, state: Mapping[str, Tensor]) -> LocalTrainingResult:
     """Train the client's model from ``state`` on its examples.
 
-    Every random number comes from (seed, round, client), so the outcome does not depend on what ran before.
+    All random numbers are derived from (seed, round, client), so the result does not depend on earlier rounds in this
+    process.
     """
     started = time.perf_counter()
     reset_peak_rss()
@@ -96,7 +97,7 @@ def train_local_model(client: ClientRound, state: Mapping[str, Tensor]) -> Local
         )
         backward = partial(_run_extra_backward, client, rows)
         extras = {**statistics, **compute_extra_payload(client.techniques, model, client.number, backward)}
-        trained_score = score_held_out(client, held_out.tolist())  # last, so that nothing follows from it
+        trained_score = score_held_out(client, held_out.tolist())  # last, so that it cannot affect anything else
     seconds = time.perf_counter() - started
     scores = received_score, trained_score
     return LocalTrainingResult(delta, extras, kept, *scores, examples, loss, seconds, saved_bytes, peak_rss())
@@ -113,7 +114,7 @@ def _warn_if_nothing_moved(moves: Sequence[Tensor], client: ClientRound) -> None
 
 
 def _run_extra_backward(client: ClientRound, rows: IntArray) -> None:
-    """Gradients of the loss on the client's first examples."""
+    """Compute the gradients of the loss on the client's first examples."""
     recipe = client.recipe
     parts = _make_micro_batches(client, client.examples, rows[: recipe.train.batch_size].tolist())
     client.model.eval()
@@ -126,12 +127,15 @@ def _make_micro_batches(client: ClientRound, examples: EncodedDataset, chosen: l
 
 
 def _run_steps(client: ClientRound, rows: IntArray, masters: Mapping[str, nn.Parameter]) -> tuple[float, int, int]:
-    """All steps of a round: mean loss, bytes kept for the first backward pass, examples seen."""
+    """Run all steps of a round.
+
+    Return the mean loss, the bytes kept for backward in the first step, and the examples seen.
+    """
     model, recipe, settings = client.model, client.recipe, client.recipe.train
     data = make_training_rows(client.examples, rows, settings, client.derive_seed("packing"))
     steps = total_steps(len(data.rows), recipe)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.zero_grad()  # a client that failed midway may have left gradients
+    model.zero_grad()  # a client that failed earlier may have left gradients
     optimiser = make_stepper(settings, model, masters)
     set_train_mode(model)
     losses, saved_bytes, examples = [], 0, 0
@@ -162,7 +166,7 @@ def apply_optimiser_step(
     settings: Train,
     info: StepInfo,
 ) -> None:
-    """Follow the gradients of a step and let go of them."""
+    """Apply the gradients of a step and release them."""
     lr = before_optimiser_step(techniques, model, info)
     if settings.max_grad_norm is not None:
         nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
@@ -173,9 +177,10 @@ def apply_optimiser_step(
 def _run_step(
     client: ClientRound, parts: Sequence[Mapping[str, Tensor]], progress: float, *, metered: bool
 ) -> tuple[float | None, int]:
-    """Gradients of a batch's loss, part by part; the loss, and if ``metered`` the most bytes a part kept for them.
+    """Compute the gradients of a batch's loss, one micro-batch at a time.
 
-    Parts without a prediction, such as texts of one token, have no loss; neither has a batch of nothing else.
+    Return the loss and, if ``metered``, the largest number of bytes that a micro-batch kept for backward. Micro-batches
+    without predictions, such as texts of one token, are skipped. If all are skipped, the loss is None.
     """
     model, task, techniques = client.model, client.task, client.techniques
     excluded = [*model.parameters(), *model.buffers()]
@@ -192,14 +197,14 @@ def _run_step(
 
 
 def compute_step_loss(task: Task, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """The loss a step follows: the task's, and the terms that techniques add inside the model."""
+    """Return the loss of a step: the task's loss plus the terms that techniques add inside the model."""
     with collect_loss_terms() as terms:
         loss = task.compute_loss(model, batch)
     return torch.stack([loss, *terms]).sum() if terms else loss
 
 
 def set_train_mode(model: nn.Module) -> None:
-    """Dropout on; batch-norm statistics stay those of the pretrained model, except where a technique trains them."""
+    """Set the model to training mode. Batch norms stay in evaluation mode, except those that a technique trains."""
     model.train()
     for layer in model.modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm) and not isinstance(layer, UnfrozenBatchNorm2d):

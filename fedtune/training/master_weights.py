@@ -1,8 +1,8 @@
-"""fp32 master weights for what is trained in a lower precision.
+"""fp32 master weights for parameters that are trained in lower precision.
 
-An update of bfloat16 weights is lost where it is smaller than half the distance to the next number, 1/256 of the weight
-at most. The optimiser therefore moves fp32 copies, and the model gets them rounded after each step (Micikevicius et
-al. 2018, section 3.1). They live for one round: what travels and rests is fp32 already.
+An update of a bfloat16 weight is lost if it is smaller than half the distance to the next number, at most 1/256 of the
+weight. Therefore the optimiser updates fp32 copies, which are rounded into the model after each step (Micikevicius et
+al. 2018, section 3.1). They exist for one round only, because states that are sent and stored are fp32.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ __all__ = ["make_stepper", "masters_of"]
 
 
 def masters_of(model: nn.Module, start: Start) -> dict[str, nn.Parameter]:
-    """An fp32 copy of every trained parameter that is less precise, by name; it begins where ``start`` does."""
+    """Return an fp32 copy of every trained parameter of lower precision, by name, with the values of ``start``."""
     coarse = {
         name: parameter
         for name, parameter in model.named_parameters()
@@ -31,7 +31,7 @@ def masters_of(model: nn.Module, start: Start) -> dict[str, nn.Parameter]:
 
 
 def make_stepper(settings: Train, model: nn.Module, masters: Mapping[str, nn.Parameter]) -> LocalOptimiser:
-    """A fresh optimiser over the trained parameters, which moves those of ``masters`` in their stead."""
+    """Return a new optimiser over the trained parameters. It updates those in ``masters`` through their copies."""
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     inner = make_optimiser(settings, [masters.get(name, parameter) for name, parameter in named.items()])
     pairs = [(named[name], master) for name, master in masters.items()]
@@ -39,14 +39,14 @@ def make_stepper(settings: Train, model: nn.Module, masters: Mapping[str, nn.Par
 
 
 class _Mastered:
-    """Steps masters by the gradients of their parameters, and rounds them into these."""
+    """Updates master weights with the gradients of their parameters, and rounds them into the parameters."""
 
     def __init__(self, inner: LocalOptimiser, pairs: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> None:
         self._inner, self._pairs = inner, pairs
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """One step at the given learning rate."""
+        """Take one step with the given learning rate."""
         for parameter, master in self._pairs:
             master.grad = None if parameter.grad is None else parameter.grad.float()
             parameter.grad = None

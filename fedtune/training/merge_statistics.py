@@ -1,6 +1,7 @@
-"""What merges that weigh by data need of each model, measured on its own data: for Fisher and for RegMean.
+"""Statistics of a model on its own data for merges that weight by data: Fisher information and RegMean.
 
-Both give tensors by the names of the model's; saved as safetensors they are what ``statistics:`` of a merge names.
+Both return tensors by the names of the model's parameters. Saved as safetensors, they can be named under
+``statistics:`` of a merge.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,10 +19,10 @@ __all__ = ["compute_fisher_information", "compute_input_grams"]
 
 
 def compute_fisher_information(model: nn.Module, batches: Iterable[Batch]) -> dict[str, Tensor]:
-    """Mean over examples of each one's squared gradient of the loss, fp32 in the shape of each parameter.
+    """Return the mean over examples of the squared gradient of the loss, fp32, in the shape of each parameter.
 
-    The diagonal of the empirical Fisher information (of the true labels) when the loss is a negative log-likelihood;
-    one backward pass per example. The model is left in evaluation mode.
+    If the loss is a negative log-likelihood, this is the diagonal of the empirical Fisher information (of the true
+    labels). It takes one backward pass per example. The model is left in evaluation mode.
     """
     parameters = {name: one for name, one in model.named_parameters() if one.is_floating_point()}
     sums = {name: torch.zeros(one.shape) for name, one in parameters.items()}
@@ -38,30 +39,30 @@ def compute_fisher_information(model: nn.Module, batches: Iterable[Batch]) -> di
 
 
 def _examples(batch: Batch) -> Iterator[Batch]:
-    """One-example batches."""
+    """Yield batches of one example."""
     for index in range(len(next(iter(batch.values())))):
         yield {name: tensor[index : index + 1] for name, tensor in batch.items()}
 
 
 @contextmanager
 def _require_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """All of them ask for gradients inside the block, whatever is frozen."""
+    """Make all parameters require gradients inside the block, including frozen ones."""
     before = [(parameter, parameter.requires_grad) for parameter in parameters]
     try:
         for parameter, _ in before:
             parameter.requires_grad_(True)
         yield
     finally:
-        for parameter, asked in before:
-            parameter.requires_grad_(asked)
+        for parameter, required in before:
+            parameter.requires_grad_(required)
 
 
 @torch.no_grad()
 def compute_input_grams(model: nn.Module, batches: Iterable[Batch]) -> dict[str, Tensor]:
-    """Mean x x^T [in, in] over the inputs of each linear layer, fp32, by the name of its weight; padding left out.
+    """Return the mean x x^T [in, in] over the inputs of each linear layer, fp32, by weight name, without padding.
 
-    Summed in double: 16 bytes per entry and layer at work. Weights tied to an embedding are left out, as are layers
-    that no batch reaches. The model is left in evaluation mode.
+    Sums are kept in double precision, which takes 16 bytes per entry for the layer being processed. Weights tied to an
+    embedding and layers that are never called are left out. The model is left in evaluation mode.
     """
     layers = _linear_layers(model)
     sums = {name: torch.zeros(layer.in_features, layer.in_features).double() for name, layer in layers.items()}
@@ -92,7 +93,7 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def _require_examples(count: int) -> int:
-    """The count; DataError when it is zero."""
+    """Return the count; DataError when it is zero."""
     if not count:
         raise DataError("statistics need at least one batch of examples; give some data")
     return count

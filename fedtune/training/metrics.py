@@ -1,6 +1,7 @@
-"""Metrics beyond accuracy and loss that a recipe may ask for by name: F1, AUC and whatever else is registered.
+"""Metrics that a recipe requests by name besides accuracy and loss: F1, AUC and registered ones.
 
-A metric takes probabilities [n, classes] and class numbers [n], and gives a number, NaN where it is not defined.
+A metric is computed from probabilities [n, classes] and class numbers [n]. It returns a number, or NaN if it is not
+defined.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,37 +23,37 @@ Ints = NDArray[np.int64]
 Metric = Callable[[Floats, Ints], float]
 
 _GROUP = "fedtune.metrics"
-"""Packages publish metrics of their own under this group of entry points, the name being what recipes call it."""
+"""The entry point group in which packages publish metrics. The entry point's name is the metric's name in recipes."""
 
 _BUILT_IN = ("auc", "balanced-accuracy", "f1")
 _registered: dict[str, Metric] = {}
 
 
 def register(name: str, metric: Metric) -> None:
-    """Make a metric known in this process; a package that is installed publishes it as an entry point instead."""
+    """Register a metric in this process. An installed package publishes it as an entry point instead."""
     _registered[name] = metric
 
 
 def list_metric_names() -> list[str]:
-    """The names of all metrics, in order."""
+    """Return the names of all metrics, sorted."""
     return sorted({*_BUILT_IN, *_registered, *_published()})
 
 
 def measure(names: Sequence[str], probabilities: Floats, labels: Ints) -> dict[str, float]:
-    """Each named metric over some examples; NaN over none, and where a model gives no finite probabilities."""
+    """Return each named metric over the examples; NaN without examples or if a probability is not finite."""
     if not len(labels) or not np.isfinite(probabilities).all():
         return dict.fromkeys(names, float("nan"))
     return {name: float(_find(name)(probabilities, labels)) for name in names}
 
 
 def load_metrics(recipe: Recipe) -> None:
-    """Import what computes a recipe's metrics; RecipeError for one that is unknown, or not installed."""
+    """Import a recipe's metrics; RecipeError for one that is unknown or not installed."""
     for name in recipe.evaluation.metrics:
         _find(name)
 
 
 def check_metrics(recipe: Recipe) -> None:
-    """RecipeError for metrics that are unknown, or need classes where there are none."""
+    """Raise RecipeError for metrics that are unknown, or that need classes if the task has none."""
     load_metrics(recipe)
     names = recipe.evaluation.metrics
     if names and not get_task(recipe.task).has_classes:
@@ -76,7 +77,7 @@ def _find(name: str) -> Metric:
 
 
 def _built_in(name: str) -> Metric:
-    """A metric by scikit-learn, which is imported only where a recipe asks for one."""
+    """Return a metric computed by scikit-learn, which is imported only if a recipe uses it."""
     try:
         from fedtune.training import class_metrics
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""What makes no sense together with privacy: settings, told before anything is built, and what models would send."""
+"""Checks that a recipe's settings and its model are compatible with privacy."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ __all__ = ["check_model_privacy", "check_privacy_settings"]
 
 
 def check_privacy_settings(recipe: Recipe, pipeline: merging.MergePipeline) -> None:
-    """RecipeError for settings that would tell more than the noise covers, or that noise would make pointless."""
+    """Raise RecipeError for settings that reveal more than the noise covers, or that noise would make useless."""
     if recipe.privacy is None:
         return
     if recipe.federation.max_update_norm is not None:
@@ -45,11 +45,11 @@ def check_privacy_settings(recipe: Recipe, pipeline: merging.MergePipeline) -> N
 
 
 def _check_sum(pipeline: merging.MergePipeline) -> None:
-    """Noise on the merged weights covers a client that moves them by clip / n at most: a mean, or less."""
+    """Raise RecipeError unless one client changes the merged weights by at most clip / n, as in a mean."""
     unbounded = [step.name for step in (*pipeline.align, *pipeline.renormalise)]
     unbounded += [
         step.name for step in pipeline.relax if not isinstance(step, merging.ActivationRelaxStep)
-    ]  # those only shrink
+    ]  # activation steps can only shrink a tensor
     if not pipeline.combine.averages:
         unbounded.append(pipeline.combine.name)
     if unbounded:
@@ -61,12 +61,12 @@ def _check_sum(pipeline: merging.MergePipeline) -> None:
 
 
 def check_model_privacy(recipe: Recipe, model: nn.Module, chosen: Sequence[Technique], shared: Sequence[str]) -> None:
-    """RecipeError when a recipe asks for privacy and clients would send more than deltas of weights."""
+    """Raise RecipeError when a private recipe would make clients send more than deltas of weights."""
     if recipe.privacy is None:
         return
     check_privacy_settings(
         recipe, merging.build_pipeline(recipe.merge)
-    )  # again where it runs: a recipe may come by another way
+    )  # checked again where it runs, because a recipe may not have been resolved
     statistics = [name for name in shared if name.endswith((".running_mean", ".running_var"))]
     if statistics:
         raise RecipeError(

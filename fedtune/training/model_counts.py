@@ -1,4 +1,4 @@
-"""Whether a round can ever bring as many models as its merge takes."""
+"""Checks that a round's number of models fits the merge."""
 
 from fedtune import merging
 from fedtune.errors import RecipeError
@@ -8,7 +8,7 @@ __all__ = ["check_model_counts"]
 
 
 def check_model_counts(recipe: Recipe, pipeline: merging.MergePipeline) -> None:
-    """RecipeError when a round asks fewer clients than the merge needs, or more than it takes."""
+    """Raise RecipeError when a round has fewer models than the merge needs, or more than it accepts."""
     combine, late = pipeline.combine, recipe.federation.asynchronous
     coming, key = recipe.cohort_size, "federation.clients_per_round"
     if recipe.federation.take_first is not None:

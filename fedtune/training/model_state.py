@@ -1,4 +1,4 @@
-"""Reading and writing the shared state: what a federation trains, in fp32, and the masks it agrees on."""
+"""Reads and writes the shared state: the trained tensors in fp32, and weight masks."""
 
 from collections.abc import Iterable, Mapping
 
@@ -9,13 +9,16 @@ __all__ = ["get_model_state", "get_tensor_shapes", "named_tensors", "precise", "
 
 
 def get_model_state(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """Copies of the named tensors, in fp32 but for integers."""
+    """Return copies of the named tensors. Floats become fp32; integers keep their type."""
     tensors = named_tensors(model)
     return {name: _copy(tensors[name].detach()) for name in names}
 
 
 def precise(tensor: Tensor) -> Tensor:
-    """A tensor in the precision of the shared state, fp32 but for integers; no copy where it is that already."""
+    """Return a tensor in the precision of the shared state: fp32, or unchanged for integers.
+
+    It copies only if needed.
+    """
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
@@ -25,17 +28,17 @@ def _copy(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def set_model_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Write the state into the model, rounding to its precision."""
+    """Write the state into the model, rounded to the model's precision."""
     tensors = named_tensors(model)
     for name, tensor in state.items():
         tensors[name].copy_(tensor)
 
 
 def get_tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor that may be shared."""
+    """Return the shapes of all parameters and buffers, by name."""
     return {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name."""
+    """Return parameters and buffers by name."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}

@@ -1,7 +1,7 @@
-"""Optimisers by name and the learning rate over a run.
+"""Optimisers by name, and the learning rate schedule of a run.
 
-AdamW and SGD are torch's own formulas, called without torch's Optimizer class: its first step imports the compiler,
-which costs a device a second and 70 MB.
+AdamW and SGD call torch's functions without its Optimizer class, whose first step imports the compiler: a second and 70
+MB on a device.
 """
 
 import math
@@ -21,18 +21,18 @@ __all__ = ["BitsandbytesOptimiser", "LocalOptimiser", "compute_lr_factor", "make
 
 
 _PIECE = 1 << 20
-"""Numbers of a parameter that AdamW steps at a time."""
+"""The number of elements of a parameter that AdamW updates at a time."""
 
 
 class LocalOptimiser(Protocol):
-    """Moves parameters along their gradients; those without a gradient stay."""
+    """Updates parameters with their gradients. Parameters without a gradient do not change."""
 
     def step(self, lr: float) -> None:
-        """One step at the given learning rate."""
+        """Take one step with the given learning rate."""
 
 
 def make_optimiser(settings: Train, parameters: Sequence[Parameter]) -> LocalOptimiser:
-    """A fresh optimiser over the trained parameters."""
+    """Return a new optimiser over the trained parameters."""
     if settings.optimiser == "adamw":
         return _AdamW(parameters, settings.weight_decay)
     if settings.optimiser == "sgd":
@@ -46,7 +46,7 @@ _BITSANDBYTES: dict[Optimiser, str] = {
     "paged_adamw_8bit": "bitsandbytes.optim:PagedAdamW8bit",
     "lion_8bit": "bitsandbytes.optim:Lion8bit",
 }
-"""Where each is imported from, when it is asked for."""
+"""The import path of each optimiser of bitsandbytes. It is imported only if it is used."""
 
 
 class _Sgd:
@@ -58,7 +58,7 @@ class _Sgd:
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """One step at the given learning rate."""
+        """Take one step with the given learning rate."""
         moved = [parameter for parameter in self._parameters if parameter.grad is not None]
         buffers = [self._buffers.get(parameter) for parameter in moved]
         sgd(
@@ -72,14 +72,14 @@ class _Sgd:
             nesterov=self._settings.nesterov,
             maximize=False,
         )
-        self._buffers |= dict(zip(moved, buffers, strict=True))  # sgd puts the momenta of a first step into the list
+        self._buffers |= dict(zip(moved, buffers, strict=True))  # sgd fills the list in the first step
 
 
 class _AdamW:
     """torch.optim.AdamW with its default betas and epsilon.
 
-    Large parameters are stepped some rows at a time: torch's formula makes two tensors of the size of what it steps,
-    which for an embedding is as much as a fifth of the model each. Each number comes out as it would otherwise.
+    Large parameters are updated some rows at a time. torch's function allocates two tensors of the size of its
+    parameter; for an embedding, each can be a fifth of the model. The results are the same.
     """
 
     def __init__(self, parameters: Sequence[Parameter], weight_decay: float) -> None:
@@ -88,7 +88,7 @@ class _AdamW:
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """One step at the given learning rate."""
+        """Take one step with the given learning rate."""
         moved = [parameter for parameter in self._parameters if parameter.grad is not None]
         self._state |= {parameter: _moments(parameter) for parameter in moved if parameter not in self._state}
         pieces = [piece for parameter in moved for piece in _pieces(parameter, *self._state[parameter])]
@@ -118,7 +118,7 @@ class BitsandbytesOptimiser:
         self.optimiser = optimiser
 
     def step(self, lr: float) -> None:
-        """One step at the given learning rate."""
+        """Take one step with the given learning rate."""
         for group in self.optimiser.param_groups:
             group["lr"] = lr
         self.optimiser.step()
@@ -129,7 +129,7 @@ def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
 
 
 class _Piece(NamedTuple):
-    """Some rows of a parameter, as views, and how many steps it has made."""
+    """Some rows of a parameter as views, and its number of steps."""
 
     weight: Tensor
     gradient: Tensor
@@ -139,7 +139,7 @@ class _Piece(NamedTuple):
 
 
 def _pieces(parameter: Parameter, mean: Tensor, square: Tensor, count: Tensor) -> Iterator[_Piece]:
-    """All of a parameter with a gradient; a small one, or one without dimensions, in a single piece."""
+    """Yield the rows of a parameter in chunks. A small parameter or a scalar is one chunk."""
     assert parameter.grad is not None
     rows = len(parameter) if parameter.dim() else 0
     if parameter.numel() > _PIECE:
@@ -155,7 +155,7 @@ def _moments(parameter: Parameter) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def compute_lr_factor(settings: Train, progress: float) -> float:
-    """The factor on ``lr`` after a share ``progress`` (0..1) of all steps of the run: warm-up, then the schedule."""
+    """Return the factor on ``lr`` after a share ``progress`` (0..1) of the run's steps: warm-up, then the schedule."""
     if progress < settings.warmup_ratio:
         return progress / settings.warmup_ratio
     after = (progress - settings.warmup_ratio) / (1 - settings.warmup_ratio)

@@ -1,4 +1,4 @@
-"""Can the model read the examples as they are encoded? What would fail midway, or train on nothing, is refused."""
+"""Checks that the model can process the encoded examples, so that training does not fail later or learn nothing."""
 
 from typing import Any
 
@@ -16,12 +16,15 @@ __all__ = ["require_readable"]
 _MOST_UNKNOWN = 0.5
 _TOGETHER = 1024
 _NEAR = 8
-"""Some models read a few tokens less than their configuration says."""
+"""Some models accept a few tokens fewer than their configuration declares."""
 _BROKEN = (IndexError, RuntimeError, ValueError)
 
 
 def require_readable(model: nn.Module, examples: EncodedDataset, recipe: Recipe, tokenizer: Any = None) -> None:
-    """ModelError or DataError for tokens, texts or pictures that do not fit the model; examples of its own task."""
+    """Raise ModelError or DataError for tokens, texts or images that do not fit the model.
+
+    The examples must be encoded for the model's task.
+    """
     if not len(examples):
         return
     if examples.lengths is None:
@@ -45,7 +48,9 @@ def _require_rows(model: nn.Module, largest: int, recipe: Recipe) -> None:
 
 
 def _require_words(counts: Tensor, tokenizer: Any, recipe: Recipe) -> None:
-    """A tokenizer that is not the text's, or not the model's, makes unknown tokens of all words, or nothing."""
+    """Raise DataError when most tokens are unknown or there are none: the tokenizer fits neither the text nor the
+    model.
+    """
     if tokenizer is None:
         return
     known = torch.arange(len(counts))
@@ -54,9 +59,9 @@ def _require_words(counts: Tensor, tokenizer: Any, recipe: Recipe) -> None:
     strange = int(counts[known == unknown].sum())
     words = int(counts[~torch.isin(known, special)].sum())
     if strange > _MOST_UNKNOWN * (words + strange) or not words:
-        told = f"knows {words} of the {words + strange} words and signs" if strange else "makes no tokens"
+        flaw = f"knows {words} of the {words + strange} words and signs" if strange else "makes no tokens"
         raise DataError(
-            f"{recipe.model.source}: its tokenizer {told} of the examples, which nothing could be learned from; take "
+            f"{recipe.model.source}: its tokenizer {flaw} of the examples, which nothing could be learned from; take "
             "a model for their language, with its tokenizer's files"
         )
 
@@ -76,8 +81,8 @@ def _count_tokens(examples: EncodedDataset) -> tuple[Tensor, int]:
 
 def _require_positions(model: nn.Module, ids: Tensor, recipe: Recipe) -> None:
     longest = ids.shape[1]
-    told = _told_positions(model)
-    if told is None or longest <= told - _NEAR or _reads(model, {"input_ids": ids}) is None:
+    declared = _told_positions(model)
+    if declared is None or longest <= declared - _NEAR or _reads(model, {"input_ids": ids}) is None:
         return
     able, unable = 0, longest
     while unable - able > 1:
@@ -110,7 +115,7 @@ def _require_side(model: nn.Module, examples: EncodedDataset, recipe: Recipe) ->
 
 
 def _reads(model: nn.Module, inputs: dict[str, Tensor]) -> str | None:
-    """What goes wrong when the model is run on one example; None when nothing does."""
+    """Run the model on one example. Return the error message, or None."""
     training = model.training
     try:
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What a client's round begins with, and a round in which it only scores what it received."""
+"""Loads the state a client received, and evaluates it without training."""
 
 from collections.abc import Mapping
 
@@ -17,7 +17,7 @@ __all__ = ["receive_state", "score_received"]
 
 
 def receive_state(client: ClientRound, state: Mapping[str, Tensor]) -> None:
-    """Load what is shared and what the device keeps for itself, and begin the client's round."""
+    """Load the shared state and the device's local tensors into the model, and begin the client's round."""
     wanted = set(list_local_tensors(client.model))
     if client.local_tensors.keys() != wanted:
         odd = min(client.local_tensors.keys() ^ wanted)
@@ -28,7 +28,7 @@ def receive_state(client: ClientRound, state: Mapping[str, Tensor]) -> None:
 
 
 def score_received(client: ClientRound, state: Mapping[str, Tensor]) -> HoldoutMetrics:
-    """The score of ``state`` after a round on the rows that the client holds out; nothing is trained."""
+    """Return the metrics of ``state``, the result of a round, on the client's held-out rows. Nothing is trained."""
     _, held_out = client.split_rows()
     receive_state(client, state)
     with use_cpu_threads(client.recipe.train.threads), torch.random.fork_rng(devices=[]):

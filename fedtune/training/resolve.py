@@ -1,4 +1,4 @@
-"""A recipe made whole: every technique and merge step checked, with all its settings written out."""
+"""Resolves a recipe: checks its techniques and merge steps, and writes out all their settings."""
 
 from collections.abc import Sequence
 
@@ -24,7 +24,7 @@ _MEND: dict[UpdateKind, str] = {
 
 
 def resolve_recipe(recipe: Recipe) -> Recipe:
-    """The recipe as it is stored with a run; RecipeError for techniques or merge steps that do not hold."""
+    """Return the recipe as it is stored with a run; RecipeError for invalid techniques or merge steps."""
     task = tasks.get_task(recipe.task)
     chosen = techniques.build_techniques(recipe.train.techniques)
     train = recipe.train.model_copy(update={"techniques": _written_out(chosen)})
@@ -44,7 +44,7 @@ def resolve_recipe(recipe: Recipe) -> Recipe:
 
 
 def _resolve_evaluation(evaluation: EvaluationSettings, task: tasks.Task) -> EvaluationSettings:
-    """The settings with the metric that counts; RecipeError when the task does not have the one that is named."""
+    """Fill in the main metric; RecipeError when the task does not have the named one."""
     if evaluation.main_metric is None:
         return evaluation.model_copy(update={"main_metric": task.main_metric})
     known = [*task.compute_metrics(tasks.ScoreSums()), *evaluation.metrics]
@@ -55,7 +55,10 @@ def _resolve_evaluation(evaluation: EvaluationSettings, task: tasks.Task) -> Eva
 
 
 def _resolved(device: DeviceClass, chosen: Sequence[Technique], pipeline: merging.MergePipeline) -> DeviceClass:
-    """A device class with its techniques written out; they must send what those of all send."""
+    """Return a device class with its techniques written out.
+
+    They must send the same kind of update as the common ones.
+    """
     if device.techniques is None:
         return device
     own = techniques.build_techniques(device.techniques, f"devices: {device.name}")
@@ -75,7 +78,9 @@ def _of_classes(devices: Sequence[DeviceClass]) -> list[Technique]:
 
 
 def _check_fit(chosen: Sequence[Technique], combine: merging.CombineStep) -> None:
-    """Both factors of a low-rank pair may only be trained where the merge treats them as a pair, and the reverse."""
+    """Raise RecipeError unless the merge accepts what clients send: tensors, one factor or both factors of low-rank
+    pairs.
+    """
     sent = {
         technique.get_update_kind(): technique.name for technique in chosen if technique.get_update_kind() != "tensors"
     }
@@ -89,7 +94,9 @@ def _check_fit(chosen: Sequence[Technique], combine: merging.CombineStep) -> Non
 
 
 def _check_factor(name: str, combine: merging.CombineStep) -> None:
-    """What picks entries would pick those of a factor, which are no entries of the product."""
+    """Raise RecipeError for a merge that selects entries, because the entries of one factor are no entries of the
+    product.
+    """
     if combine.selects_entries:
         raise RecipeError(
             f"merge: {combine.name} picks entries by sign or size, but {name} sends one factor of a product, where "
@@ -98,7 +105,10 @@ def _check_factor(name: str, combine: merging.CombineStep) -> None:
 
 
 def _check_own(chosen: Sequence[Technique], pipeline: merging.MergePipeline, evaluation: EvaluationSettings) -> None:
-    """Where devices keep tensors for themselves, the server has no whole model to score, to align or to measure."""
+    """Check recipes whose devices keep local tensors, so that the server has no complete model.
+
+    The server then cannot evaluate, align or measure a model. Raises RecipeError when the recipe requires it.
+    """
     keeping = next((technique.name for technique in chosen if technique.has_local_tensors()), None)
     if keeping is None:
         return
@@ -115,7 +125,7 @@ def _check_own(chosen: Sequence[Technique], pipeline: merging.MergePipeline, eva
 
 
 def _check_late(chosen: Sequence[Technique], pipeline: merging.MergePipeline, evaluation: EvaluationSettings) -> None:
-    """A late answer is a delta to an older state: what takes all answers for models of one round cannot use it."""
+    """Raise RecipeError for steps that need models of one round. A late update is a delta to an older state."""
     moving = next((technique.name for technique in chosen if technique.changes_per_round()), None)
     if moving is not None:
         mend = "; set trained_factors: b-only" if moving in ("lora", "qlora") else "; drop one"
@@ -128,15 +138,15 @@ def _check_late(chosen: Sequence[Technique], pipeline: merging.MergePipeline, ev
             "evaluation.local_holdout tells nothing of a round; drop one, and with it what leaves the server "
             "no whole model"
         )
-    asked = merging.build_calibration_request(pipeline.steps)
-    told = (
+    request = merging.build_calibration_request(pipeline.steps)
+    measured = (
         [step.name for step in pipeline.steps if step.needs]
-        if asked is not None and asked.calibrate_on == "clients"
+        if request is not None and request.calibrate_on == "clients"
         else []
     )
     whole = [step.name for step in (*pipeline.align, *pipeline.renormalise)]
     pairs = [] if pipeline.combine.update_kind == "tensors" else [pipeline.combine.name]
-    if unfit := [*whole, *pairs, *told]:
+    if unfit := [*whole, *pairs, *measured]:
         raise RecipeError(
             f"federation.asynchronous: {unfit[0]} wants the models of one round, but late answers are deltas to "
             "older ones; drop one, or merge by e.g. mean"

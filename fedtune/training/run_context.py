@@ -1,4 +1,6 @@
-"""What a process builds once and uses for every client and round: the model, its techniques and the encoded data."""
+"""The run context: the model, its techniques and the encoded data, built once per process for all clients and
+rounds.
+"""
 
 import os
 from collections import Counter
@@ -29,7 +31,7 @@ __all__ = ["RunContext", "clear_run_context", "get_run_context", "prepare_model"
 
 
 def prepare_model(recipe: Recipe, labels: Sequence[str]) -> tuple[nn.Module, tuple[Technique, ...], list[str]]:
-    """The model with its techniques applied, the techniques, and the names of the tensors a federation shares."""
+    """Return the model with its techniques applied, the techniques, and the names of the shared tensors."""
     chosen = techniques.build_techniques(recipe.train.techniques)
     quantised = [found for found in (technique.make_quantisation_config() for technique in chosen) if found is not None]
     if len(quantised) > 1:
@@ -49,7 +51,7 @@ def prepare_model(recipe: Recipe, labels: Sequence[str]) -> tuple[nn.Module, tup
 
 @dataclass
 class RunContext:
-    """A recipe with all that is built from it; each part is made when it is first asked for."""
+    """A recipe and everything that is built from it. Each part is built when it is first used."""
 
     recipe: Recipe
     corpus: data.DataSplits = field(repr=False)
@@ -57,36 +59,42 @@ class RunContext:
     techniques: tuple[Technique, ...]
     shared_names: list[str] = field(repr=False)
     by_device_class: dict[str, "RunContext"] = field(default_factory=dict, repr=False)
-    """Of device classes with settings of their own, by name; their examples are taken from here."""
+    """The contexts of device classes with their own settings, by name. They share this context's examples."""
     local_tensors: dict[str, Tensor] = field(init=False, repr=False)
-    """What each device keeps for itself, as it is before training."""
+    """The tensors that stay on each device, with their values before training."""
 
     def __post_init__(self) -> None:
-        """Read them while the model is untrained."""
+        """Copy the local tensors while the model is untrained."""
         self.local_tensors = get_model_state(self.model, techniques.list_local_tensors(self.model))
+        self._start = self._summarise_trainable() if self.task.needs_reference else None
+
+    def _summarise_trainable(self) -> list[float]:
+        """A number for each tensor that training changes."""
+        tensors = named_tensors(self.model)
+        return [float(tensors[name].detach().double().sum()) for name in self.shared_names]
 
     def for_client(self, client: int) -> "RunContext":
-        """What a client trains with: its device class's model and settings, or those of all."""
+        """Return the context of a client: that of its device class, or this one."""
         return self.by_device_class.get(self.recipe.get_device_class(client).name, self)
 
     @cached_property
     def client_rows(self) -> list[np.ndarray]:
-        """Indices into the training part, one sorted array per client."""
+        """Indices into the training split, one sorted array per client."""
         return data.partition_examples(self.recipe, self.corpus.train)
 
     @cached_property
     def train(self) -> data.EncodedDataset:
-        """The training part, encoded."""
+        """The encoded training split."""
         return self._encode(self.corpus.train)
 
     @cached_property
     def validation(self) -> data.EncodedDataset:
-        """The validation part, encoded."""
+        """The encoded validation split."""
         return self._encode(self.corpus.validation)
 
     @cached_property
     def test(self) -> data.EncodedDataset:
-        """The test part, encoded."""
+        """The encoded test split."""
         return self._encode(self.corpus.test)
 
     @property
@@ -94,14 +102,19 @@ class RunContext:
         """The recipe's task."""
         return tasks.get_task(self.recipe.task)
 
+    @property
+    def main_metric(self) -> str:
+        """The main metric: the recipe's, or else the task's."""
+        return self.recipe.evaluation.main_metric or self.task.main_metric
+
     @cached_property
     def reader(self) -> Any:
-        """What turns examples into inputs: a tokenizer or a preprocessor."""
+        """The tokenizer or preprocessor that turns examples into inputs."""
         return tasks.load_reader(self.recipe)
 
     @property
     def evaluated_model(self) -> EvaluatedModel:
-        """The model as the server scores it."""
+        """The model with the evaluation settings of the server."""
         settings = self.recipe.evaluation
         return EvaluatedModel(
             self.model, self.task, settings.batch_size, self.techniques, settings.metrics, self.reader
@@ -109,7 +122,7 @@ class RunContext:
 
     @cached_property
     def client_domains(self) -> dict[int, str]:
-        """The domain most of a client's examples belong to; empty when the data has no domains."""
+        """The most frequent domain of each client's examples; empty when the data has no domains."""
         domains = self.train.domains
         if domains is None:
             return {}
@@ -119,7 +132,7 @@ class RunContext:
         return {client: mix.most_common(1)[0][0] for client, mix in mixes.items()}
 
     def encode_source(self, source: str, columns: Mapping[str, str]) -> data.EncodedDataset:
-        """All examples of another source, encoded; ``columns`` says which of its columns holds what."""
+        """Encode all examples of another source. ``columns`` maps canonical names to its columns."""
         try:
             chosen = DataSettings(source=source, columns=ColumnSettings.model_validate(columns))
         except ValidationError as error:
@@ -128,44 +141,48 @@ class RunContext:
         return self._encode(tasks.load_all_examples(recipe, self.corpus.label_names))
 
     def share_memory(self) -> None:
-        """Move the models into memory that worker processes can map, and split and encode before they do."""
-        for shop in (self, *self.by_device_class.values()):
-            shop.model.share_memory()
+        """Move the models to shared memory, and partition and encode the data before worker processes start."""
+        for context in (self, *self.by_device_class.values()):
+            context.model.share_memory()
         _ = self.client_rows, self.train
 
     def copy_writable_tensors(self) -> None:
-        """In a worker process: replace the mapped copies of what is trained or received by own ones."""
-        for shop in (self, *self.by_device_class.values()):
-            tensors = named_tensors(shop.model)
+        """In a worker process, replace the shared copies of trained or received tensors by private ones."""
+        for context in (self, *self.by_device_class.values()):
+            tensors = named_tensors(context.model)
             for name in [*self.shared_names, *self.local_tensors]:
                 tensors[name].data = tensors[name].data.clone()
 
     def _encode(self, examples: data.Table) -> data.EncodedDataset:
         encoded = tasks.encode_examples(examples, self.recipe, self.reader)
         require_readable(self.model, encoded, self.recipe, self.reader)
-        return encoded
+        if not self.task.needs_reference or not len(encoded):
+            return encoded
+        if self._start != self._summarise_trainable():
+            raise RuntimeError("examples with a reference are encoded before the model is trained")
+        return self.task.add_reference(self.model, encoded)
 
 
 _current_context: dict[str, RunContext] = {}
 
 
 def get_run_context(recipe: str) -> RunContext:
-    """The workshop of a recipe given as JSON; the latest one is kept, so that a base model is loaded once."""
+    """Return the context of a recipe given as JSON. The latest context is cached, so a base model is loaded once."""
     if recipe not in _current_context:
-        shop = _build(recipe)
-        set_run_context(shop)
-        _current_context[recipe] = shop  # as it was asked for, before the model's preprocessor was written into it
+        context = _build(recipe)
+        set_run_context(context)
+        _current_context[recipe] = context  # its own recipe has a preprocessor, this key has not
     return _current_context[recipe]
 
 
-def set_run_context(shop: RunContext) -> None:
-    """Make a workshop the one this process uses for its recipe."""
+def set_run_context(context: RunContext) -> None:
+    """Use the context for its recipe in this process."""
     _current_context.clear()
-    _current_context[shop.recipe.model_dump_json()] = shop
+    _current_context[context.recipe.model_dump_json()] = context
 
 
 def clear_run_context() -> None:
-    """Let go of the workshop that is kept: once its model was trained, it is no start for another run."""
+    """Release the cached context. A model that was trained must not be the start of another run."""
     _current_context.clear()
 
 
@@ -176,16 +193,18 @@ def _build(recipe: str) -> RunContext:
     model, chosen, shared = prepare_model(parsed, corpus.label_names)
     check_merge_has_targets(merging.build_pipeline(parsed.merge).steps, model, shared)
     check_model_privacy(parsed, model, chosen, shared)
-    shop = RunContext(parsed, corpus, model, chosen, shared)
-    shop.by_device_class = _build_device_classes(shop)
-    return shop
+    context = RunContext(parsed, corpus, model, chosen, shared)
+    context.by_device_class = _build_device_classes(context)
+    if context.task.needs_reference:  # while the model is untrained
+        _ = context.validation, context.test
+    return context
 
 
-def _build_device_classes(shop: RunContext) -> dict[str, RunContext]:
+def _build_device_classes(context: RunContext) -> dict[str, RunContext]:
     found: dict[str, RunContext] = {}
-    for device in (device for device in shop.recipe.devices if device.overridden_settings):
-        recipe = shop.recipe.apply_device_class(device)
-        part = RunContext(recipe, shop.corpus, *prepare_model(recipe, shop.corpus.label_names))
-        check_device_class(shop, part, device.name)
+    for device in (device for device in context.recipe.devices if device.overridden_settings):
+        recipe = context.recipe.apply_device_class(device)
+        part = RunContext(recipe, context.corpus, *prepare_model(recipe, context.corpus.label_names))
+        check_device_class(context, part, device.name)
         found[device.name] = part
     return found

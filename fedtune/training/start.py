@@ -1,4 +1,4 @@
-"""The trained tensors as a round begins, without a copy of the model: most of them are in what was received."""
+"""The trained tensors at the start of a round. Most of them are read from the received state, without a copy."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,10 +11,10 @@ __all__ = ["Start"]
 
 
 class Start:
-    """What training in a round begins with, in fp32, looked up by name.
+    """The tensors at the start of a round, in fp32, by name.
 
-    ``received`` are the mappings the model was loaded from; the first that has a name counts. Copied are only those
-    ``names`` that a technique has changed since.
+    ``received`` are the mappings that the model was loaded from; the first one with a name is used. Only those
+    ``names`` that a technique has changed since are copied.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str], *received: Mapping[str, Tensor]) -> None:
@@ -32,5 +32,5 @@ class Start:
         return next(each[name] for each in (self._changed, *self._received) if name in each)
 
     def deltas(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-        """Trained minus this, in fp32, one after the other; ``names`` are those it was made for, or fewer."""
+        """Return trained minus start tensors, in fp32. ``names`` may be fewer than those of the constructor."""
         return {name: precise(tensors[name].detach()) - self[name] for name in names}

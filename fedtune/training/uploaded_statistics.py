@@ -1,4 +1,4 @@
-"""Activation statistics that clients send: sums of |x| and counts, which add up over clients and say nothing else."""
+"""Activation statistics that clients upload: sums of |x| and counts, which are added over clients."""
 
 from collections.abc import Collection, Mapping, Sequence
 
@@ -26,7 +26,9 @@ _SUMS, _COUNTS = "activity.sums", "activity.counts"
 
 
 def declare_uploaded_statistics(model: nn.Module, recipe: Recipe, names: Collection[str]) -> dict[str, TensorSpec]:
-    """What each client adds to its contribution in a round that trains ``names``; nothing unless the merge asks."""
+    """Return the extra tensors of a client update in a round that trains ``names``; empty unless the merge needs
+    them.
+    """
     if _client_measurement(recipe) is None or not (places := find_input_channels(model, set(names))):
         return {}
     sums = TensorSpec((sum(place.size for place in places.values()),), negative=False)
@@ -36,7 +38,9 @@ def declare_uploaded_statistics(model: nn.Module, recipe: Recipe, names: Collect
 def compute_uploaded_statistics(
     client: ClientRound, rows: NDArray[np.int64], names: Collection[str]
 ) -> dict[str, Tensor]:
-    """On a client, before it trains: the sums over all channels of all weights end to end, and a count per weight."""
+    """On a client, before training, return the sums of all channels of all weights, concatenated, and a count per
+    weight.
+    """
     request = _client_measurement(client.recipe)
     if request is None or not (places := find_input_channels(client.model, set(names))):
         return {}
@@ -48,19 +52,19 @@ def compute_uploaded_statistics(
 
 
 def sum_uploaded_statistics(
-    model: nn.Module, names: Collection[str], told: Sequence[Mapping[str, Tensor]]
+    model: nn.Module, names: Collection[str], uploads: Sequence[Mapping[str, Tensor]]
 ) -> dict[str, ActivationStatistics]:
-    """On the server: what several clients told as one statistic, added in the order given."""
+    """On the server, add the statistics of several clients in the given order and return them as means."""
     places = find_input_channels(model, set(names))
-    if not places or not told:
+    if not places or not uploads:
         return {}
-    sums = sum((one[_SUMS].double() for one in told), torch.zeros(()))
-    counts = sum((one[_COUNTS].double() for one in told), torch.zeros(()))
+    sums = sum((one[_SUMS].double() for one in uploads), torch.zeros(()))
+    counts = sum((one[_COUNTS].double() for one in uploads), torch.zeros(()))
     parts = sums.split([place.size for place in places.values()])
     found = {name: ActivationSums(part, int(count)) for name, part, count in zip(places, parts, counts, strict=True)}
     return average_activations(places, found)
 
 
 def _client_measurement(recipe: Recipe) -> CalibrationRequest | None:
-    asked = merging.build_calibration_request(merging.build_pipeline(recipe.merge).steps)
-    return asked if asked is not None and asked.calibrate_on == "clients" else None
+    request = merging.build_calibration_request(merging.build_pipeline(recipe.merge).steps)
+    return request if request is not None and request.calibrate_on == "clients" else None

@@ -1,1 +1,1 @@
-"""What travels between server and devices: client updates, their checks and payloads."""
+"""Messages between server and devices: client updates, their checks and payloads."""

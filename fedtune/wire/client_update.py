@@ -1,4 +1,4 @@
-"""A client update: deltas in one safetensors payload, which is checked, spooled to disk and read in chunks."""
+"""A client update: deltas in a safetensors payload, spooled to disk, checked and read in chunks."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,23 +30,26 @@ __all__ = [
 
 Shape = tuple[int, ...]
 _PIECE = 1 << 18
-"""Elements of a tensor that are held at a time; larger blocks would stay in the allocator's heap after use."""
+"""The number of elements of a tensor read at a time. Larger blocks would stay in the allocator's heap after use."""
 
 
 FEWEST = 5
-"""A figure over fewer examples of a device than these stays there: it would tell of single examples."""
+"""Statistics over fewer examples than this stay on the device, because they could reveal single examples."""
 
 UpdateKind = Literal["tensors", "one factor", "pairs", "pairs and base"]
-"""What clients train: tensors that are merged one by one; one factor of low-rank pairs at a time, the other being
-common, merged like tensors; both factors; these beside a shared base.
+"""What clients train.
+
+"tensors" are merged one by one. "one factor" means that clients train one factor of each low-rank pair while they share
+the other, so it is merged like tensors. "pairs" means that they train both factors, and "pairs and base" that they also
+train a shared base.
 """
 
 
 class LowRankPair(NamedTuple):
-    """Names of two factors that mean something only together: a weight gains scale * left @ right, or its transpose.
+    """The names of two factors that change a weight together, by scale * left @ right or its transpose.
 
-    ``left`` is [d, r, ...] and ``right`` [r, k, ...], further dimensions being a convolution's; ``base`` is the weight
-    itself where it belongs to the shared state.
+    ``left`` is [d, r, ...] and ``right`` is [r, k, ...]; further dimensions are those of a convolution. ``base`` is the
+    weight itself if it is in the shared state.
     """
 
     left: str
@@ -57,9 +60,10 @@ class LowRankPair(NamedTuple):
 
 
 class TensorSpec(NamedTuple):
-    """What a further tensor of a client update must look like; integers lie in 0 .. below - 1 and may have a sum.
+    """The required form of an extra tensor in a client update.
 
-    Real numbers that are sums of sizes or counts are never ``negative``.
+    Integers lie in 0 .. upper_bound - 1, and their sum may be prescribed. ``negative`` is false for real numbers that
+    are sums of sizes or counts.
     """
 
     shape: Shape
@@ -71,12 +75,13 @@ class TensorSpec(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """What the server requests of a client, beside the shared state: to train in a round of a run.
+    """The server's request to a client to train in a round of a run, sent with the shared state.
 
-    ``recipe`` is JSON. ``label_names``, a JSON list, are the class names in the model's order, which a device cannot
-    tell from its own data. With ``scoring`` the client only scores the state, which is that after the round.
-    ``base_digest`` is the digest of the base weights the round begins with, where the server keeps track of them. The
-    state holds these whole, unless ``held_digest`` names those to which the state's increments are to be added.
+    ``recipe`` is JSON. ``label_names`` is a JSON list of the class names in the model's order, which a device cannot
+    infer from its own data. With ``scoring``, the client only evaluates the state, which is the one after the round.
+    ``base_digest`` is the digest of the base weights at the start of the round, if the server tracks them. The state
+    holds the base weights in full, unless ``held_digest`` names the base weights that the state's increments are added
+    to.
     """
 
     recipe: str
@@ -90,9 +95,9 @@ class TrainRequest:
 
 
 class HoldoutMetrics(NamedTuple):
-    """A model on what a client held out: predictions, mean loss and accuracy; zeros when it held out nothing.
+    """Metrics of a model on a client's held-out examples: predictions, mean loss and accuracy.
 
-    ``more`` are the recipe's further metrics in its order.
+    ``more`` are the recipe's further metrics in order. All are zero without held-out examples.
     """
 
     num_predictions: int = 0
@@ -103,13 +108,14 @@ class HoldoutMetrics(NamedTuple):
 
 @dataclass(frozen=True)
 class ClientReport:
-    """What a client reports of its round, beside the deltas: work done, mean training loss, seconds and bytes.
+    """What a client reports besides the deltas: examples, mean training loss, seconds and bytes of memory.
 
-    ``loss`` is NaN where the client keeps it to itself. ``activation_memory`` is what activations kept for backward
-    took, ``peak_memory`` what the process held. ``micro_batch_size`` is None where memory held the whole batch.
-    The holdout fields score the received model on examples that were held out, ``extra_holdout_metrics`` by the
+    ``loss`` is NaN if the client does not share it. ``activation_memory`` is the memory of activations kept for
+    backward, ``peak_memory`` that of the process. ``micro_batch_size`` is None if the whole batch fitted in memory.
+
+    The holdout fields are metrics of the received model on held-out examples; ``extra_holdout_metrics`` are the
     recipe's further metrics. ``trained_holdout_metrics`` are loss, accuracy and further metrics of the trained model.
-    Without held-out examples, counts and scores are 0 and both lists empty.
+    Without held-out examples, counts and metrics are 0 and both lists are empty.
     """
 
     num_examples: int
@@ -126,7 +132,7 @@ class ClientReport:
 
     @property
     def holdout_metrics(self) -> HoldoutMetrics | None:
-        """The score of the received model; None without held-out examples."""
+        """The metrics of the received model, or None without held-out examples."""
         if not self.num_holdout_predictions:
             return None
         extra = tuple(self.extra_holdout_metrics)
@@ -134,20 +140,23 @@ class ClientReport:
 
     @property
     def trained_metrics(self) -> HoldoutMetrics | None:
-        """The score of the trained model; None without held-out examples."""
+        """The metrics of the trained model, or None without held-out examples."""
         if not (self.num_holdout_predictions and self.trained_holdout_metrics):
             return None
         loss, accuracy, *extra = self.trained_holdout_metrics
         return HoldoutMetrics(self.num_holdout_predictions, loss, accuracy, tuple(extra))
 
     def to_fields(self) -> dict[str, float | Sequence[float]]:
-        """The fields that travel: without those that are None."""
+        """Return the fields to send: those that are not None."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
 class ClientUpdate:
-    """A client update on disk: ``path`` holds one fp32 delta per trained tensor, which counts ``scale`` times."""
+    """A client update on disk.
+
+    ``path`` holds one fp32 delta per trained tensor, which is multiplied by ``scale`` when read.
+    """
 
     client: int
     num_examples: int
@@ -157,26 +166,26 @@ class ClientUpdate:
     scale: float = 1.0
 
     def list_tensor_names(self) -> set[str]:
-        """Of the tensors it holds; what is asked beside the deltas is among them."""
+        """Return the names of its tensors, including extra tensors besides the deltas."""
         with safe_open(self.path, "pt") as file:
             return set(file.keys())
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows ``start`` to ``stop`` of a delta, read from disk; a delta without dimensions counts as one row."""
+        """Read rows ``start`` to ``stop`` of a delta from disk. A delta without dimensions counts as one row."""
         with safe_open(self.path, "pt") as file:
             rows = rows_of(file, name, start, stop)
         return rows if self.scale == 1.0 else rows * self.scale
 
     def read_tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Whole tensors, for those that are small."""
+        """Read whole tensors. Use it for small ones."""
         with safe_open(self.path, "pt") as file:
             return {name: file.get_tensor(name) for name in names}
 
 
 def iter_row_chunks(shape: Shape, together: int = 1) -> Iterator[tuple[int, int]]:
-    """Row ranges of a few hundred thousand elements that cover a tensor; without dimensions it is one row.
+    """Yield row ranges of at most a few hundred thousand elements that cover a tensor. A scalar counts as one row.
 
-    Where pieces of several models are held ``together``, each is as much smaller.
+    ``together`` is the number of models whose chunks are in memory at once; the chunks shrink accordingly.
     """
     height, *width = shape or (1,)
     step = max(1, _PIECE // max(1, math.prod(width) * together))
@@ -185,15 +194,15 @@ def iter_row_chunks(shape: Shape, together: int = 1) -> Iterator[tuple[int, int]
 
 
 def rows_of(file: Any, name: str, start: int, stop: int) -> Tensor:
-    """Rows ``start`` to ``stop`` of a tensor in an open safetensors file; one without dimensions counts as one row."""
+    """Read rows ``start`` to ``stop`` of a tensor in an open safetensors file. A scalar counts as one row."""
     piece = file.get_slice(name)
     rows: Tensor = piece[start:stop] if piece.get_shape() else file.get_tensor(name)
     return rows
 
 
 def decode_tensors(payload: bytes) -> dict[str, Tensor]:
-    """The tensors of a payload; ClientUpdateError when it is not safetensors, a pickle for instance."""
+    """Return the tensors of a payload; ClientUpdateError when it is not safetensors, for example a pickle."""
     try:
         return safetensors.torch.load(payload)
-    except (SafetensorError, KeyError) as error:  # KeyError: a precision torch does not have
+    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch does not have
         raise ClientUpdateError(f"the payload is not safetensors ({error}); update the client") from error

@@ -1,14 +1,14 @@
-"""What a device tells beside deltas: codes of Flower's error replies, how a reason may begin, what it holds."""
+"""Codes of Flower's error replies and the prefix and header that devices use."""
 
 __all__ = ["DECLINED_PREFIX", "REFUSED", "STORED_MESSAGE_HEADER", "TRAINER_DIED", "TRAINING_FAILED"]
 
 TRAINING_FAILED = 2
-"""Training raised; Flower's own code for that."""
+"""Training raised an exception. This is Flower's own code."""
 TRAINER_DIED = 8
-"""The process that trained was killed; Flower's own code for that."""
+"""The training process was killed. This is Flower's own code."""
 REFUSED = 1001
-"""The server's own code, in place of a reply that it did not take; Flower's end far below."""
+"""The server rejected a reply. This code is fedtune's; Flower's codes are far smaller."""
 DECLINED_PREFIX = "declined: "
-"""How the reason begins when a device did not fail but would not try."""
+"""The prefix of the reason when a device declined a request without trying it."""
 STORED_MESSAGE_HEADER = "fedtune-held"
-"""The header that names the message a device has on its disk, and is empty when there is none."""
+"""The header with the id of the message that a device has stored on disk; empty when there is none."""

@@ -1,6 +1,6 @@
-"""Masked weights: dense in memory and on disk, their active values alone on the wire.
+"""Masked weights: dense in memory and on disk, but only active values are sent.
 
-A tensor ``layer.mask`` (uint8, 1 where active) says of ``layer.weight`` which entries there are; all others are zero.
+The tensor ``layer.mask`` (uint8, 1 where active) marks the active entries of ``layer.weight``. All others are zero.
 """
 
 import zlib
@@ -26,13 +26,13 @@ Tensors = Mapping[str, Tensor]
 
 
 def find_masks(state: Tensors) -> dict[str, Tensor]:
-    """The mask of each masked weight, by the weight's name."""
+    """Return the mask of each masked weight, by the name of the weight."""
     named = {_sibling_name(name, _WEIGHT): name for name in state if name.rpartition(".")[2] == _MASK}
     return {weight: state[mask] for weight, mask in named.items() if weight in state}
 
 
 def mask_name(weight: str) -> str:
-    """What the mask of a weight is called."""
+    """Return the name of a weight's mask."""
     return _sibling_name(weight, _MASK)
 
 
@@ -42,12 +42,12 @@ def _sibling_name(name: str, last: str) -> str:
 
 
 def select_active_values(tensors: Tensors, masks: Tensors) -> dict[str, Tensor]:
-    """Each tensor that has a mask as the values [active] under it, in memory order; the others as they are."""
+    """Replace each masked tensor by its active values [active] in memory order. Others stay as they are."""
     return {name: tensor[masks[name].bool()] if name in masks else tensor for name, tensor in tensors.items()}
 
 
 def restore_dense_tensors(tensors: Tensors, found: Tensors) -> dict[str, Tensor]:
-    """What ``select_active_values`` was given, zero where nothing is active."""
+    """Undo ``select_active_values``: restore dense tensors, with zeros where nothing is active."""
     return {name: _scatter_values(tensor, found[name]) if name in found else tensor for name, tensor in tensors.items()}
 
 
@@ -58,7 +58,7 @@ def _scatter_values(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def encode_masked_state(state: Tensors) -> Tensors:
-    """Active values, and each mask as one bit per weight, deflated where that is shorter; the rest as it is."""
+    """Reduce masked weights to their active values, and masks to one bit per weight, compressed if that is shorter."""
     found = find_masks(state)
     if not found:
         return state
@@ -67,9 +67,9 @@ def encode_masked_state(state: Tensors) -> Tensors:
 
 
 def decode_masked_state(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> Tensors:
-    """The state ``encode_masked_state`` was given; ``shapes`` are those of its masked weights, at least.
+    """Undo ``encode_masked_state``. ``shapes`` must contain the shapes of its masked weights.
 
-    Raises ClientUpdateError when a mask does not fit its weight, or belongs to none.
+    Raises ClientUpdateError when a mask does not fit its weight or has no weight.
     """
     packed = find_masks(tensors)
     if unknown := sorted(packed.keys() - shapes.keys()):

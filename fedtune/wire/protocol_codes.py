@@ -1,8 +1,8 @@
-"""What a device may say when it sends no update: a code of one table with whole numbers, and nothing else.
+"""The codes that a device sends instead of an update: a fixed table of codes with integer counts.
 
-Free text would carry a device's data: an error about a label quotes the label, one about a file its path. The device
-keeps the details in its own log. Only a code and counts travel, as ``unknown-labels rows=3``; the server looks the
-sentence up here. Nothing in this module needs torch: a device's light process imports it.
+Free text could reveal a device's data: an error about a label quotes the label, and one about a file quotes its path.
+The device writes the details to its own log. It sends only a code and counts, such as ``unknown-labels rows=3``. The
+server looks up the sentence here. This module must not import torch, because a device's small process imports it.
 """
 
 import re
@@ -13,7 +13,7 @@ from typing import NamedTuple
 __all__ = ["LACKS_BASE", "SENTENCES", "Problem", "parse_problem"]
 
 LACKS_BASE = "base-lacking"
-"""A device does not hold the base weights that its train request is based on: the server sends them whole."""
+"""The device lacks the base weights that its train request refers to. The server then sends them in full."""
 SENTENCES: Mapping[str, str] = {
     LACKS_BASE: "it lacks base weights that its train request is based on",
     "code-failed": "training raised an error",
@@ -40,7 +40,7 @@ SENTENCES: Mapping[str, str] = {
     "trainer-killed": "its trainer was killed by signal {signal}, {tries} times; free memory on the device",
     "unknown-labels": "{rows} of its examples have labels that are none of the recipe's classes",
 }
-"""What each code means; the names in braces are the counts that travel with it."""
+"""The meaning of each code. The names in braces are the counts sent with it."""
 
 _LOG = "; details are in the device's own log"
 _MOST = 10**15
@@ -49,31 +49,31 @@ _TEXT = re.compile(rf"([a-z-]{{1,40}})((?: {_COUNT}){{0,8}})")
 
 
 class Problem(NamedTuple):
-    """A code of :data:`SENTENCES` and the whole numbers that belong to it."""
+    """A code of :data:`SENTENCES` and its counts."""
 
     code: str
     counts: Mapping[str, int] = {}
 
     @property
     def text(self) -> str:
-        """As it travels. A code that is not in the table, or counts that are not its own, become ``code-failed``."""
+        """The text to send. An unknown code, or counts that do not belong to it, become ``code-failed``."""
         if _names(self.code) != set(self.counts):
             return "code-failed"
         return " ".join([self.code, *(f"{name}={_bounded(count)}" for name, count in sorted(self.counts.items()))])
 
     @property
     def sentence(self) -> str:
-        """What a person reads on the device."""
+        """The sentence shown on the device."""
         return SENTENCES[self.code].format_map(self.counts)
 
     @property
     def remote_sentence(self) -> str:
-        """What a person reads on the server, who is told where the details are."""
+        """The sentence shown on the server, with a pointer to the device's log."""
         return self.sentence + _LOG
 
 
 def parse_problem(text: str) -> Problem | None:
-    """What a device said; None unless it is a code of the table with exactly its counts, each at most 10**15."""
+    """Parse a device's text. Return None unless it is a known code with exactly its counts, each at most 10**15."""
     found = _TEXT.fullmatch(text)
     if found is None:
         return None
@@ -84,7 +84,7 @@ def parse_problem(text: str) -> Problem | None:
 
 
 def _names(code: str) -> set[str] | None:
-    """Names of the counts that belong to a code; None for a code that is not in the table."""
+    """Return the names of a code's counts, or None for an unknown code."""
     sentence = SENTENCES.get(code)
     return None if sentence is None else {name for _, name, _, _ in Formatter().parse(sentence) if name}
 

@@ -1,6 +1,6 @@
-"""The protocol version tells whether a server and a device understand each other's messages.
+"""The protocol version, by which server and device check that they understand each other's messages.
 
-It rises with every change of what travels. Version 1 carried no number; its train request was called an order.
+It increases with every change of the messages. Version 1 sent no number, and its train request was called an order.
 """
 
 from fedtune.errors import DeviceError
@@ -12,7 +12,7 @@ PROTOCOL_VERSION = 2
 
 
 def check_protocol_version(server: int) -> None:
-    """Raise DeviceError, with a code for the server, unless the server speaks this device's version."""
+    """Raise DeviceError, with a code for the server, unless the server has this device's protocol version."""
     if server != PROTOCOL_VERSION:
         outdated = "device-outdated" if server > PROTOCOL_VERSION else "server-outdated"
         problem = Problem(outdated, {"device": PROTOCOL_VERSION, "server": server})

@@ -1,4 +1,4 @@
-"""A shared state that stays on disk: each tensor is mapped when it is looked up and let go of after use."""
+"""A shared state that stays on disk. Each tensor is memory-mapped when it is read and released after use."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,10 +12,10 @@ __all__ = ["StoredState"]
 
 
 class StoredState(Mapping[str, Tensor]):
-    """The tensors of a safetensors file by name, in the file's order; StoreError when it cannot be read.
+    """The tensors of a safetensors file by name, in the order of the file.
 
-    The pages are the file's own, so that the system can drop them when memory is short. What is looked up must not be
-    written to.
+    The system can drop the mapped pages when memory is short. The tensors must not be modified. Raises StoreError when
+    the file cannot be read.
     """
 
     def __init__(self, path: Path) -> None:

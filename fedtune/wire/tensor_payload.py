@@ -1,7 +1,7 @@
-"""Tensors as one safetensors payload, with no more than one copy of them.
+"""Serialises tensors as one safetensors payload, holding only one copy of them.
 
-The format is eight bytes with the length of a header, the header (JSON: precision, shape and place of each tensor), and
-the tensors' bytes without gaps. The library's own ``save`` holds two copies of all tensors before it returns one.
+The format is eight bytes with the length of the header, the header (JSON: dtype, shape and offsets of each tensor), and
+the bytes of the tensors without gaps. ``save`` of the safetensors library holds two copies of all tensors.
 """
 
 import json
@@ -28,17 +28,17 @@ _ALIGNMENT = 8
 
 
 def pack(tensors: Mapping[str, Tensor]) -> bytes:
-    """Tensors by name as safetensors; every precision, bfloat16 too, keeps its bits.
+    """Return the tensors as safetensors. Every dtype, including bfloat16, keeps its bits.
 
-    The widest elements come first, so that each tensor begins at a multiple of its element's size. KeyError for a
-    precision that no payload of fedtune's has.
+    Tensors with the widest elements come first, so that each tensor is aligned to its element size. Raises KeyError for
+    an unsupported dtype.
     """
     ordered = _ordered(tensors)
     return b"".join([_beginning(ordered), *(_bytes(tensor) for _, tensor in ordered)])
 
 
 def packed_size(tensors: Mapping[str, Tensor]) -> int:
-    """How many bytes ``pack`` would give."""
+    """Return the number of bytes that ``pack`` would produce."""
     ordered = _ordered(tensors)
     return len(_beginning(ordered)) + sum(tensor.nbytes for _, tensor in ordered)
 
@@ -48,7 +48,7 @@ def _ordered(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
 
 
 def _beginning(ordered: Sequence[tuple[str, Tensor]]) -> bytes:
-    """The header and its length."""
+    """Return the length of the header and the header."""
     header, end = dict[str, object](), 0
     for name, tensor in ordered:
         start, end = end, end + tensor.nbytes
@@ -59,6 +59,6 @@ def _beginning(ordered: Sequence[tuple[str, Tensor]]) -> bytes:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    """A view of the tensor's memory, in the order of its elements."""
+    """Return a view of the tensor's memory in the order of its elements."""
     flat = tensor.detach().contiguous().flatten()
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")

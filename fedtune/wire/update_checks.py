@@ -1,4 +1,4 @@
-"""A spooled client update is checked against its round: names, shapes, precisions, values and norm."""
+"""Checks a spooled client update: names, shapes, dtypes, values and norm."""
 
 import math
 from collections.abc import Mapping, Set
@@ -16,7 +16,7 @@ __all__ = ["NO_NORM_LIMIT", "NormLimit", "check_client_update"]
 
 
 class NormLimit(NamedTuple):
-    """The largest L2 norm an update may have, None for any, and the recipe's key that sets it."""
+    """The largest L2 norm of an update, or None for no limit, and the recipe key that sets it."""
 
     max_norm: float | None
     recipe_key: str
@@ -31,9 +31,9 @@ def check_client_update(
     extras: Mapping[str, TensorSpec],
     norm_limit: NormLimit = NO_NORM_LIMIT,
 ) -> float:
-    """Return the L2 norm of a spooled payload's deltas, read piece by piece; ``extras`` do not count.
+    """Return the L2 norm of a spooled payload's deltas, without ``extras``. The payload is read in chunks.
 
-    Raise ClientUpdateError if the payload is not safetensors, or if its names, shapes, values or norm are wrong.
+    Raises ClientUpdateError if the payload is not safetensors, or if its names, shapes, values or norm are wrong.
     """
     try:
         with safe_open(path, "pt") as deltas:
@@ -41,7 +41,7 @@ def check_client_update(
             for name, form in extras.items():
                 _check_extra(deltas, name, form)
             norm = math.sqrt(sum(_square(deltas, name, expected[name]) for name in sorted(expected)))
-    except (SafetensorError, KeyError) as error:  # KeyError: a precision torch does not have
+    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch does not have
         raise ClientUpdateError(f"the payload is not safetensors ({error}); update the client") from error
     if norm_limit.max_norm is not None and norm > norm_limit.max_norm:
         raise ClientUpdateError(f"its norm {norm:.4g} is above {norm_limit.recipe_key} {norm_limit.max_norm:.4g}")
@@ -55,7 +55,7 @@ def _check_names(sent: Set[str], expected: Set[str]) -> None:
 
 
 def _square(deltas: Any, name: str, shape: tuple[int, ...]) -> float:
-    """The squared L2 norm of a delta that holds."""
+    """Check the form and values of a delta, and return its squared L2 norm."""
     _check_form(deltas.get_slice(name), name, TensorSpec(shape))
     square = sum(
         float(torch.linalg.vector_norm(rows_of(deltas, name, start, stop), dtype=torch.float64)) ** 2
@@ -80,7 +80,7 @@ def _check_extra(file: Any, name: str, form: TensorSpec) -> None:
 
 
 def _range(tensor: Tensor) -> list[int]:
-    """The least and the greatest number, where there is any."""
+    """Return the minimum and the maximum, or an empty list for an empty tensor."""
     return [int(tensor.min()), int(tensor.max())] if tensor.numel() else []
 
 
