@@ -48,7 +48,7 @@ def test_groups_are_those_of_a_mask_over_all_tokens(shift: int, length: int, pad
         real = place < torch.tensor([length, max(1, length - 2)])[:, None]
         given = (place[:, None] >= place[None]) & real[:, None, None, :]
         seen = seen & given | torch.eye(length, dtype=torch.bool)
-    found = attend_in_groups(query, key, value, given, 4, shift, scaling=0.3)
+    found = attend_in_groups((query, key, value), given, 4, shift, scaling=0.3)
     wanted = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=0.3)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
 
@@ -82,8 +82,8 @@ def test_no_token_sees_a_later_one_and_training_differs_from_scoring(family: str
 def test_a_token_far_behind_is_reached_through_the_shifted_heads_alone() -> None:
     """With groups of 4, token 5 sees token 3 only where groups begin at 2."""
     query, key, value = (torch.eye(8)[None, None] for _ in range(3))
-    plain = attend_in_groups(query, key, value, None, 4, 0)[0, 0]
-    shifted = attend_in_groups(query, key, value, None, 4, 2)[0, 0]
+    plain = attend_in_groups((query, key, value), None, 4, 0)[0, 0]
+    shifted = attend_in_groups((query, key, value), None, 4, 2)[0, 0]
     assert plain[5, 3] == 0
     assert shifted[5, 3] > 0
     assert shifted[6, 5] == 0

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -13,6 +14,7 @@ from fedtune import data, tasks
 from fedtune.data import splits
 from fedtune.data.encoded_texts import EncodedTexts, pad_rows
 from fedtune.data.token_files import StoredTexts, write_token_files
+from fedtune.device.memory_budget import estimate_memory
 from fedtune.errors import DataError, FedtuneError, RecipeError
 from fedtune.paths import get_cache_folder
 from fedtune.recipe.schema import Recipe
@@ -99,6 +101,28 @@ def test_a_run_from_files_has_the_bits_of_a_run_in_memory(home: Path, tmp_path: 
     hashes = [execute(one, run=f"run-{kind}").hashes for kind, one in made.items()]
     assert hashes[0] == hashes[1]
     assert len(set(hashes[0])) == 3  # of the start and two rounds
+
+
+def test_a_packed_federation_weighs_its_clients_by_texts(home: Path, tmp_path: Path) -> None:
+    epochs = ("train.local_steps=null", "train.local_epochs=1")
+    counts, hashes = [], []
+    for run, packing in enumerate(("none", "best-fit", "best-fit")):
+        ended = execute(recipe(tmp_path, f"train.packing={packing}", *epochs), run=f"packed-{run}")
+        counts.append([one.num_examples for record in ended.rounds for one in record.client_records])
+        hashes.append(ended.hashes)
+    assert counts[0] == counts[1]
+    assert sum(counts[0]) > 0
+    assert hashes[0] != hashes[1] == hashes[2]
+
+
+def test_a_budget_follows_the_longest_packed_row(home: Path, tmp_path: Path) -> None:
+    found = {}
+    for packing in ("none", "best-fit"):
+        shop = context(recipe(tmp_path, f"train.packing={packing}"))
+        short = np.flatnonzero(shop.train.lengths.numpy() <= 8)
+        assert len(short) > 4
+        found[packing] = estimate_memory(shop, short, 1).bytes_per_example
+    assert found["best-fit"] > 1.5 * found["none"]
 
 
 def test_tokens_are_made_once_and_anew_when_anything_changes(

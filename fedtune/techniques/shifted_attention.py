@@ -17,6 +17,7 @@ Source: Chen et al., "LongLoRA" (arXiv 2309.12307), as LongQLoRA (arXiv 2311.048
 roll the tokens, by which the first G/2 see the last ones. Here the first and last group of shifted heads are shorter.
 """
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -68,51 +69,34 @@ class ShiftedAttention(Technique):
 
 
 def _attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **others: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
     """What transformers calls for attention: query [b, heads, s, d]; returns [b, s, heads, d]."""
     if not module.training:
-        whole: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
-        )
+        whole: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return whole
     repeats = query.shape[1] // key.shape[1]
-    key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
-    size = vars(module)[_GROUP]
-    half = query.shape[1] // 2
+    states = (query, repeat_kv(key, repeats), repeat_kv(value, repeats))
+    size, half = vars(module)[_GROUP], query.shape[1] // 2
     parts = [
-        attend_in_groups(query[:, heads], key[:, heads], value[:, heads], attention_mask, size, shift, dropout, scaling)
+        attend_in_groups([state[:, heads] for state in states], attention_mask, size, shift, **options)
         for heads, shift in ((slice(half), 0), (slice(half, None), size // 2))
     ]
     return torch.cat(parts, 1).transpose(1, 2).contiguous(), None
 
 
-def attend_in_groups(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    size: int,
-    shift: int,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-) -> Tensor:
+def attend_in_groups(states: Sequence[Tensor], mask: Tensor | None, size: int, shift: int, **options: Any) -> Tensor:
     """Causal attention [b, heads, s, d] inside the groups ⌊(i + shift) / size⌋.
 
-    ``mask`` [b, 1, s, s] says who may see whom.
+    ``states`` are queries, keys and values; ``mask`` [b, 1, s, s] says who may see whom; of the options only
+    ``dropout`` and ``scaling`` count.
     """
-    length = query.shape[2]
+    length, device = states[0].shape[2], states[0].device
     padding = (shift, -(length + shift) % size)
-    q, k, v = (F.pad(one, (0, 0, *padding)).unflatten(2, (-1, size)) for one in (query, key, value))
-    seen = _group_mask(mask, length, padding, size, query.device)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout, scale=scaling)
+    query, key, value = (F.pad(state, (0, 0, *padding)).unflatten(2, (-1, size)) for state in states)
+    seen = _group_mask(mask, length, padding, size, device)
+    dropout, scaling = options.get("dropout", 0.0), options.get("scaling")
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, dropout_p=dropout, scale=scaling)
     return out.flatten(2, 3)[:, :, shift : shift + length]
 
 
