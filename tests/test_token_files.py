@@ -119,6 +119,7 @@ def test_a_budget_follows_the_longest_packed_row(home: Path, tmp_path: Path) -> 
     found = {}
     for packing in ("none", "best-fit"):
         shop = context(recipe(tmp_path, f"train.packing={packing}"))
+        assert shop.train.lengths is not None
         short = np.flatnonzero(shop.train.lengths.numpy() <= 8)
         assert len(short) > 4
         found[packing] = estimate_memory(shop, short, 1).bytes_per_example

@@ -3,8 +3,9 @@
 What: with groups of G tokens, token i belongs to group ⌊i / G⌋ for half of the heads and to ⌊(i + G/2) / G⌋ for the
 other half. Each head attends inside its groups and never ahead. The shifted heads link neighbouring groups. Scoring and
 generation use the model's own, full attention.
-Saves: time and the memory of attention, which grow with G instead of the length of the text. With
-padded or packed rows, transformers' mask of length x length bytes remains.
+Saves: time, as attention costs G products for each token instead of the length of the text. Where a kernel stores the
+matrix of attention, it also saves memory. Kernels that do not store it need a little more memory than for full
+attention, for regrouped queries, keys and values. In padded or packed rows, transformers' mask of all pairs remains.
 Exactness: a text of at most G/2 tokens has the gradients of full attention. A longer one is trained as a sparser
 network, whose weights fit the full one.
 Sends: what the other technique sends.
@@ -91,26 +92,36 @@ def attend_in_groups(states: Sequence[Tensor], mask: Tensor | None, size: int, s
     ``states`` are queries, keys and values; ``mask`` [b, 1, s, s] says who may see whom; of the options only
     ``dropout`` and ``scaling`` count.
     """
-    length, device = states[0].shape[2], states[0].device
-    padding = (shift, -(length + shift) % size)
-    query, key, value = (F.pad(state, (0, 0, *padding)).unflatten(2, (-1, size)) for state in states)
-    seen = _group_mask(mask, length, padding, size, device)
-    dropout, scaling = options.get("dropout", 0.0), options.get("scaling")
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, dropout_p=dropout, scale=scaling)
-    return out.flatten(2, 3)[:, :, shift : shift + length]
+    spans = _list_spans(states[0].shape[2], size, shift)
+    given: dict[str, Any] = {"dropout_p": options.get("dropout", 0.0), "scale": options.get("scaling")}
+    return torch.cat([_attend_in_span(states, mask, *span, **given) for span in spans], 2)
 
 
-def _group_mask(mask: Tensor | None, length: int, padding: tuple[int, int], size: int, device: torch.device) -> Tensor:
-    """Who may see whom inside each group, [b or 1, 1, groups, size, size]; a place that sees nobody sees itself."""
-    causal = torch.ones(size, size, dtype=torch.bool, device=device).tril()
-    real = F.pad(torch.ones(length, dtype=torch.bool, device=device), padding).unflatten(0, (-1, size))
-    seen = (causal & real[:, None, :])[None, None]
+def _list_spans(length: int, size: int, shift: int) -> list[tuple[int, int, int]]:
+    """Start, stop and group size of up to three spans: a shorter first group, whole groups, a shorter last one."""
+    first = min(size - shift, length) if shift else 0
+    whole = first + (length - first) // size * size
+    spans = [(0, first, first), (first, whole, size), (whole, length, length - whole)]
+    return [span for span in spans if span[0] < span[1]]
+
+
+def _attend_in_span(
+    states: Sequence[Tensor], mask: Tensor | None, start: int, stop: int, size: int, **given: Any
+) -> Tensor:
+    """Groups of one size in a row, as so many batches: the form that torch has kernels of little memory for."""
+    batch = len(states[0])
+    grouped = [state[:, :, start:stop].unflatten(2, (-1, size)).transpose(1, 2).flatten(0, 1) for state in states]
     if mask is not None:
-        whole = F.pad(mask[..., :length], (*padding, *padding))
-        blocks = whole.unflatten(2, (-1, size)).unflatten(4, (-1, size)).diagonal(dim1=2, dim2=4)
-        seen = seen & blocks.movedim(-1, 2)
-    itself: Tensor = torch.eye(size, dtype=torch.bool, device=device)
-    return torch.logical_or(seen, itself)
+        given["attn_mask"] = _group_mask(mask[:, :, start:stop, start:stop].expand(batch, -1, -1, -1), size)
+    out = F.scaled_dot_product_attention(*grouped, is_causal=mask is None, **given)
+    return out.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)
+
+
+def _group_mask(mask: Tensor, size: int) -> Tensor:
+    """[b x groups, 1, size, size]: who may see whom inside each group; a place that sees nobody sees itself."""
+    blocks = mask.unflatten(2, (-1, size)).unflatten(4, (-1, size)).diagonal(dim1=2, dim2=4)
+    itself = torch.eye(size, dtype=torch.bool, device=mask.device)
+    return torch.logical_or(blocks.movedim(-1, 1).flatten(0, 1), itself)
 
 
 AttentionInterface.register(_NAME, _attend)
