@@ -36,6 +36,7 @@ CLAIMS = (
     "aim_federation",
     "asynchronous",
     "privacy",
+    "chat_masks",
     "device_phases",
     "device_crowd",
     "device_faults",

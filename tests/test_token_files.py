@@ -103,6 +103,18 @@ def test_a_run_from_files_has_the_bits_of_a_run_in_memory(home: Path, tmp_path: 
     assert len(set(hashes[0])) == 3  # of the start and two rounds
 
 
+def test_targets_of_conversations_are_those_in_memory(home: Path, tmp_path: Path) -> None:
+    recipe(tmp_path)  # writes the model
+    rows = [{"prompt": f"red cat n{row % 60}", "completion": " ".join(["runs"] * (1 + row % 4))} for row in range(60)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    task = "task={text-generation: {format: prompt-completion, chat_template: plain}}"
+    stored, held = (context(recipe(tmp_path, task, f"data.tokens={kind}")).train for kind in ("disk", "memory"))
+    assert isinstance(stored, StoredTexts)
+    found, wanted = (one.make_batch(range(len(stored))) for one in (stored, held))
+    assert (wanted["labels"] == -100).any(1).all()
+    assert all(torch.equal(found[name], one) for name, one in wanted.items())
+
+
 def test_a_packed_federation_weighs_its_clients_by_texts(home: Path, tmp_path: Path) -> None:
     epochs = ("train.local_steps=null", "train.local_epochs=1")
     counts, hashes = [], []

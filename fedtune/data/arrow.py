@@ -1,5 +1,6 @@
 """A column backed by the Arrow chunks of ``datasets``, which may be memory-mapped from disk."""
 
+import json
 from itertools import pairwise
 from typing import Any, final
 
@@ -41,6 +42,10 @@ class Arrow(Column):
         found: list[Any] = self._settled().to_pylist()
         return found
 
+    def structures(self) -> list[Any]:
+        """``datasets`` stores as JSON what has another type in other rows."""
+        return [_read_json(value, self._chunks.type) for value in self.values()]
+
     def find_missing_row(self) -> int | None:
         """Return the first row that is null, without converting the other values to Python objects."""
         settled = self._settled()
@@ -72,6 +77,19 @@ def _take_ascending(chunks: pa.ChunkedArray, rows: Rows) -> pa.ChunkedArray:
     touched = [place for place, (low, high) in enumerate(pairwise(cuts.tolist())) if low < high]
     taken = [chunks.chunk(at).take(pa.array(rows[cuts[at] : cuts[at + 1]] - starts[at])) for at in touched]
     return pa.chunked_array(taken, chunks.type)
+
+
+def _read_json(value: Any, kind: pa.DataType) -> Any:
+    """A value of a type that may be JSON, or hold it."""
+    if value is None:
+        return None
+    if isinstance(kind, pa.JsonType):
+        return json.loads(value)
+    if pa.types.is_struct(kind):
+        return {field.name: _read_json(value[field.name], field.type) for field in kind}
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return [_read_json(one, kind.value_type) for one in value]
+    return value
 
 
 _PICTURE = pa.struct({"bytes": pa.binary(), "path": pa.string()})

@@ -38,6 +38,10 @@ class Column(ABC):
         for start in range(0, len(self), _TOGETHER):
             yield from self.take(np.arange(start, min(start + _TOGETHER, len(self)))).values()
 
+    def structures(self) -> list[Any]:
+        """All values, with what is stored as JSON read."""
+        return self.values()
+
     @abstractmethod
     def texts(self) -> "Column":
         """Return the values as strings; TypeError for nested values."""

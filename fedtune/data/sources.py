@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedtune.data import image_samples, personal_data_samples, sentiment_samples
+from fedtune.data import conversation_samples, image_samples, personal_data_samples, sentiment_samples
 from fedtune.data.file_digest import digest_files
 from fedtune.data.image_folder import has_metadata_table, image_folder
 from fedtune.data.listing import PARTS, files_in, parts_of
@@ -133,6 +133,7 @@ def _of_domain(sample: str, table: Table, domain: str) -> Table:
 
 
 _SAMPLES: dict[str, Callable[[], dict[str, Table]]] = {
+    "chatterbot": conversation_samples.chatterbot,
     "digits": image_samples.digits,
     "fashion-mnist": image_samples.fashion_mnist,
     "films": sentiment_samples.films,

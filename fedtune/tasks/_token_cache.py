@@ -34,8 +34,9 @@ def encode_on_disk(task: Task, examples: Table, recipe: Recipe, reader: Any) -> 
 
 
 def _iter_slices(task: Task, examples: Table, recipe: Recipe, reader: Any) -> Iterator[EncodedTexts]:
-    for start in range(0, len(examples), _SLICE):
-        part = examples.select(range(start, min(start + _SLICE, len(examples))))
+    together = len(examples) if "messages" in examples.column_names else _SLICE  # one warning counts what is cut
+    for start in range(0, len(examples), together):
+        part = examples.select(range(start, min(start + together, len(examples))))
         made = task.encode_examples(part, recipe, reader)
         assert isinstance(made, EncodedTexts)
         yield made

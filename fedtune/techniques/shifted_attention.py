@@ -110,11 +110,14 @@ def _attend_in_span(
 ) -> Tensor:
     """Groups of one size in a row, as so many batches: the form that torch has kernels of little memory for."""
     batch = len(states[0])
-    grouped = [state[:, :, start:stop].unflatten(2, (-1, size)).transpose(1, 2).flatten(0, 1) for state in states]
+    query, key, value = (
+        state[:, :, start:stop].unflatten(2, (-1, size)).transpose(1, 2).flatten(0, 1) for state in states
+    )
     if mask is not None:
         given["attn_mask"] = _group_mask(mask[:, :, start:stop, start:stop].expand(batch, -1, -1, -1), size)
-    out = F.scaled_dot_product_attention(*grouped, is_causal=mask is None, **given)
-    return out.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=mask is None, **given)
+    joined: Tensor = out.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)
+    return joined
 
 
 def _group_mask(mask: Tensor, size: int) -> Tensor:
