@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from fedtune.cli.cached_export import export_run_to_cache
 from fedtune.errors import StoreError
+from fedtune.library.cached_export import export_run_to_cache
 from fedtune.models.transformers_logging import silence_transformers
 from fedtune.offline_merge import MergeConfig, prepare_merge, write_merged_model
 from tests.federations import execute, words

@@ -8,6 +8,8 @@ import click
 from fedtune.cli.example_view import decode_examples, show_examples
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.table import Table
 
     from fedtune.data import PartitionSummary
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
 __all__ = ["data"]
 
 MAX_ROWS = 40
+_MAX_COLUMNS = 8
+"""More values of a label or domain than these do not fit beside each other."""
+_NAMED_VALUES = 3
 
 
 @click.group()
@@ -79,11 +84,20 @@ def _table(summary: "PartitionSummary") -> "Table":
 
     sizes = ", ".join(f"{count} {part}" for part, count in summary.parts.items())
     table = Table(title=f"{summary.name}: {sizes}", box=None, header_style="bold", title_justify="left")
-    values = summary.values if len(summary.values) > 1 else ()
-    for heading in ("client", "device", "examples", "groups", *values):
-        table.add_column(heading, justify="left" if heading == "device" else "right")
+    values = summary.values if 1 < len(summary.values) <= _MAX_COLUMNS else ()
+    headings = (*values, *(() if values or len(summary.values) < 2 else ("most of",)))
+    for heading in ("client", "device", "examples", "groups", *headings):
+        table.add_column(heading, justify="left" if heading in ("device", "most of") else "right")
     for holding in summary.holdings[:MAX_ROWS]:
-        counts = holding.counts if values else ()
-        numbers = (holding.examples, holding.groups, *counts)
-        table.add_row(str(holding.client), holding.device, *map(str, numbers))
+        counts = tuple(map(str, holding.counts)) if values else (_describe_counts(summary.values, holding.counts),)
+        cells = (holding.client, holding.device, holding.examples, holding.groups)
+        table.add_row(*map(str, cells), *counts[: len(headings)])
     return table
+
+
+def _describe_counts(values: "Sequence[str]", counts: "Sequence[int]") -> str:
+    """Return the values that a client has most examples of, with their numbers."""
+    order = sorted(range(len(values)), key=lambda place: -counts[place])
+    held = [f"{values[place]} {counts[place]}" for place in order if counts[place]]
+    more = f", and {len(held) - _NAMED_VALUES} more" if len(held) > _NAMED_VALUES else ""
+    return ", ".join(held[:_NAMED_VALUES]) + more

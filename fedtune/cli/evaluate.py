@@ -43,8 +43,8 @@ def evaluate(
       fedtune evaluate latest --split test
       fedtune evaluate latest --data csv:reviews.csv --columns text=review,label=verdict
     """
-    from fedtune.cli.cached_export import load_checkpoint_target
     from fedtune.errors import ModelError
+    from fedtune.library.cached_export import load_checkpoint_target
     from fedtune.training import evaluate_model, get_run_context, set_model_state
 
     if source is not None and split is not None:

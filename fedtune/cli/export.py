@@ -33,29 +33,13 @@ def export(
       fedtune export latest -o my-model
       fedtune export latest -o my-model --format model
     """
-    from fedtune.cli.cached_export import load_checkpoint_target
-    from fedtune.export import describe_missing_tensors, export_model
+    from fedtune.export import describe_missing_tensors
+    from fedtune.library.exported_run import export_run
 
-    recipe, state, run, at = load_checkpoint_target(target, round_number, store)
-    card = _make_card(recipe.model_dump_json(indent=2), run, at) + _describe_privacy(run, at, store)
-    form = export_model(recipe, state, output, form, card)  # type: ignore[arg-type]
+    written = export_run(target, output, round_number, form, store)  # type: ignore[arg-type]
     if as_json:
-        click.echo(json_text({"path": str(output.absolute()), "format": form, "run": run, "round": at}))
+        path = str(output.absolute())
+        click.echo(json_text({"path": path, "format": written.form, "run": written.run, "round": written.round}))
     else:
-        click.echo(f"{output}: {form} of run {run}, round {at}")
-        click.echo(describe_missing_tensors(recipe), nl=False)
-
-
-def _describe_privacy(run: str, round_number: int, store: str | None) -> str:
-    """Describe the differential privacy of the weights, if the run has any."""
-    from fedtune.cli.privacy_text import make_privacy_paragraph
-    from fedtune.tracking import Store
-
-    with Store.open(store) as opened:
-        return make_privacy_paragraph(
-            opened.run(run), [record for record in opened.rounds(run) if record.number <= round_number]
-        )
-
-
-def _make_card(recipe: str, run: str, round_number: int) -> str:
-    return f"# {run}\n\nMade by fedtune, round {round_number}, from this recipe:\n\n```json\n{recipe}\n```\n"
+        click.echo(f"{output}: {written.form} of run {written.run}, round {written.round}")
+        click.echo(describe_missing_tensors(written.recipe), nl=False)

@@ -15,12 +15,14 @@ from fedtune.untrusted import clean_lines
 __all__ = ["cli", "explain_missing_module", "format_warning", "main"]
 
 _COMMANDS = {
+    "check-plugin": ("check_plugin:check_plugin", "Check a technique, merge step or task on tiny models."),
     "data": ("data:data", "Show the examples of a recipe and their partition over clients."),
     "device": ("device:device", "Enrol this machine as a device and take part in runs."),
     "evaluate": ("evaluate:evaluate", "Score a run, a checkpoint or the base on any data source."),
     "export": ("export:export", "Write the result of a run for transformers or PEFT."),
     "merge": ("merge:merge", "Merge fine-tunes of one base into one model."),
-    "methods": ("methods:methods", "List techniques and merge steps, or print a card."),
+    "methods": ("methods:methods", "List techniques, merge steps and tasks, or print a card."),
+    "new": ("new:new", "Write the start of a package with a method of your own."),
     "profile": ("profile:profile", "Measure what a training step costs with each technique."),
     "recipe": ("recipe:recipe", "Rewrite a recipe in the newest version."),
     "runs": ("runs:runs", "List, show, compare, plot, export, delete, roll back, watch, stop and resume runs."),

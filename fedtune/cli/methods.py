@@ -1,10 +1,14 @@
-"""``fedtune methods``: list techniques and merge steps, and print their cards."""
+"""``fedtune methods``: list techniques, merge steps and tasks, and print their cards."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
 from fedtune.json_text import json_text
+
+if TYPE_CHECKING:
+    from fedtune.library.method_list import Method
 
 __all__ = ["methods"]
 
@@ -13,7 +17,9 @@ __all__ = ["methods"]
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for other programs.")
 def methods(name: str | None, as_json: bool) -> None:
-    """List techniques and merge steps, or print the card of NAME.
+    """List techniques, merge steps and tasks, or print the card of NAME.
+
+    Methods that other installed packages publish are listed with their package.
 
     \b
     Example:
@@ -21,49 +27,41 @@ def methods(name: str | None, as_json: bool) -> None:
       fedtune methods lora
     """
     from fedtune.errors import RecipeError
-    from fedtune.recipe.unit_registry import describe_unit_settings, list_unit_names, read_unit_card
+    from fedtune.library.method_list import describe_method, list_methods
     from fedtune.recipe.validation_errors import suggest_nearest
     from fedtune.recipe.version_names import UNIT_NAMES
 
-    rooms = {"technique": "fedtune.techniques", "merge": "fedtune.merging"}
-    known = {found: (kind, package) for kind, package in rooms.items() for found in list_unit_names(package)}
+    known = list_methods()
     name = name and UNIT_NAMES.get(name, name)
-    if name is not None and name not in known:
-        raise RecipeError(f"there is no method {name!r}; {suggest_nearest(name, list(known))}")
-    rows = [
-        {
-            "name": found,
-            "kind": kind,
-            "card": read_unit_card(package, found),
-            "settings": describe_unit_settings(package, found),
-        }
-        for found, (kind, package) in known.items()
-        if name in (None, found)
-    ]
+    found = [describe_method(kind, one) for kind, one in known if name in (None, one)]
+    if not found:
+        raise RecipeError(f"there is no method {name!r}; {suggest_nearest(str(name), [one for _, one in known])}")
+    if name is not None and found[0].problem is not None:
+        raise RecipeError(found[0].problem)
     if as_json:
-        click.echo(json_text(rows if name is None else rows[0]))
+        click.echo(json_text([one._asdict() for one in found] if name is None else found[0]._asdict()))
     elif name is not None:
-        _show_card(rows[0])
+        _show_card(found[0])
     else:
-        _show_list(rows)
+        _show_list(found)
 
 
-def _show_list(rows: Sequence[Mapping[str, object]]) -> None:
+def _show_list(found: "Sequence[Method]") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("method", "kind", "in one line", box=None, header_style="bold")
-    for row in rows:
-        first = str(row["card"]).splitlines()[0]
-        table.add_row(str(row["name"]), str(row["kind"]), first.partition(": ")[2] or first)
+    others = any(one.package != "fedtune" for one in found)
+    table = Table("method", "kind", *(["from"] if others else []), "in one line", box=None, header_style="bold")
+    for one in found:
+        table.add_row(one.name, one.kind, *([one.package] if others else []), one.summary)
     Console(markup=False).print(table)
     click.echo("\nPrint a card: fedtune methods lora. Combine techniques: --techniques lora+gradient-checkpointing")
 
 
-def _show_card(row: Mapping[str, object]) -> None:
-    click.echo(str(row["card"]).strip())
-    lines = row["settings"]
-    assert isinstance(lines, list)
-    click.echo("\nSettings:" if lines else "\nSettings: none")
-    for line in lines:
+def _show_card(method: "Method") -> None:
+    click.echo(method.card.strip())
+    if method.package != "fedtune":
+        click.echo(f"\nFrom the package {method.package}.")
+    click.echo("\nSettings:" if method.settings else "\nSettings: none")
+    for line in method.settings:
         click.echo(f"  {line}")

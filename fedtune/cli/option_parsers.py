@@ -55,7 +55,7 @@ class MergeOptions(NamedTuple):
 
     def export_run(self, reference: str) -> Path:
         """Export the model of a run to the cache and return its folder."""
-        from fedtune.cli.cached_export import export_run_to_cache
+        from fedtune.library.cached_export import export_run_to_cache
 
         return export_run_to_cache(reference, self.store)
 

@@ -73,7 +73,7 @@ def profile(
 
 def _read_recipe(path: Path | None, model: str | None, task: str | None, overrides: Sequence[str]) -> "Recipe":
     """Read the recipe, or make one for the model. The data of the latter is never read."""
-    from fedtune.cli.cached_export import export_base_run
+    from fedtune.library.cached_export import export_base_run
     from fedtune.recipe.yaml_file import parse_recipe, read_recipe
 
     if path is not None and model is None and task is None:

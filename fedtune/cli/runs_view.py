@@ -11,7 +11,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from fedtune.cli.privacy_text import describe_privacy
+from fedtune.library.privacy_text import describe_privacy
 from fedtune.tracking import ClientRecord, RoundRecord, RunRecord
 from fedtune.tracking.client_spread import compute_spreads
 from fedtune.tracking.run_summary import (

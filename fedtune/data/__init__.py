@@ -4,6 +4,7 @@ from fedtune.data.column import Values
 from fedtune.data.encoded_dataset import EncodedDataset
 from fedtune.data.load import DataSplits, load_all_examples, load_data, load_trainable_examples
 from fedtune.data.partition import partition_examples
+from fedtune.data.partition_plug_in import Partition, check_partition
 from fedtune.data.partition_summary import ClientExamples, PartitionSummary, summarise_partition
 from fedtune.data.table import Table
 
@@ -11,9 +12,11 @@ __all__ = [
     "ClientExamples",
     "DataSplits",
     "EncodedDataset",
+    "Partition",
     "PartitionSummary",
     "Table",
     "Values",
+    "check_partition",
     "load_all_examples",
     "load_data",
     "load_trainable_examples",

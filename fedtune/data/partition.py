@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 
 from fedtune.data.by_class import by_class
 from fedtune.data.columns import get_canonical_column_name
+from fedtune.data.partition_plug_in import assign_groups
 from fedtune.data.splits import number_groups
 from fedtune.data.table import Table
 from fedtune.errors import DataError
+from fedtune.recipe.plug_in_partition import PlugInPartition
 from fedtune.recipe.schema import Dirichlet, EqualDirichlet, Iid, Natural, Recipe, Shards, Size
 from fedtune.seeds import derive_seed
 
@@ -34,6 +36,9 @@ def partition_examples(recipe: Recipe, train: Table) -> list[IntArray]:
 
 def _owners(recipe: Recipe, train: Table, group: IntArray, rng: Generator) -> IntArray:
     kind, clients, sizes = recipe.data.partition, recipe.num_clients, np.bincount(group)
+    if isinstance(kind, PlugInPartition):
+        classes = _majority(group, np.asarray(train["label"][:])) if "label" in train.column_names else None
+        return assign_groups(kind, classes, sizes, clients, rng)
     match kind:
         case Iid():
             return _deal(rng.permutation(len(sizes)), sizes, clients)

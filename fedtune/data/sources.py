@@ -10,6 +10,7 @@ from fedtune.data import conversation_samples, image_samples, personal_data_samp
 from fedtune.data.file_digest import digest_files
 from fedtune.data.image_folder import has_metadata_table, image_folder
 from fedtune.data.listing import PARTS, files_in, parts_of
+from fedtune.data.plug_in_sources import find_source_plug_in, list_source_plug_ins, read_plug_in_source
 from fedtune.data.split_column import by_column
 from fedtune.data.table import Table
 from fedtune.data.text_files import text_files, with_places
@@ -35,12 +36,14 @@ def read_data_source(data: DataSettings) -> Found:
     ``sample:NAME:DOMAIN``. If the source has one split only, a column may name the split of each row.
     """
     kind, _, name = data.source.partition(":")
-    if kind not in _KINDS or not name:
-        kinds = "hub:ID, csv:FILE, jsonl:FILE, parquet:FILE, text:FILE, folder:PATH, disk:FOLDER or sample:NAME"
+    plug_in = find_source_plug_in(kind, __name__ if kind in _KINDS else None)
+    if not name or (kind not in _KINDS and plug_in is None):
+        added = "".join(f", {one}:NAME" for one in list_source_plug_ins())
+        kinds = f"hub:ID, csv:FILE, jsonl:FILE, parquet:FILE, text:FILE, folder:PATH, disk:FOLDER{added} or sample:NAME"
         raise SourceError(f"data.source is {data.source!r}; write {kinds}")
     if data.tokens == "disk" and kind not in _ON_DISK:
         raise DataError(f"{data.source}: data.tokens: disk needs jsonl:FILE or parquet:FILE; set it to memory")
-    found = _KINDS[kind](name, data)
+    found = _KINDS[kind](name, data) if plug_in is None else Found(read_plug_in_source(plug_in, name))
     if found.parts.keys() == {"train"}:
         found = Found(by_column(found.parts["train"], data), found.notes)
     parts = {part: found.parts[part] for part in PARTS if part in found.parts}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from fedtune import data, tasks
+from fedtune import data, tasks, techniques
 from fedtune.errors import DataError
 from fedtune.recipe.schema import ColumnSettings, DataSettings, Recipe
 from fedtune.training import RunContext, clear_run_context, get_run_context, prepare_model
@@ -34,6 +34,7 @@ class LocalData:
         if self._held is None or self._key != key:
             self._held = None  # the last model is let go of before the next is loaded
             clear_run_context()
+            techniques.build_techniques(recipe.train.techniques)  # one that is not installed here is refused first
             if recipe.evaluation.local_holdout:
                 load_metrics(recipe)  # refused before a model is built, and counted in the memory that is held
             if self._source.startswith("partition:"):
@@ -87,5 +88,5 @@ def _own(recipe: Recipe, labels: tuple[str, ...], source: str) -> tuple[RunConte
     examples = tasks.load_trainable_examples(recipe, labels)
     nothing = examples.select([])
     corpus = data.DataSplits(examples, nothing, nothing, labels)
-    model, techniques, shared = prepare_model(recipe, labels)
-    return RunContext(recipe, corpus, model, techniques, shared), np.arange(len(examples))
+    model, applied, shared = prepare_model(recipe, labels)
+    return RunContext(recipe, corpus, model, applied, shared), np.arange(len(examples))

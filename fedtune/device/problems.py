@@ -3,6 +3,7 @@
 import errno
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from fedtune.errors import (
     ClientUpdateError,
@@ -14,6 +15,7 @@ from fedtune.errors import (
     SourceError,
     StoreError,
 )
+from fedtune.recipe.validation_errors import UNIT_UNAVAILABLE
 from fedtune.wire.protocol_codes import Problem
 
 __all__ = ["problem_of"]
@@ -37,6 +39,15 @@ def problem_of(error: BaseException) -> Problem:
     """The code of an error, with the counts it names itself; nothing of its text."""
     if isinstance(error, FedtuneError) and error.code:
         return Problem(error.code, error.counts)
+    if isinstance(error, ValidationError) and any(map(_is_of_missing_unit, error.errors())):
+        return Problem("unit-unavailable")
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return Problem("disk-failed")
     return Problem(next((code for kind, code in _CODES if isinstance(error, kind)), "code-failed"))
+
+
+def _is_of_missing_unit(detail: ErrorDetails) -> bool:
+    """Whether a recipe names a unit, or a kind of partition, that nobody publishes here."""
+    return detail["type"] == UNIT_UNAVAILABLE or (
+        detail["type"] == "union_tag_invalid" and detail["loc"][-1:] == ("partition",)
+    )

@@ -1,17 +1,21 @@
 """Resolves a model source to a Hub id or a folder that ``from_pretrained`` loads."""
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from fedtune.errors import SourceError
+from fedtune.errors import FedtuneError, SourceError
 from fedtune.models import sample_models
 from fedtune.paths import get_cache_folder
+from fedtune.recipe.plug_ins import PlugIn, find_plug_in, find_plug_ins
 from fedtune.recipe.validation_errors import suggest_nearest
 from fedtune.sample_packages import SAMPLE_PACKAGES, fetch_sample
 
 __all__ = ["is_made", "resolve_model_source", "run_folder"]
 
+MODEL_SOURCES = "fedtune.model_sources"
+"""The group of entry points: functions that take what follows the colon and return a folder."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -21,9 +25,11 @@ def resolve_model_source(source: str, key: str = "model.source") -> str:
     ``key`` is the setting that holds the source, for messages. Raises SourceError when the source does not exist.
     """
     kind, _, name = source.partition(":")
-    if kind not in _KINDS or not name:
-        raise SourceError(f"{key} is {source!r}; write hub:ID, path:FOLDER, gguf:FILE, sample:NAME or run:ID")
-    return _KINDS[kind](name, key)
+    plug_in = find_plug_in(MODEL_SOURCES, kind, key, __name__ if kind in _KINDS else None)
+    if not name or (kind not in _KINDS and plug_in is None):
+        added = "".join(f", {one}:NAME" for one in sorted(find_plug_ins(MODEL_SOURCES)))
+        raise SourceError(f"{key} is {source!r}; write hub:ID, path:FOLDER, gguf:FILE, sample:NAME{added} or run:ID")
+    return _KINDS[kind](name, key) if plug_in is None else _fetch(plug_in, name, key)
 
 
 def run_folder(reference: str) -> Path:
@@ -48,6 +54,19 @@ def _run(reference: str, key: str) -> str:
             "and name the folder: path:FOLDER"
         )
     return str(folder)
+
+
+def _fetch(plug_in: PlugIn, name: str, key: str) -> str:
+    """The folder that a function of another package gives for what follows the colon; it holds no pickles."""
+    fetch = plug_in.load(key)
+    try:
+        folder = os.fspath(fetch(name))
+    except FedtuneError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise SourceError(f"{key}: {plug_in.name} of the package {plug_in.package} failed ({reason})") from error
+    return _folder(folder, key)
 
 
 def _hub(name: str, key: str) -> str:  # noqa: ARG001 - the signature is shared

@@ -148,7 +148,7 @@ def build_merge_method(name: str) -> MergeMethod:
     if spelt == "passthrough":
         return MergeMethod(spelt, "models", is_passthrough=True)
     if spelt not in list_unit_names("fedtune.merging") or not _combines(spelt):
-        combining = [one for one in list_unit_names("fedtune.merging") if _combines(one)]
+        combining = [one for one in list_unit_names("fedtune.merging") if _is_suggested(one)]
         raise RecipeError(f"merge_method: there is no {name!r}; {suggest_nearest(spelt, [*combining, 'passthrough'])}")
     return MergeMethod(spelt, _ACTS.get(spelt, "deltas"))
 
@@ -157,6 +157,14 @@ def _combines(name: str) -> bool:
     """Whether a unit merges tensors one by one. Units for low-rank pairs work in rounds of a federation only."""
     step: object = _built(name, ())
     return isinstance(step, CombineStep) and step.update_kind == "tensors"
+
+
+def _is_suggested(name: str) -> bool:
+    """Whether a unit combines; one of another package that cannot be imported does not."""
+    try:
+        return _combines(name)
+    except RecipeError:
+        return False
 
 
 def _settings(name: str, found: Mapping[str, Value | None]) -> tuple[tuple[str, Value], ...]:

@@ -23,7 +23,7 @@ from fedtune.offline_merge.token_embeddings import remap_token_rows
 from fedtune.offline_merge.token_tensor_names import is_embedding, is_of_tokens, is_output
 from fedtune.offline_merge.vocabularies import compare_vocabularies, has_same_tokenizer_file, read_vocabulary
 
-__all__ = ["ModelSet", "open_models", "read_model_config"]
+__all__ = ["ModelSet", "check_forms", "check_precision", "open_models", "read_model_config"]
 
 
 class ModelSet(NamedTuple):
@@ -76,8 +76,8 @@ def open_models(config: MergeConfig, runs: RunExporter = refuse_runs) -> ModelSe
         _check_tokens(alike)
     _check_labels(alike, config.base_model)
     if config.models is not None:
-        _check_forms(alike, config.base_model)
-    _check_precision(alike, config)
+        check_forms(alike, config.base_model)
+    check_precision(alike, config)
     based = sorted(alike.items(), key=lambda item: item[0] != config.base_model)
     warnings = check_settings({name: model.folder for name, model in based})
     if unmerged := unmerged_modules(based[0][1].folder):
@@ -179,7 +179,7 @@ def _listed(labels: Mapping[str, str]) -> str:
     return ", ".join(map(str, labels.values()))
 
 
-def _check_forms(models: Mapping[str, ModelReader], base: str | None) -> None:
+def check_forms(models: Mapping[str, ModelReader], base: str | None) -> None:
     """Raise ModelError unless all models have the same tensors in the same shapes. The base may lack a head."""
     (first, *others) = [model for name, model in models.items() if name != base] or list(models.values())
     for other in others:
@@ -220,7 +220,8 @@ def _other_shape(one: ModelReader, name: str, form: TensorInfo, other: ModelRead
     )
 
 
-def _check_precision(models: Mapping[str, ModelReader], config: MergeConfig) -> None:
+def check_precision(models: Mapping[str, ModelReader], config: MergeConfig) -> None:
+    """Raise ModelError if models differ in data type and nobody said which the result has."""
     if config.dtype is not None or config.out_dtype is not None:
         return
     tuned: Sequence[ModelReader] = [

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 from filelock import FileLock, Timeout
 from torch import Tensor
@@ -18,11 +18,26 @@ from fedtune.errors import FedtuneError, StoreError
 from fedtune.files import write_bytes_atomically
 from fedtune.offline_merge.safetensors_layout import TensorInfo, TensorLocation, build_file_layout, write_rows
 
-__all__ = ["OutputFolder", "check_output_space", "open_output_folder"]
+__all__ = ["MergeOutput", "OutputFolder", "check_output_space", "open_output_folder"]
 
 _JOURNAL = "journal"
 _SAFE_EVERY = 64_000_000
 """Bytes after which what was written is forced to disk and noted."""
+
+
+class MergeOutput(Protocol):
+    """Where the tensors of a result are written."""
+
+    finished_tensors: set[str]
+
+    def write_rows(self, name: str, start: int, rows: Tensor) -> None:
+        """Cast rows and put them into their place."""
+
+    def mark_finished(self, name: str) -> None:
+        """Note that a tensor is complete."""
+
+    def flush(self) -> None:
+        """Keep what was written."""
 
 
 class OutputFolder:

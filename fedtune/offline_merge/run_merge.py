@@ -23,14 +23,14 @@ from fedtune.offline_merge.chat_templates import resolve_chat_template
 from fedtune.offline_merge.merge_config import MergeConfig
 from fedtune.offline_merge.model_inputs import BaseReader, OfflineSteps, align_inputs, build_model_inputs, build_steps
 from fedtune.offline_merge.model_set import ModelSet, open_models
-from fedtune.offline_merge.output_folder import OutputFolder
+from fedtune.offline_merge.output_folder import MergeOutput
 from fedtune.offline_merge.output_plan import OutputTensor, empty_slices, gradients_outside, plan_output_tensors
 from fedtune.offline_merge.readers.open_model import RunExporter, refuse_runs
 from fedtune.offline_merge.safetensors_layout import TensorInfo, fits, too_large
 from fedtune.offline_merge.threads import one_thread
 from fedtune.wire.client_update import iter_row_chunks
 
-__all__ = ["PreparedMerge", "ProgressCallback", "prepare_merge", "shares_of", "write_merged_tensors"]
+__all__ = ["PreparedMerge", "ProgressCallback", "plan_merge", "prepare_merge", "shares_of", "write_merged_tensors"]
 
 ProgressCallback = Callable[[int], None]
 """Told the bytes of the result that are done."""
@@ -91,8 +91,13 @@ class PreparedMerge(NamedTuple):
 
 def prepare_merge(config: MergeConfig, runs: RunExporter = refuse_runs) -> PreparedMerge:
     """Open the models and plan the result. Raises an error in one sentence if they cannot be merged."""
+    build_steps(config)  # names are refused before models are opened
+    return plan_merge(config, open_models(config, runs))
+
+
+def plan_merge(config: MergeConfig, models: ModelSet) -> PreparedMerge:
+    """Plan the result of a merge of open models, and try its settings."""
     chosen = build_steps(config)
-    models = open_models(config, runs)
     targets = plan_output_tensors(config, models)
     base = None
     if models.base is not None:
@@ -127,7 +132,7 @@ def _zero(name: str, start: int, stop: int) -> Tensor:  # noqa: ARG001 - read li
 
 @one_thread()
 def write_merged_tensors(
-    merge: PreparedMerge, output: OutputFolder, context: MergeContext, progress: ProgressCallback
+    merge: PreparedMerge, output: MergeOutput, context: MergeContext, progress: ProgressCallback
 ) -> list[MergeInput]:
     """Write every missing tensor. Return the inputs after alignment, by their first part."""
     base = merge.base if merge.is_delta_merge else None

@@ -2,8 +2,9 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, WrapSerializer, WrapValidator, field_validator, model_validator
 
+from fedtune.recipe.plug_in_partition import serialise_partition, validate_partition
 from fedtune.recipe.settings_model import SettingsModel
 
 __all__ = [
@@ -114,6 +115,10 @@ class Shards(SettingsModel):
 
 
 PartitionSettings = Annotated[Iid | Dirichlet | EqualDirichlet | Natural | Size | Shards, Field(discriminator="kind")]
+AnyPartition = Annotated[
+    PartitionSettings, WrapValidator(validate_partition), WrapSerializer(serialise_partition, when_used="always")
+]
+"""A partition of fedtune's, or one that another package publishes."""
 
 
 class DataSettings(SettingsModel):
@@ -124,7 +129,7 @@ class DataSettings(SettingsModel):
     )
     columns: ColumnSettings = ColumnSettings()
     splits: SplitFractions = SplitFractions()
-    partition: PartitionSettings = Iid()
+    partition: AnyPartition = Iid()
     max_train_examples: int | None = Field(None, ge=1, description="limit of training examples, sampled with the seed")
     delimiter: str | None = Field(
         None, min_length=1, max_length=1, description="delimiter of csv files; default: detected from the header"

@@ -8,8 +8,12 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-__all__ = ["Location", "explain_validation_error", "suggest_nearest"]
+__all__ = ["UNIT_UNAVAILABLE", "Location", "explain_validation_error", "suggest_nearest"]
 
+UNIT_UNAVAILABLE = "unit_unavailable"
+"""The type of pydantic's error where a recipe names a unit that nobody publishes here."""
+_OWN_SENTENCES = ("value_error", UNIT_UNAVAILABLE)
+"""Types of errors whose message is a sentence already."""
 _LONGEST = 200
 """The largest number of characters of a value in a message."""
 
@@ -53,7 +57,7 @@ def _fields(models: Sequence[type[BaseModel]], name: str | int) -> list[FieldInf
 
 def _blamed(detail: ErrorDetails, location: Location, overridden: Mapping[Location, str]) -> Mapping[Location, str]:
     """Return the overrides by the location they may have broken. A key set below a value breaks the value itself."""
-    if detail["type"] == "value_error":
+    if detail["type"] in _OWN_SENTENCES:
         return overridden
     return {path[: len(location)]: item for path, item in overridden.items()}
 
@@ -75,7 +79,7 @@ def _problem(detail: ErrorDetails, key: str, siblings: Sequence[str]) -> str:
     if detail["type"] == "union_tag_invalid":
         return f"{key}.kind is {detail['ctx']['tag']!r}, but must be one of {detail['ctx']['expected_tags']}"
     message = detail["msg"].removeprefix("Value error, ")
-    if detail["type"] == "value_error":
+    if detail["type"] in _OWN_SENTENCES:
         return f"{key}: {message}" if key else message
     if detail["type"] in ("model_type", "model_attributes_type", "dict_type"):
         message = "it should be a mapping of keys to values"

@@ -43,7 +43,14 @@ from fedtune.wire.client_update import HoldoutMetrics
 
 IntArray = NDArray[np.int64]
 
-__all__ = ["LocalTrainingResult", "apply_optimiser_step", "compute_step_loss", "set_train_mode", "train_local_model"]
+__all__ = [
+    "LocalTrainingResult",
+    "apply_optimiser_step",
+    "compute_step_loss",
+    "freeze_batch_norm_statistics",
+    "set_train_mode",
+    "train_local_model",
+]
 
 
 @dataclass(frozen=True)
@@ -206,6 +213,11 @@ def compute_step_loss(task: Task, model: nn.Module, batch: Mapping[str, Tensor])
 def set_train_mode(model: nn.Module) -> None:
     """Set the model to training mode. Batch norms stay in evaluation mode, except those that a technique trains."""
     model.train()
+    freeze_batch_norm_statistics(model)
+
+
+def freeze_batch_norm_statistics(model: nn.Module) -> None:
+    """Let batch norms use the statistics of the pretrained model, except where a technique trains them."""
     for layer in model.modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm) and not isinstance(layer, UnfrozenBatchNorm2d):
             layer.eval()

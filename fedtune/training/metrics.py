@@ -5,13 +5,12 @@ defined.
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache
-from importlib.metadata import entry_points
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedtune.errors import RecipeError
+from fedtune.recipe.plug_ins import find_plug_in, find_plug_ins
 from fedtune.recipe.schema import Recipe
 from fedtune.recipe.validation_errors import suggest_nearest
 from fedtune.tasks import get_task
@@ -25,6 +24,7 @@ Metric = Callable[[Floats, Ints], float]
 _GROUP = "fedtune.metrics"
 """The entry point group in which packages publish metrics. The entry point's name is the metric's name in recipes."""
 
+_WHERE = "evaluation.metrics"
 _BUILT_IN = ("auc", "balanced-accuracy", "f1")
 _registered: dict[str, Metric] = {}
 
@@ -36,7 +36,7 @@ def register(name: str, metric: Metric) -> None:
 
 def list_metric_names() -> list[str]:
     """Return the names of all metrics, sorted."""
-    return sorted({*_BUILT_IN, *_registered, *_published()})
+    return sorted({*_BUILT_IN, *_registered, *find_plug_ins(_GROUP)})
 
 
 def measure(names: Sequence[str], probabilities: Floats, labels: Ints) -> dict[str, float]:
@@ -65,15 +65,16 @@ def check_metrics(recipe: Recipe) -> None:
 def _find(name: str) -> Metric:
     if name in _registered:
         return _registered[name]
-    if name in _BUILT_IN:
-        return _built_in(name)
-    if name not in _published():
+    built_in = "fedtune.training.class_metrics" if name in _BUILT_IN else None
+    plug_in = find_plug_in(_GROUP, name, _WHERE, built_in)
+    if plug_in is not None:
+        found: Metric = plug_in.load(_WHERE, code="metric-unavailable")
+        return found
+    if built_in is None:
         raise RecipeError(
-            f"evaluation.metrics: there is no {name!r}; {suggest_nearest(name, list_metric_names())}",
-            code="metric-unavailable",
+            f"{_WHERE}: there is no {name!r}; {suggest_nearest(name, list_metric_names())}", code="metric-unavailable"
         )
-    found: Metric = _published()[name]()
-    return found
+    return _built_in(name)
 
 
 def _built_in(name: str) -> Metric:
@@ -86,8 +87,3 @@ def _built_in(name: str) -> Metric:
             code="metric-unavailable",
         ) from error
     return class_metrics.METRICS[name]
-
-
-@cache
-def _published() -> dict[str, Callable[[], Metric]]:
-    return {point.name: point.load for point in entry_points(group=_GROUP)}

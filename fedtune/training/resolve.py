@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from fedtune import merging, tasks, techniques
+from fedtune import data, merging, tasks, techniques
 from fedtune.errors import RecipeError
 from fedtune.recipe.schema import DeviceClass, EvaluationSettings, Recipe, TaskUnit, Unit
 from fedtune.recipe.unit_registry import NamedUnit
@@ -34,6 +34,7 @@ def resolve_recipe(recipe: Recipe) -> Recipe:
     check_privacy_settings(recipe, pipeline)
     check_model_counts(recipe, pipeline)
     check_metrics(recipe)
+    data.check_partition(recipe)
     devices = [_resolved(device, chosen, pipeline) for device in recipe.devices]
     if recipe.federation.asynchronous is not None:
         _check_late([*chosen, *_of_classes(recipe.devices)], pipeline, recipe.evaluation)

@@ -38,6 +38,8 @@ SENTENCES: Mapping[str, str] = {
     "source-unreadable": "it cannot read a source that the recipe or --data names",
     "trainer-ended": "its trainer ended with code {code}, {tries} times",
     "trainer-killed": "its trainer was killed by signal {signal}, {tries} times; free memory on the device",
+    "unit-unavailable": "it lacks a technique, task, merge step or partition that the recipe names; install the "
+    "package that publishes it on the device",
     "unknown-labels": "{rows} of its examples have labels that are none of the recipe's classes",
 }
 """The meaning of each code. The names in braces are the counts sent with it."""

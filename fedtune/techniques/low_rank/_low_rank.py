@@ -132,6 +132,7 @@ class LowRankTechnique(Technique):
         for name, layer in list(model.named_modules()):
             if isinstance(layer, Linear4bit):
                 model.set_submodule(name, _restore_class(dequantise_linear(layer), layer))
+        vars(model).pop("peft_config", None)  # PEFT would take the model for one with an adapter
 
     def _freeze(self, model: nn.Module, factor: str, frozen: bool) -> None:
         parameters = dict(model.named_parameters())

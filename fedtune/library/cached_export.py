@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fedtune.cli.checkpoint_target import CheckpointTarget
+    from fedtune.library.checkpoint_target import CheckpointTarget
     from fedtune.recipe.schema import Recipe
 
 __all__ = ["export_base_run", "export_run_to_cache", "load_checkpoint_target"]
@@ -13,7 +13,7 @@ __all__ = ["export_base_run", "export_run_to_cache", "load_checkpoint_target"]
 
 def load_checkpoint_target(target: str, round_number: int | None, store: str | None) -> "CheckpointTarget":
     """Read a run or a checkpoint file whose base model can be loaded."""
-    from fedtune.cli.checkpoint_target import read_checkpoint_target
+    from fedtune.library.checkpoint_target import read_checkpoint_target
 
     found = read_checkpoint_target(target, round_number, store)
     return found._replace(recipe=export_base_run(found.recipe, store))
