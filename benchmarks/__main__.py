@@ -17,6 +17,8 @@ CLAIMS = (
     "meft_depth",
     "meft_quality",
     "smollm2_step",
+    "noisy_labels",
+    "large_text",
     "deft minilm",
     "deft swiglu",
     "deft cost",

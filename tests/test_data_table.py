@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from datasets import Array2D, ClassLabel, Dataset, Features, Image, Value
 
+from fedtune.data.arrow import Arrow
 from fedtune.data.column import Column, Values, as_picture, concatenate_columns, objects
 from fedtune.data.loaded import as_table
 from fedtune.data.table import Classes, Greys, Pictures, Table, concatenate
@@ -111,3 +113,12 @@ def test_a_huge_picture_column_is_not_copied_to_be_split() -> None:
     picked = table.select(range(0, count, 2))
     assert sum(1 for _ in picked.pictures()) == count // 2
     assert next(iter(picked.pictures())) is table.column("image")[0]
+
+
+def test_rows_of_many_chunks_are_those_of_one() -> None:
+    words = [f"word {number}" if number % 3 else None for number in range(23)]
+    chunks = pa.chunked_array([words[:5], [], words[5:6], words[6:20], words[20:]], pa.string())
+    for rows in ([], [0], [4, 5, 6], [5, 5, 19, 20], list(range(23)), [22, 0, 7]):
+        found = Arrow(chunks, np.array(rows, np.int64))
+        assert found.values() == [words[row] for row in rows]
+        assert list(found.iter_values()) == found.values()

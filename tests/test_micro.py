@@ -132,7 +132,7 @@ def test_the_budget_counts_what_a_round_holds_for_each_trained_value(
     per_value = max(1 + held_by(optimiser) / (4 * weight.numel()), 2) + 0.5
     shop = _shop(trivial().model_dump_json())
     shop.recipe = shop.recipe.model_copy(update={"train": train})
-    monkeypatch.setattr(memory_budget, "_kept", lambda _, chosen, __: 1000 * len(chosen))
+    monkeypatch.setattr(memory_budget, "_kept", lambda _, __, chosen, ___: 1000 * len(chosen))
     monkeypatch.setattr("psutil.Process.memory_info", lambda _: SimpleNamespace(rss=5_000))
     trained = sum(parameter.numel() for parameter in shop.model.parameters())
     found = estimate_memory(shop, np.arange(20), 1)

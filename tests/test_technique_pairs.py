@@ -34,12 +34,15 @@ from tests.tiny import a_training_recipe, few_texts
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "activation-pruning": {"prune": 0.0},  # all else has other gradients, which its own tests are about
+    "chunked-mlp": {"chunk_size": 5},
     "dynamic-pruning": {"density": 0.9, "every": 1},
+    "error-norm-truncation": {"threshold": 0.99},
     "fused-cross-entropy": {"chunk": 5},
     "lora": {"rank": 2, "dropout": 0.1},
     "meft": {"rank": 2},
     "qlora": {"rank": 2},
     "selective-checkpointing": {"terms": 8},
+    "shifted-attention": {"group_size": 4},
 }
 """What differs from the default, so that a tiny model shows it."""
 
@@ -58,6 +61,7 @@ CLASHES = {
         "+".join(sorted((name, "dynamic-pruning"))): "all weights are trained under masks"
         for name in ("bias", "head-only", "full", "last-blocks", "mobiletl", "batch-norm", "tinytl")
     },
+    "chunked-mlp+deft": "densities are measured over all tokens of a step at once",
     "bias+head-only": "the head is already trained with the biases",
     "bias+full": "full trains biases among all the rest",
     "bias+last-blocks": "it trains biases below the last blocks too",
@@ -105,6 +109,10 @@ MISFITS = {
         "bert",
         "fused-cross-entropy",
     ): "BertForSequenceClassification has no head over a vocabulary; remove the technique fused-",
+    ("bert", "chunked-mlp"): "the blocks of BertForSequenceClassification hold no MLP as a module of its own",
+    ("opt", "chunked-mlp"): "the blocks of OPTForCausalLM hold no MLP as a module of its own",
+    ("bert", "shifted-attention"): "BertForSequenceClassification is no causal language model",
+    ("bert", "error-norm-truncation"): "BertForSequenceClassification is no causal language model",
     ("opt", "head-only"): "trains a new head, but text-generation has none",
     ("bert", "last-blocks"): "BertForSequenceClassification has no inverted residual blocks",
     ("bert", "batch-norm-statistics"): "BertForSequenceClassification has no batch norm; remove batch-norm-statistics",

@@ -1,8 +1,10 @@
 """A column backed by the Arrow chunks of ``datasets``, which may be memory-mapped from disk."""
 
 import json
+from itertools import pairwise
 from typing import Any, final
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -29,7 +31,11 @@ class Arrow(Column):
         return Arrow(self._chunks, rows if self._rows is None else self._rows[rows])
 
     def _settled(self) -> pa.ChunkedArray:
-        return self._chunks if self._rows is None else self._chunks.take(pa.array(self._rows))
+        if self._rows is None:
+            return self._chunks
+        if self._chunks.num_chunks < 2 or np.any(np.diff(self._rows) < 0):
+            return self._chunks.take(pa.array(self._rows))
+        return _take_ascending(self._chunks, self._rows)
 
     def values(self) -> list[Any]:
         """Return all values as a list."""
@@ -62,6 +68,15 @@ class Arrow(Column):
     def nested(self) -> str:
         """Return Arrow's name of a nested type, or an empty string."""
         return str(self._chunks.type) if pa.types.is_nested(self._chunks.type) else ""
+
+
+def _take_ascending(chunks: pa.ChunkedArray, rows: Rows) -> pa.ChunkedArray:
+    """Some rows, chunk by chunk; arrow's own ``take`` would first copy all chunks into one."""
+    starts = np.cumsum([0, *(len(chunk) for chunk in chunks.chunks)])
+    cuts = np.searchsorted(rows, starts)
+    touched = [place for place, (low, high) in enumerate(pairwise(cuts.tolist())) if low < high]
+    taken = [chunks.chunk(at).take(pa.array(rows[cuts[at] : cuts[at + 1]] - starts[at])) for at in touched]
+    return pa.chunked_array(taken, chunks.type)
 
 
 def _read_json(value: Any, kind: pa.DataType) -> Any:

@@ -1,7 +1,7 @@
 """The interface of a column of examples, and its NumPy implementation."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, final
 
@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 __all__ = ["Column", "Rows", "Values", "as_picture", "concatenate_columns", "objects"]
 
 Rows = NDArray[np.int64]
+_TOGETHER = 1000
+"""Values that are made at a time."""
 
 
 class Column(ABC):
@@ -30,6 +32,11 @@ class Column(ABC):
     @abstractmethod
     def values(self) -> list[Any]:
         """Return all values as Python objects."""
+
+    def iter_values(self) -> Iterator[Any]:
+        """All values as Python has them, a few at a time."""
+        for start in range(0, len(self), _TOGETHER):
+            yield from self.take(np.arange(start, min(start + _TOGETHER, len(self)))).values()
 
     def structures(self) -> list[Any]:
         """All values, with what is stored as JSON read."""

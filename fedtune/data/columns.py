@@ -49,7 +49,7 @@ def _convert_columns(recipe: Recipe, named: "Named", table: Table, columns: dict
             raise DataError(f"{recipe.data.source}: {problem}") from error
         if kind is not None:
             kinds[name] = kind
-    return Table(columns, kinds)
+    return Table(columns, kinds, origin=table.origin)
 
 
 def get_canonical_column_name(recipe: Recipe, by: str) -> str:

@@ -1,12 +1,13 @@
 """Reads a data source into tables named train, validation and test."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from fedtune.data import conversation_samples, image_samples, personal_data_samples, sentiment_samples
+from fedtune.data.file_digest import digest_files
 from fedtune.data.image_folder import has_metadata_table, image_folder
 from fedtune.data.listing import PARTS, files_in, parts_of
 from fedtune.data.plug_in_sources import find_source_plug_in, list_source_plug_ins, read_plug_in_source
@@ -40,6 +41,8 @@ def read_data_source(data: DataSettings) -> Found:
         added = "".join(f", {one}:NAME" for one in list_source_plug_ins())
         kinds = f"hub:ID, csv:FILE, jsonl:FILE, parquet:FILE, text:FILE, folder:PATH, disk:FOLDER{added} or sample:NAME"
         raise SourceError(f"data.source is {data.source!r}; write {kinds}")
+    if data.tokens == "disk" and kind not in _ON_DISK:
+        raise DataError(f"{data.source}: data.tokens: disk needs jsonl:FILE or parquet:FILE; set it to memory")
     found = _KINDS[kind](name, data) if plug_in is None else Found(read_plug_in_source(plug_in, name))
     if found.parts.keys() == {"train"}:
         found = Found(by_column(found.parts["train"], data), found.notes)
@@ -86,7 +89,10 @@ def _local(builder: str, *endings: str) -> Callable[[str, DataSettings], Found]:
             raise DataError(f"{path} holds no file that ends in {' or '.join(endings)}; bring data")
         parts = parts_of(files, path, named=data.columns.split is not False)
         found = from_files(path, builder, data_files={part: list(map(str, of)) for part, of in parts.items()})
-        return Found({part: _placed(table, data, path) for part, table in found.items()})
+        placed = {part: _placed(table, data, path) for part, table in found.items()}
+        if data.tokens == "memory":
+            return Found(placed)
+        return Found({part: replace(table, origin=digest_files(parts[part])) for part, table in placed.items()})
 
     return read_path
 
@@ -138,6 +144,8 @@ _SAMPLES: dict[str, Callable[[], dict[str, Table]]] = {
     "personal-data": personal_data_samples.personal_data,
     "sentiment": sentiment_samples.sentiment,
 }
+_ON_DISK = frozenset({"jsonl", "parquet"})
+"""Kinds whose columns stay on the disk until they are asked for."""
 _KINDS: dict[str, Callable[[str, DataSettings], Found]] = {
     "csv": _delimited("csv"),
     "disk": _disk,

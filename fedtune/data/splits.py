@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedtune.data.table import Pictures, Table
+from fedtune.files import replace_file_atomically
+from fedtune.paths import get_cache_folder
 from fedtune.recipe.schema import DataSettings
 
 __all__ = ["number_groups", "split_dataset"]
@@ -25,7 +27,7 @@ def split_dataset(data: DataSettings, found: Mapping[str, Table]) -> dict[str, T
     lacking = [part for part in shares if part not in found]
     if not lacking:
         return divided
-    places = _places(found["train"])
+    places = _recall_places(data, found["train"])
     for part in lacking:
         inside = (start <= places) & (places < start + shares[part])
         divided[part] = found["train"].select(np.flatnonzero(inside))
@@ -41,10 +43,23 @@ def number_groups(table: Table) -> NDArray[np.int64]:
     return np.unique(np.asarray(table["group"][:]), return_inverse=True)[1].astype(np.int64)
 
 
+def _recall_places(data: DataSettings, table: Table) -> NDArray[np.float64]:
+    """The places of the rows; of columns on the disk they are computed once and kept in the cache."""
+    if table.origin is None:
+        return _places(table)
+    key = hashlib.sha256(f"{table.origin} {data.columns.model_dump_json()}".encode()).hexdigest()
+    kept = get_cache_folder() / "places" / f"{key}.npy"
+    if not kept.exists():
+        with replace_file_atomically(kept) as beside, beside.open("wb") as file:
+            np.save(file, _places(table))
+    found: NDArray[np.float64] = np.load(kept)
+    return found
+
+
 def _places(table: Table) -> NDArray[np.float64]:
     """Return a number in [0, 1) per row, hashed from its group or its content. Copies of a row get the same number."""
     contents = (group.encode() for group in table["group"]) if "group" in table.column_names else _contents(table)
-    return np.array([_place(content) for content in contents])
+    return np.fromiter((_place(content) for content in contents), np.float64)
 
 
 def _place(content: bytes) -> float:
@@ -53,9 +68,11 @@ def _place(content: bytes) -> float:
 
 def _contents(table: Table) -> Iterator[bytes]:
     if "text" in table.column_names:
-        yield from (text.encode() for text in table["text"])
+        yield from (text.encode() for text in table.column("text").iter_values())
     elif "messages" in table.column_names:
-        yield from (json.dumps(messages, sort_keys=True).encode() for messages in table["messages"])
+        yield from (
+            json.dumps(messages, sort_keys=True).encode() for messages in table.column("messages").iter_values()
+        )
     elif "prompt" in table.column_names:
         yield from (prompt.encode() for prompt in table["prompt"])
     elif "words" in table.column_names:

@@ -5,7 +5,7 @@ to import. It is imported only for sources that need it.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -46,11 +46,15 @@ Kind = Pictures | Greys | Classes | ClassLists
 
 @dataclass(frozen=True)
 class Table:
-    """Columns of equal length. ``rows`` selects and orders rows without copying them."""
+    """Columns of equal length. ``rows`` selects and orders rows without copying them.
+
+    ``origin`` is the digest of the files that the columns are read from, if they stay on the disk.
+    """
 
     columns: Mapping[str, Column]
     kinds: Mapping[str, Kind] = field(default_factory=dict)
     rows: Rows | None = None
+    origin: str | None = None
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()))) if self.rows is None else len(self.rows)
@@ -93,13 +97,13 @@ class Table:
     def select(self, rows: ArrayLike) -> "Table":
         """Select rows by their position among the rows selected so far."""
         chosen = np.asarray(rows, np.int64)
-        return Table(self.columns, self.kinds, chosen if self.rows is None else self.rows[chosen])
+        return replace(self, rows=chosen if self.rows is None else self.rows[chosen])
 
     def select_columns(self, names: Iterable[str]) -> "Table":
         """Select columns."""
         kept = list(names)
         kinds = {name: kind for name, kind in self.kinds.items() if name in kept}
-        return Table({name: self.columns[name] for name in kept}, kinds, self.rows)
+        return replace(self, columns={name: self.columns[name] for name in kept}, kinds=kinds)
 
     def with_column(self, name: str, column: Column, kind: Kind | None = None) -> "Table":
         """Add or replace a column for the selected rows. Plain values have no kind."""

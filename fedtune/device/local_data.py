@@ -78,7 +78,12 @@ def _own(recipe: Recipe, labels: tuple[str, ...], source: str) -> tuple[RunConte
     """All examples of the source train, but for those it sets apart; columns are called as in the recipe."""
     columns = recipe.data.columns.model_dump(exclude={"group", "domain"})
     skip = recipe.data.skip_unreadable
-    chosen = DataSettings(source=source, columns=ColumnSettings.model_validate(columns), skip_unreadable=skip)
+    chosen = DataSettings(
+        source=source,
+        columns=ColumnSettings.model_validate(columns),
+        skip_unreadable=skip,
+        tokens=recipe.data.tokens if source.startswith(("jsonl:", "parquet:")) else "memory",
+    )
     recipe = recipe.model_copy(update={"data": chosen})
     examples = tasks.load_trainable_examples(recipe, labels)
     nothing = examples.select([])

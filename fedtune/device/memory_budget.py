@@ -9,12 +9,14 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from fedtune.data import EncodedDataset
 from fedtune.errors import MemoryBudgetError
 from fedtune.memory import StorageMeter
 from fedtune.recipe.schema import Train
 from fedtune.techniques import begin_round, begin_step, list_trainable_tensors
 from fedtune.training import RunContext, compute_step_loss, get_tensor_shapes, set_train_mode, use_cpu_threads
 from fedtune.training.micro_batches import can_split_batch
+from fedtune.training.training_rows import TrainingRows, make_training_rows
 
 __all__ = ["MemoryEstimate", "choose_micro_batch_size", "estimate_memory"]
 
@@ -46,7 +48,7 @@ def choose_micro_batch_size(
     The batch is halved until it fits, and at least ``halvings`` times. A model whose norms use batch statistics is
     never split. Raise MemoryBudgetError if the smallest size does not fit.
     """
-    batch = min(context.recipe.train.batch_size, len(rows))
+    batch = min(context.recipe.train.batch_size, len(_training_rows(context, rows).rows))
     needed = estimate_memory(context, rows, round_number)
     may_cut = can_split_batch(context.task, context.model)
     sizes = [batch >> count for count in range(batch.bit_length())] if may_cut else [batch]
@@ -65,7 +67,8 @@ def choose_micro_batch_size(
 def estimate_memory(context: RunContext, rows: NDArray[np.int64], round_number: int) -> MemoryEstimate:
     """Estimate memory from what is held now, what training adds, and what an example adds.
 
-    A batch is extrapolated from steps over one and two of the longest examples, so the estimate itself needs little.
+    A batch is extrapolated from steps over one and two of the longest examples, or packed rows, so the estimate itself
+    needs little.
     """
     model, settings = context.model, context.recipe.train
     begin_round(context.techniques, model, round_number)
@@ -75,7 +78,8 @@ def estimate_memory(context: RunContext, rows: NDArray[np.int64], round_number: 
         if name in set(list_trainable_tensors(model))
     )
     added = 4 * (count * _per_trained(settings) + _mastered(model))
-    one, two = (_kept(context, _longest(context, rows, count), round_number) for count in (1, 2))
+    data = _training_rows(context, rows)
+    one, two = (_kept(context, data.examples, _longest(data, count), round_number) for count in (1, 2))
     return MemoryEstimate(psutil.Process().memory_info().rss + added + 2 * one - two, two - one)
 
 
@@ -91,16 +95,21 @@ def _mastered(model: nn.Module) -> int:
     return sum(one.numel() for one in trained_ones if one.dtype in (torch.bfloat16, torch.float16))
 
 
-def _longest(context: RunContext, rows: NDArray[np.int64], count: int) -> list[int]:
+def _training_rows(context: RunContext, rows: NDArray[np.int64]) -> TrainingRows:
+    """What batches are made of; the lengths of packed rows do not depend on the seed."""
+    return make_training_rows(context.train, rows, context.recipe.train, seed=0)
+
+
+def _longest(data: TrainingRows, count: int) -> list[int]:
     """The longest example, ``count`` times."""
-    lengths = context.train.lengths
+    lengths, rows = data.examples.lengths, data.rows
     first = int(rows[0]) if lengths is None else int(rows[int(lengths[torch.from_numpy(rows)].argmax())])
     return [first] * count
 
 
-def _kept(context: RunContext, chosen: list[int], round_number: int) -> int:
+def _kept(context: RunContext, examples: EncodedDataset, chosen: list[int], round_number: int) -> int:
     """Bytes a step over some examples holds at its peak, beside gradients."""
-    batch = context.train.make_batch(chosen)
+    batch = examples.make_batch(chosen)
     set_train_mode(context.model)
     with use_cpu_threads(context.recipe.train.threads), torch.random.fork_rng(devices=[]):
         begin_step(context.techniques, context.model, batch, round_number / context.recipe.federation.rounds)

@@ -13,6 +13,7 @@ from torch import nn
 from fedtune.models import image_model_files
 from fedtune.models.classifier import ImageClassifier
 from fedtune.models.model_task import ModelTask
+from fedtune.models.position_interpolation import refuse_interpolation
 from fedtune.models.sources import resolve_model_source
 from fedtune.recipe.preprocessor_settings import Preprocessor
 from fedtune.recipe.schema import ModelSettings
@@ -38,6 +39,7 @@ def load_model(
     """
     location = resolve_model_source(model.source)
     if image_model_files.is_fedtune_image_model(location):
+        refuse_interpolation(model)
         return image_model_files.load_image_model(
             model, Path(location), task, labels, seed=seed, quantised=quantisation is not None
         )

@@ -23,6 +23,7 @@ from fedtune.models.ends import end_texts
 from fedtune.models.load_errors import explain_load_errors
 from fedtune.models.model_task import ModelTask
 from fedtune.models.new_head import warn_of_new_head
+from fedtune.models.position_interpolation import interpolate_positions, require_interpolation
 from fedtune.models.preprocessor import FILE, check_known, from_settings
 from fedtune.models.read_past import read_past
 from fedtune.models.transformers_logging import silence_transformers
@@ -47,6 +48,7 @@ def load_pretrained_model(
         config = AutoConfig.from_pretrained(location, trust_remote_code=False)
         _check_family(model, task, config)
         _check_head(model, task, config)
+        interpolate_positions(model, config)
         for name, value in task.make_head_settings(labels).items():
             setattr(config, name, value)
         if quantisation is not None:
@@ -56,6 +58,7 @@ def load_pretrained_model(
             quantisation.llm_int8_skip_modules += drawn  # drawn layers have nothing to quantise
             loaded, info = _loaded(model, location, task, config, seed, quantisation)
     _check_weights(model, task, loaded, info)
+    require_interpolation(model, loaded)
     for _, found, wanted in sorted(info["mismatched_keys"])[:1]:
         warn_of_new_head(model.source, found[0], wanted[0])
     vars(loaded)["drawn"] = sorted(info["missing_keys"])

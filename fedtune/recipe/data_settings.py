@@ -134,6 +134,9 @@ class DataSettings(SettingsModel):
     delimiter: str | None = Field(
         None, min_length=1, max_length=1, description="delimiter of csv files; default: detected from the header"
     )
+    tokens: Literal["memory", "disk"] = Field(
+        "memory", description="disk: tokenise texts once into the cache and read them there; text-generation only"
+    )
     encoding: str | None = Field(None, description="encoding of csv and text files, e.g. cp1252; default: detected")
     skip_unreadable: bool = Field(False, description="leave out images that cannot be read, and report their number")
 

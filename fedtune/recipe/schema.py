@@ -63,6 +63,9 @@ class ModelSettings(SettingsModel):
 
     source: str = Field(description="hub:ID, path:FOLDER, gguf:FILE, sample:NAME or run:ID[@ROUND]")
     dtype: Dtype = "float32"
+    position_interpolation: float = Field(
+        1.0, ge=1, description="factor by which texts may exceed the pretraining length; rotary models only"
+    )
     preprocessor: Preprocessor | None = Field(
         None, description="image preprocessing; default: that of the model's folder"
     )

@@ -67,6 +67,9 @@ class Train(SettingsModel):
     batch_size: int = Field(16, ge=1)
     max_length: int = Field(128, ge=2, description="number of tokens that texts are truncated to")
     group_by_length: bool = Field(False, description="batches of texts of similar length: less padding, less time")
+    packing: Literal["none", "best-fit"] = Field(
+        "none", description="best-fit: several short texts in a row of max_length tokens; text-generation only"
+    )
     image_size: int | None = Field(
         None, ge=8, description="side in pixels that images are resized to; default: the model's"
     )
@@ -94,6 +97,12 @@ class Train(SettingsModel):
             raise ValueError(f"momentum and nesterov are settings of sgd, but optimiser is {self.optimiser}; drop them")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs a momentum, e.g. momentum: 0.9")
+        return self
+
+    @model_validator(mode="after")
+    def _packed_rows_are_not_grouped(self) -> Self:
+        if self.group_by_length and self.packing != "none":
+            raise ValueError("group_by_length has nothing to group where packing fills every row; drop one of them")
         return self
 
     @model_validator(mode="after")

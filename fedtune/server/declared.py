@@ -14,15 +14,17 @@ __all__ = ["most_examples"]
 def most_examples(context: RunContext, store: Store, run: str, client: int) -> int:
     """The most that an honest report of client number ``client`` can count.
 
-    With ``train.local_steps`` that is a number of the recipe. With ``train.local_epochs`` it follows from the examples
-    that a simulated client holds, or that a device declared in its profile before it sent its update; where a device
-    has declared none, from the largest declared by any device of the run.
+    With ``train.local_steps`` that is a number of the recipe: a packed row has no more texts than tokens.
+    With ``train.local_epochs`` it follows from the examples that a simulated client holds, or that a device declared in
+    its profile before it sent its update; where a device has declared none, from the largest declared by any device of
+    the run.
     """
     recipe = context.recipe.get_client_recipe(client)
     if recipe.privacy is not None and recipe.privacy.noise_added_by == "clients":
         return 1
     if recipe.train.local_steps:
-        return min(MOST_EXAMPLES, recipe.train.local_steps * recipe.train.batch_size)
+        each = 1 if recipe.train.packing == "none" else recipe.train.max_length  # a text has a token at least
+        return min(MOST_EXAMPLES, recipe.train.local_steps * recipe.train.batch_size * each)
     assignments = store.access.list_assignments(run)
     held = _declared(store, assignments, client) if assignments else len(context.client_rows[client])
     return min(MOST_EXAMPLES, held * (recipe.train.local_epochs or 1))

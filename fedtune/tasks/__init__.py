@@ -10,6 +10,7 @@ from fedtune.recipe.unit_registry import build_unit
 from fedtune.tasks._scores import ExampleScore, ScoreSums
 from fedtune.tasks._segments import Segment
 from fedtune.tasks._task import Task
+from fedtune.tasks._token_cache import encode_on_disk
 
 __all__ = [
     "ExampleScore",
@@ -65,4 +66,7 @@ def resolve_reader(recipe: Recipe) -> Recipe:
 
 def encode_examples(examples: Table, recipe: Recipe, reader: Any) -> EncodedDataset:
     """Examples as tensors; ``reader`` is what ``load_reader`` returned."""
-    return get_task(recipe.task).encode_examples(examples, recipe, reader)
+    task = get_task(recipe.task)
+    if recipe.data.tokens == "disk" and len(examples):
+        return encode_on_disk(task, examples, recipe, reader)
+    return task.encode_examples(examples, recipe, reader)

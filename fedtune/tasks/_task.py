@@ -43,6 +43,11 @@ class Task(NamedUnit):
         return True
 
     @property
+    def can_pack(self) -> bool:
+        """Whether several examples can be packed into a row, each predicted as if it were alone."""
+        return False
+
+    @property
     def has_accuracy(self) -> bool:
         """Whether a prediction can be correct, so that accuracy is one of its metrics."""
         return True

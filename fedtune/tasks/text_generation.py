@@ -18,6 +18,11 @@ last exchange alone is too long, its end is cut; if that left no target, its beg
 with it. So no conversation is left out and each keeps a target. A warning counts those that are cut.
 Loss: cross entropy of each target given the tokens before it, the mean over the targets of a batch. Padding does not
 count.
+Packing: with ``train.packing: best-fit`` several short texts share a row of ``train.max_length`` tokens in training.
+Each is predicted as if it were alone, and no further text is cut. Epochs and steps count rows; a client weighs by its
+texts. A model that cannot keep the texts of a row apart is refused. Scoring is not packed.
+Source of packing: Ding et al., "Fewer Truncations Improve Language Modeling" (arXiv 2404.10830). Deviation: a text
+longer than ``train.max_length`` is cut to it, not split into pieces.
 Metrics: perplexity (the main one; lower is better), loss in nats per target, and accuracy of the next token, all over
 targets alone.
 Models: those of transformers' ``AutoModelForCausalLM``.
@@ -84,6 +89,11 @@ class TextGeneration(TextTask):
     def main_metric(self) -> str:
         """Perplexity."""
         return "perplexity"
+
+    @property
+    def can_pack(self) -> bool:
+        """Return True: every prediction is of one token of one text."""
+        return True
 
     def count_predictions(self, labels: Tensor) -> int:
         """Tokens that are predicted from those before them; labels [n, tokens]."""

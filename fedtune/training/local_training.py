@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedtune.data import EncodedDataset
 from fedtune.errors import DataError, FedtuneWarning
 from fedtune.memory import StorageMeter, peak_rss, release_freed, reset_peak_rss
 from fedtune.recipe.schema import Train
@@ -36,6 +37,7 @@ from fedtune.training.model_state import get_model_state, named_tensors
 from fedtune.training.optimisers import LocalOptimiser, compute_lr_factor
 from fedtune.training.received_state import receive_state
 from fedtune.training.start import Start
+from fedtune.training.training_rows import make_training_rows
 from fedtune.training.uploaded_statistics import compute_uploaded_statistics
 from fedtune.wire.client_update import HoldoutMetrics
 
@@ -121,14 +123,14 @@ def _warn_if_nothing_moved(moves: Sequence[Tensor], client: ClientRound) -> None
 def _run_extra_backward(client: ClientRound, rows: IntArray) -> None:
     """Compute the gradients of the loss on the client's first examples."""
     recipe = client.recipe
-    parts = _make_micro_batches(client, rows[: recipe.train.batch_size].tolist())
+    parts = _make_micro_batches(client, client.examples, rows[: recipe.train.batch_size].tolist())
     client.model.eval()
     _run_step(client, parts, client.number / recipe.federation.rounds, metered=False)
 
 
-def _make_micro_batches(client: ClientRound, chosen: list[int]) -> list[dict[str, Tensor]]:
+def _make_micro_batches(client: ClientRound, examples: EncodedDataset, chosen: list[int]) -> list[dict[str, Tensor]]:
     size = client.micro_batch_size or len(chosen)
-    return [client.examples.make_batch(part) for part in split_into_micro_batches(chosen, size)]
+    return [examples.make_batch(part) for part in split_into_micro_batches(chosen, size)]
 
 
 def _run_steps(client: ClientRound, rows: IntArray, masters: Mapping[str, nn.Parameter]) -> tuple[float, int, int]:
@@ -137,24 +139,25 @@ def _run_steps(client: ClientRound, rows: IntArray, masters: Mapping[str, nn.Par
     Return the mean loss, the bytes kept for backward in the first step, and the examples seen.
     """
     model, recipe, settings = client.model, client.recipe, client.recipe.train
-    steps = total_steps(len(rows), recipe)
+    data = make_training_rows(client.examples, rows, settings, client.derive_seed("packing"))
+    steps = total_steps(len(data.rows), recipe)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.zero_grad()  # a client that failed earlier may have left gradients
     optimiser = make_stepper(settings, model, masters)
     set_train_mode(model)
     losses, saved_bytes, examples = [], 0, 0
     lengths = client.examples.lengths if settings.group_by_length else None
-    order = batches(rows, settings.batch_size, steps, client.derive_seed("order"), lengths)
+    order = batches(data.rows, settings.batch_size, steps, client.derive_seed("order"), lengths)
     for step, chosen in enumerate(order):
         progress = ((client.number - 1) + step / steps) / recipe.federation.rounds
-        parts = _make_micro_batches(client, chosen)
+        parts = _make_micro_batches(client, data.examples, chosen)
         loss, kept = _run_step(client, parts, progress, metered=step == 0)
         saved_bytes = max(saved_bytes, kept)
         info = StepInfo(client.number, step, steps, settings.lr, settings.lr * compute_lr_factor(settings, progress))
         if loss is not None:
             apply_optimiser_step(model, client.techniques, optimiser, parameters, settings, info)
             losses.append(loss)
-        examples += len(chosen)
+        examples += data.count_examples(chosen)
     if not losses:
         raise DataError(
             "no example of the client has a second token, so there is nothing to predict; bring longer texts"

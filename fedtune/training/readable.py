@@ -1,18 +1,20 @@
 """Checks that the model can process the encoded examples, so that training does not fail later or learn nothing."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fedtune.data import EncodedDataset
+from fedtune.data.token_files import StoredTexts
 from fedtune.errors import DataError, ModelError
 from fedtune.recipe.schema import Recipe
 
 __all__ = ["require_readable"]
 
 _MOST_UNKNOWN = 0.5
+_TOGETHER = 1024
 _NEAR = 8
 """Some models accept a few tokens fewer than their configuration declares."""
 _BROKEN = (IndexError, RuntimeError, ValueError)
@@ -29,15 +31,15 @@ def require_readable(model: nn.Module, examples: EncodedDataset, recipe: Recipe,
         _require_side(model, examples, recipe)
         return
     ids = examples.make_batch([int(examples.lengths.argmax())])["input_ids"]
-    _require_rows(model, examples, recipe)
-    _require_words(examples, tokenizer, recipe)
+    counts, largest = _count_tokens(examples)
+    _require_rows(model, largest, recipe)
+    _require_words(counts, tokenizer, recipe)
     _require_positions(model, ids, recipe)
 
 
-def _require_rows(model: nn.Module, examples: EncodedDataset, recipe: Recipe) -> None:
+def _require_rows(model: nn.Module, largest: int, recipe: Recipe) -> None:
     able: Any = model
     rows: int = able.get_input_embeddings().num_embeddings
-    largest = max(int(batch["input_ids"].max()) for batch in _batches(examples))
     if largest >= rows:
         raise ModelError(
             f"{recipe.model.source}: its tokenizer has a token number {largest}, but its embedding only {rows} rows; "
@@ -45,19 +47,17 @@ def _require_rows(model: nn.Module, examples: EncodedDataset, recipe: Recipe) ->
         )
 
 
-def _require_words(examples: EncodedDataset, tokenizer: Any, recipe: Recipe) -> None:
+def _require_words(counts: Tensor, tokenizer: Any, recipe: Recipe) -> None:
     """Raise DataError when most tokens are unknown or there are none: the tokenizer fits neither the text nor the
     model.
     """
     if tokenizer is None:
         return
+    known = torch.arange(len(counts))
     special = torch.tensor(sorted(tokenizer.all_special_ids))
     unknown = -1 if tokenizer.unk_token_id in (None, tokenizer.eos_token_id) else int(tokenizer.unk_token_id)
-    words = strange = 0
-    for batch in _batches(examples):
-        ids = batch["input_ids"][batch["attention_mask"].bool()]
-        strange += int((ids == unknown).sum())
-        words += int((~torch.isin(ids, special)).sum())
+    strange = int(counts[known == unknown].sum())
+    words = int(counts[~torch.isin(known, special)].sum())
     if strange > _MOST_UNKNOWN * (words + strange) or not words:
         flaw = f"knows {words} of the {words + strange} words and signs" if strange else "makes no tokens"
         raise DataError(
@@ -66,9 +66,17 @@ def _require_words(examples: EncodedDataset, tokenizer: Any, recipe: Recipe) -> 
         )
 
 
-def _batches(examples: EncodedDataset) -> Sequence[dict[str, Tensor]]:
-    size = 1024
-    return [examples.make_batch(range(at, min(at + size, len(examples)))) for at in range(0, len(examples), size)]
+def _count_tokens(examples: EncodedDataset) -> tuple[Tensor, int]:
+    """How often each token occurs, and the largest one of all batches, padding included."""
+    if isinstance(examples, StoredTexts):
+        return examples.count_tokens(), examples.largest_token
+    counts, largest = torch.zeros(0, dtype=torch.int64), 0
+    for start in range(0, len(examples), _TOGETHER):
+        batch = examples.make_batch(range(start, min(start + _TOGETHER, len(examples))))
+        largest = max(largest, int(batch["input_ids"].max()))
+        counted = batch["input_ids"][batch["attention_mask"].bool()].bincount(minlength=largest + 1)
+        counts = counted + F.pad(counts, (0, len(counted) - len(counts)))
+    return counts, largest
 
 
 def _require_positions(model: nn.Module, ids: Tensor, recipe: Recipe) -> None:

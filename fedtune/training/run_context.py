@@ -24,6 +24,7 @@ from fedtune.training.device_classes import check_device_class
 from fedtune.training.evaluation import EvaluatedModel
 from fedtune.training.model_checks import check_model_privacy
 from fedtune.training.model_state import get_model_state, named_tensors
+from fedtune.training.packing_checks import check_packing
 from fedtune.training.readable import require_readable
 
 __all__ = ["RunContext", "clear_run_context", "get_run_context", "prepare_model", "set_run_context"]
@@ -44,6 +45,7 @@ def prepare_model(recipe: Recipe, labels: Sequence[str]) -> tuple[nn.Module, tup
         quantisation=quantised[0] if quantised else None,
     )
     shared = techniques.apply_techniques(chosen, model, task, derive_seed(recipe.seed, "techniques"))
+    check_packing(recipe, model)
     return model, chosen, shared
 
 

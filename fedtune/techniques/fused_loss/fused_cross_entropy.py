@@ -18,7 +18,7 @@ vocabulary. No token is dropped if the chunk size does not divide the number of 
 has loss 0, not nan.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -33,6 +33,7 @@ from transformers.utils.generic import ModelOutput
 
 from fedtune.errors import ModelError
 from fedtune.tasks import Task
+from fedtune.techniques._filtered_loss import set_base_loss
 from fedtune.techniques._technique import Technique
 from fedtune.techniques.fused_loss._chunked_loss import fused_cross_entropy
 
@@ -56,7 +57,7 @@ class FusedCrossEntropy(Technique):
             model.register_forward_pre_hook(_begin_forward, with_kwargs=True),
             model.register_forward_hook(_end_forward, always_call=True),
         )
-        model.loss_function = partial(_loss, head=late)  # type: ignore[assignment]
+        set_base_loss(model, partial(_loss, head=late), late.find_projection)
         _try_step(model)
 
     def make_reference(self) -> None:
@@ -88,6 +89,10 @@ class DeferredHead(nn.Module):
             return F.linear(hidden, self.weight, self.bias)
         self.hidden_states = hidden
         return hidden
+
+    def find_projection(self, passed: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """How rows become logits where ``passed`` are the hidden states of this step; None where they are logits."""
+        return partial(F.linear, weight=self.weight, bias=self.bias) if passed is self.hidden_states else None
 
     def to_plain_layer(self) -> nn.Linear:
         """The layer it stands for, with the same parameters."""
