@@ -151,7 +151,8 @@ def _refusing(audit: AuditLog) -> Callable[[Request, Exception], Awaitable[Respo
         status, sentence = _explain_error(request, error)
         if status != _STARTING:
             what = f"{request.method} {request.url.path[:200]}: {sentence}"
-            await run_in_threadpool(audit.record_refusal, get_remote_address(request), what, getattr(error, "who", ""))
+            actor = getattr(error, "actor", "")
+            await run_in_threadpool(audit.record_refusal, get_remote_address(request), what, actor)
         return _json({"error": clean_text(sentence, _SENTENCE)}, status)
 
     return refuse

@@ -25,9 +25,9 @@ _REMEMBERED = 1024
 class RequestRefusedError(Exception):
     """Raised where a request is turned down; the sentence says what is wrong and the mend."""
 
-    def __init__(self, status: int, sentence: str, who: str = "") -> None:
+    def __init__(self, status: int, sentence: str, actor: str = "") -> None:
         super().__init__(sentence)
-        self.status, self.message, self.actor = status, sentence, who
+        self.status, self.message, self.actor = status, sentence, actor
 
 
 @dataclass
