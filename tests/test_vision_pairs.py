@@ -27,7 +27,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dynamic-pruning": {"density": 0.7, "every": 1},
     "lora": {"rank": 2},
 }
-TEXTS_ONLY = {"gradient-checkpointing", "deft", "fused-cross-entropy", "meft", "qlora", "selective-checkpointing"}
+TEXTS_ONLY = {
+    "chunked-mlp",
+    "error-norm-truncation",
+    "shifted-attention",
+    "gradient-checkpointing",
+    "deft",
+    "fused-cross-entropy",
+    "meft",
+    "qlora",
+    "selective-checkpointing",
+}
 """What a small net of plain layers refuses, or keeps as it is."""
 NAMES = [name for name in unit_registry.list_unit_names("fedtune.techniques") if name not in TEXTS_ONLY]
 PAIRS = [f"{one}+{other}" for one, other in combinations(NAMES, 2)]

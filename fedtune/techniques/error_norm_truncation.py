@@ -8,6 +8,7 @@ model that does not know the data yet has no opinion worth following.
 Exactness: the gradient of a dropped token is 0, and the choice itself has no gradient. The loss divides by the kept
 tokens, but at least by half of all, so that a batch of mostly noise takes a smaller step. If no token is dropped, the
 loss is the ordinary one, bit for bit. In micro-batches, each part divides by its own tokens.
+Saves: nothing.
 Costs: a second look at the logits, 128 tokens at a time. With ``fused-cross-entropy`` this is a second product with the
 vocabulary.
 Sends: what the other technique sends.
