@@ -29,7 +29,7 @@ class RetryLoop:
         self.last_error = ""
 
     def call_until_success(self, call: Callable[[], Result]) -> Result:
-        """Return the result of the first successful call. Errors other than those of the server or the network are raised."""
+        """Return the result of the first successful call. Other errors than those of server and network are raised."""
         backoff = Backoff()
         while True:
             try:

@@ -170,7 +170,7 @@ ATTACKS = [
     Attack("a profile of markup and figures beyond all measure", _profile, "the profile does not hold"),
     Attack("a device's key where an operator's belongs", _operators_routes, "needs an operator's key"),
     Attack("a reader who submits, a recipe that does not hold", _reader_submits, "has the role read"),
-    Attack("600 MB in 5 MB", _bomb, "too many for its round|its round asks for"),
+    Attack("600 MB in 5 MB", _bomb, "too many for its round|the limit of the round is"),
     Attack("20 MB of reason", _reason, "push-messages: the request is larger"),
     Attack("objects of no answer", _unannounced, "of no answer that was announced"),
     Attack("an empty fedtune-held header", _empty_held, ""),
