@@ -292,5 +292,5 @@ def test_a_federation_without_one_usable_contribution_ends_with_code_2(
     home: Path, refused: Refusal, recipe: str
 ) -> None:
     said = refused("simulate", recipe, "--set", "federation.max_update_norm=1e-12")
-    assert "no round got enough usable contributions; see the reasons in: fedtune runs show trivial-" in said
+    assert "no round got enough usable client updates; see the reasons in: fedtune runs show trivial-" in said
     assert outcome().run.status == "failed"

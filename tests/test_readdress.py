@@ -96,7 +96,7 @@ def test_settings_that_cannot_be_changed_in_place_are_left_alone(place: ServerHo
     text = "listen: &where '0.0.0.0:1'\nhostnames: [old.example]\nstore: *where\n"
     (place.folder / "server.yaml").write_text(text)
     done = init("--listen", "0.0.0.0:2")
-    assert "cannot be changed in place; change listen and hostnames in it" in str(done.exception)
+    assert "cannot be changed automatically; change listen and hostnames in it" in str(done.exception)
     assert settings(place) == text
 
 

@@ -116,4 +116,4 @@ def _reached() -> Iterator[None]:
     except httpx.HTTPStatusError as error:
         raise ServerError(f"Flower's SuperLink refuses: {error.response.text.strip()[:300]}") from error
     except (httpx.HTTPError, ValueError) as error:
-        raise ServerError(f"Flower's SuperLink cannot be reached ({error}); it is started again") from error
+        raise ServerError(f"Flower's SuperLink cannot be reached ({error}); it will be restarted") from error

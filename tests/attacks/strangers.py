@@ -184,7 +184,7 @@ def _not_on_linux() -> str:
 ATTACKS = [
     Attack("a stranger calls Flower's Control API", _control, "POST /v1/control/start-run"),
     Attack("markup and terminal codes in paths", _terminal, r"\[/nope\]"),
-    Attack("JSON that is deep, endless or not finite", _json, "lists or objects more than"),
+    Attack("JSON that is deep, endless or not finite", _json, "lists or objects nested more than"),
     Attack("20 MB where a kilobyte belongs", _large, "is larger than the"),
     Attack("headers without end", _headers, "invalid HTTP request, or headers that are too large"),
     Attack("plain HTTP on the TLS port", _plain, r"127\.0\.0\.1 the TLS connection failed"),

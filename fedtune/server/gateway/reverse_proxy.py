@@ -92,7 +92,7 @@ class ReverseProxy:
         return await self._answered(request, name, answer)
 
     async def _taken(self, request: Request, path: str) -> bytes:
-        """Return the body of a call within its size limit. Objects of a reply are checked against the round's limits."""
+        """Return the body of a call within its size limit. Objects of a reply count towards the round's limit."""
         if path not in (_PUSH, _PUSH_OBJECT):
             return await _whole(request, min(_SMALL, self._body_limit))
         name = await run_in_threadpool(self._guard.authenticate_device, request)  # before a large body is read
