@@ -85,7 +85,7 @@ VERDICTS = [f"the film {row % 20} was {'dull,no' if row % 2 else 'fine,yes'}" fo
             ("train.techniques=lora", "train.techniques=[{{lora: {{targets: [nowhere]}}}}]"),
             "no linear layer of",
         ),
-        (VERDICTS, ('model.source="path:{folder}"',), "is no model folder: it has no config.json"),
+        (VERDICTS, ('model.source="path:{folder}"',), "is not a model folder: it has no config.json"),
     ],
 )
 def test_what_cannot_run_leaves_no_trace(
