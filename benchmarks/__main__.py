@@ -34,6 +34,7 @@ CLAIMS = (
     "aim_federation",
     "asynchronous",
     "privacy",
+    "chat_masks",
     "device_phases",
     "device_crowd",
     "device_faults",

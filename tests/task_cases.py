@@ -52,7 +52,7 @@ def _pick(words: tuple[str, ...], row: int) -> str:
 
 
 def _text(row: int) -> str:
-    return f"{_pick(_COLOURS, row)} {_pick(_ANIMALS, row // 3)} runs n{row % 60}"
+    return f"{_pick(_COLOURS, row)} {_pick(_ANIMALS, row // 3)} runs n{row % 60}{' sits' * (row % 2)}"
 
 
 def _one_class(row: int) -> dict[str, Any]:
@@ -79,10 +79,18 @@ def _number(row: int) -> dict[str, Any]:
 
 def _tags(row: int) -> dict[str, Any]:
     name, place = _pick(_NAMES, row), _pick(_PLACES, row // 2)
+    more = row % 3
     return {
-        "words": [name, "runs", "to", place, place, f"n{row % 60}"],
-        "tags": ["B-PER", "O", "O", "B-LOC", "I-LOC", "O"],
+        "words": [name, "runs", "to", place, place, f"n{row % 60}", *["red"] * more],
+        "tags": ["B-PER", "O", "O", "B-LOC", "I-LOC", "O", *["O"] * more],
     }
+
+
+def _conversation(row: int) -> dict[str, Any]:
+    """The colour of a number and, in every other row, the place of an animal."""
+    said = [("user", f"n{row % 60}"), ("assistant", _pick(_COLOURS, row))]
+    said += [("user", _pick(_ANIMALS, row // 3)), ("assistant", _pick(_PLACES, row // 3))] if row % 2 else []
+    return {"messages": [{"role": role, "content": content} for role, content in said]}
 
 
 def _image(row: int, *, several: bool) -> dict[str, Any]:
@@ -122,6 +130,12 @@ CASES: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
         "{feature-extraction: {loss: cosine}}",
         lambda row: {"text": _text(row), "text_pair": _text(row + 1 + row % 5), "label": float(row % 5 == 2)},
     ),
+    "text-generation": ("text-generation", lambda row: {"text": _text(row)}),
+    "text-generation, messages": ("{text-generation: {chat_template: chatml}}", _conversation),
+    "text-generation, instruction": (
+        "{text-generation: {chat_template: chatml, loss_on: completion}}",
+        lambda row: {"instruction": _text(row), "input": f"n{row % 60}", "output": f"{_pick(_COLOURS, row)} sits"},
+    ),
     "image-classification": ("image-classification", lambda row: _image(row, several=False)),
     "image-classification, several": (
         "{image-classification: {problem_type: multi_label_classification}}",
@@ -140,13 +154,14 @@ CASES: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
 """The task as a recipe writes it, and the row with a number."""
 
 
-def _save_tokenizer(folder: Path, **templates: str) -> int:
-    """A tokenizer of the known words; returns their number."""
-    known = {word: number for number, word in enumerate((*_SPECIAL, *_WORDS, *_NUMBERS))}
+def _save_tokenizer(folder: Path, *signs: str, **templates: str) -> int:
+    """A tokenizer of the known words and of signs that are never split; returns their number."""
+    known = {word: number for number, word in enumerate((*_SPECIAL, *_WORDS, *_NUMBERS, *signs))}
     core = Tokenizer(WordPiece(known, unk_token="[UNK]"))
     core.pre_tokenizer = Whitespace()
     marks = [(name, known[name]) for name in ("[CLS]", "[SEP]")]
     core.post_processor = TemplateProcessing(**templates, special_tokens=marks)
+    core.add_special_tokens(list(signs))
     names = {f"{name.strip('[]').lower()}_token": name for name in _SPECIAL}
     inputs = ["input_ids", "token_type_ids", "attention_mask"]
     PreTrainedTokenizerFast(
@@ -190,9 +205,9 @@ def _save_encoder_decoder(folder: Path) -> None:
         T5ForConditionalGeneration(config).save_pretrained(folder)
 
 
-def _save_decoder(folder: Path) -> None:
+def _save_decoder(folder: Path, *signs: str) -> None:
     """A Llama of random weights, and its tokenizer."""
-    count = _save_tokenizer(folder, single="[CLS] $A", pair="[CLS] $A $B")
+    count = _save_tokenizer(folder, *signs, single="[CLS] $A", pair="[CLS] $A $B")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = LlamaConfig(
@@ -217,10 +232,12 @@ def task_recipe(case: str, folder: Path, *overrides: str, rows: int = 180) -> Re
         (folder / "model").mkdir(exist_ok=True)
         save_image_model(LogisticRegression(2), folder / "model")
         overrides = ("train.image_size=28", *overrides)
-    elif case.startswith("preference"):
-        _save_decoder(folder / "model")
     elif case.startswith("text2text"):
         _save_encoder_decoder(folder / "model")
+    elif case.startswith("preference"):
+        _save_decoder(folder / "model")
+    elif case.startswith("text-generation"):
+        _save_decoder(folder / "model", "<|im_start|>", "<|im_end|>", "user", "assistant")
     else:
         save_encoder(folder / "model")
     lines = [json.dumps(make(row)) for row in range(rows)]

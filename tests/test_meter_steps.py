@@ -130,7 +130,7 @@ def test_a_gradient_that_a_function_writes_past_autograd_is_told_apart() -> None
 
 def allocator(run: Callable[[], Tensor]) -> tuple[int, int, Tensor]:
     """What torch's own allocator reports: bytes left at the end, and at the worst moment."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
         out = run()
     found = profiled.profiler.kineto_results.events()
     events: Sequence[Any] = sorted((e for e in found if e.name() == "[memory]"), key=lambda e: e.start_ns())

@@ -97,7 +97,7 @@ def test_a_run_killed_at_random_moments_ends_as_one_left_alone(
     for case in range(CASES):
         here = home / f"case-{case}"
         monkeypatch.setenv("FEDTUNE_HOME", str(here))
-        hit += killed_after(chance.uniform(0.1, 1.0) * seconds, here, "simulate", recipe, "--json")
+        hit += killed_after(chance.uniform(0.05, 0.75) * seconds, here, "simulate", recipe, "--json")
         if case % 3 == 0 and (here / "runs").exists():
             killed_after(chance.uniform(0.1, 0.8) * seconds, here, "simulate", "--resume", "latest", "--json")
         ended = finish(here, recipe)

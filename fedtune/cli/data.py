@@ -5,10 +5,13 @@ from typing import TYPE_CHECKING
 
 import click
 
+from fedtune.cli.example_view import decode_examples, show_examples
+
 if TYPE_CHECKING:
     from rich.table import Table
 
     from fedtune.data import PartitionSummary
+    from fedtune.tasks import Segment
 
 __all__ = ["data"]
 
@@ -24,13 +27,17 @@ def data() -> None:
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting of the recipe.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="File for the plot (PNG).")
+@click.option("--examples", type=click.IntRange(min=1), help="Also print so many training examples with their targets.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for other programs.")
-def show(recipe: Path, overrides: tuple[str, ...], output: Path | None, as_json: bool) -> None:
+def show(recipe: Path, overrides: tuple[str, ...], output: Path | None, examples: int | None, as_json: bool) -> None:
     """Show how many examples of each label every client has, as a table and a plot.
+
+    With --examples also how the first training examples are read. What is a target stands in [[double brackets]].
 
     \b
     Example:
       fedtune data show recipes/sentiment.yaml --set data.partition.kind=iid
+      fedtune data show recipes/instruct.yaml --examples 3
     """
     from fedtune import data as library
     from fedtune import tasks
@@ -41,14 +48,15 @@ def show(recipe: Path, overrides: tuple[str, ...], output: Path | None, as_json:
     settings = read_recipe(recipe, overrides)
     corpus = tasks.load_data(settings)
     summary = library.summarise_partition(settings, corpus, library.partition_examples(settings, corpus.train))
+    decoded = decode_examples(settings, corpus, examples) if examples else []
     path = output or get_home_folder() / "pictures" / f"{settings.name}-split.png"
     draw_partition(summary, path)
     for note in corpus.notes:
         click.echo(f"warning: {note}", err=True)
-    _print(summary, path, as_json)
+    _print(summary, path, decoded, as_json)
 
 
-def _print(summary: "PartitionSummary", path: Path, as_json: bool) -> None:
+def _print(summary: "PartitionSummary", path: Path, decoded: "list[list[Segment]]", as_json: bool) -> None:
     from dataclasses import asdict
 
     from rich.console import Console
@@ -56,12 +64,14 @@ def _print(summary: "PartitionSummary", path: Path, as_json: bool) -> None:
     from fedtune.json_text import json_text
 
     if as_json:
-        click.echo(json_text({**asdict(summary), "plot": str(path)}))
+        listed = [[segment._asdict() for segment in segments] for segments in decoded]
+        click.echo(json_text({**asdict(summary), "plot": str(path), **({"examples": listed} if listed else {})}))
         return
     Console(markup=False).print(_table(summary))
     if (hidden := len(summary.holdings) - MAX_ROWS) > 0:
         click.echo(f"and {hidden} more clients; --json lists them all")
     click.echo(f"plot: {path}")
+    show_examples(decoded)
 
 
 def _table(summary: "PartitionSummary") -> "Table":

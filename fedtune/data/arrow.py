@@ -1,5 +1,6 @@
 """A column backed by the Arrow chunks of ``datasets``, which may be memory-mapped from disk."""
 
+import json
 from typing import Any, final
 
 import pyarrow as pa
@@ -35,6 +36,10 @@ class Arrow(Column):
         found: list[Any] = self._settled().to_pylist()
         return found
 
+    def structures(self) -> list[Any]:
+        """``datasets`` stores as JSON what has another type in other rows."""
+        return [_read_json(value, self._chunks.type) for value in self.values()]
+
     def find_missing_row(self) -> int | None:
         """Return the first row that is null, without converting the other values to Python objects."""
         settled = self._settled()
@@ -57,6 +62,19 @@ class Arrow(Column):
     def nested(self) -> str:
         """Return Arrow's name of a nested type, or an empty string."""
         return str(self._chunks.type) if pa.types.is_nested(self._chunks.type) else ""
+
+
+def _read_json(value: Any, kind: pa.DataType) -> Any:
+    """A value of a type that may be JSON, or hold it."""
+    if value is None:
+        return None
+    if isinstance(kind, pa.JsonType):
+        return json.loads(value)
+    if pa.types.is_struct(kind):
+        return {field.name: _read_json(value[field.name], field.type) for field in kind}
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return [_read_json(one, kind.value_type) for one in value]
+    return value
 
 
 _PICTURE = pa.struct({"bytes": pa.binary(), "path": pa.string()})

@@ -31,6 +31,10 @@ class Column(ABC):
     def values(self) -> list[Any]:
         """Return all values as Python objects."""
 
+    def structures(self) -> list[Any]:
+        """All values, with what is stored as JSON read."""
+        return self.values()
+
     @abstractmethod
     def texts(self) -> "Column":
         """Return the values as strings; TypeError for nested values."""

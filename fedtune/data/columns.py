@@ -2,12 +2,15 @@
 
 ``text``, ``text_pair``, ``target``, ``prompt``, ``chosen`` and ``rejected`` are strings, ``image`` is an image, and
 ``words`` is a list of words. ``label`` is one class, ``labels`` are several classes, ``number`` is a real number, and
-``tags`` has one class per word. Rows of the same ``group`` stay together. Results are reported per ``domain``.
+``tags`` has one class per word. ``messages`` is a conversation, read from the columns that hold it, and ``tools`` are
+the tools that it may call. Rows of the same ``group`` stay together. Results are reported per ``domain``.
 """
 
 from collections.abc import Sequence
 
 from fedtune.data.column import Column, Values, objects
+from fedtune.data.conversation_forms import find_conversation_form, resolve_text_column
+from fedtune.data.conversations import read_conversations
 from fedtune.data.table import Classes, Greys, Kind, Pictures, Table
 from fedtune.errors import DataError
 from fedtune.recipe.schema import Natural, Recipe
@@ -27,9 +30,16 @@ def rename_columns(recipe: Recipe, needed: Sequence[str], table: Table) -> Table
 
     Raises DataError when a column is missing or has a null.
     """
-    columns: dict[str, Column] = {}
+    form = find_conversation_form(recipe, needed, table.column_names)
+    columns = {} if form is None else read_conversations(table, form, recipe.data.columns, recipe.data.source)
+    named = _named(recipe, resolve_text_column(needed) if form is None else (), table.column_names)
+    return _convert_columns(recipe, named, table, columns)
+
+
+def _convert_columns(recipe: Recipe, named: "Named", table: Table, columns: dict[str, Column]) -> Table:
+    """``columns`` and those that are named, as canonical ones."""
     kinds: dict[str, Kind] = {}
-    for name, (key, column) in _named(recipe, needed, table.column_names).items():
+    for name, (key, column) in named.items():
         stored = _column(recipe.data.source, table, key, column)
         try:
             columns[name], kind = _convert(name, stored, table.kinds.get(column))

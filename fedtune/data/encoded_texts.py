@@ -55,8 +55,7 @@ class EncodedTexts:
     def _labels(self, rows: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         if self.labels is None:
             return ids.masked_fill(~mask, IGNORED_LABEL)
-        labels = self.labels[rows]
-        return labels[:, : ids.shape[1]] if self.labels_per_token else labels
+        return self.labels[rows, : ids.shape[1]] if self.labels_per_token else self.labels[rows]
 
 
 def encode_texts(

@@ -88,6 +88,10 @@ def _found(recipe: Recipe, columns: Sequence[str]) -> tuple[dict[str, Table], tu
     """Return the source's own splits with canonical columns, without skipped images, and notes."""
     source = read_data_source(recipe.data)
     found = {part: rename_columns(recipe, columns, table) for part, table in source.parts.items()}
+    if len({"messages" in table.column_names for table in found.values()}) > 1:
+        raise DataError(
+            f"{recipe.data.source} has texts in one part and conversations in another; name the task's format"
+        )
     if not isinstance(found["train"].kinds.get("image"), Pictures):
         return found, source.notes
     lost: list[str] = []

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedtune.data import image_samples, sentiment_samples
+from fedtune.data import conversation_samples, image_samples, personal_data_samples, sentiment_samples
 from fedtune.data.image_folder import has_metadata_table, image_folder
 from fedtune.data.listing import PARTS, files_in, parts_of
 from fedtune.data.split_column import by_column
@@ -127,10 +127,12 @@ def _of_domain(sample: str, table: Table, domain: str) -> Table:
 
 
 _SAMPLES: dict[str, Callable[[], dict[str, Table]]] = {
+    "chatterbot": conversation_samples.chatterbot,
     "digits": image_samples.digits,
     "fashion-mnist": image_samples.fashion_mnist,
     "films": sentiment_samples.films,
     "mnist-5k": image_samples.mnist_5k,
+    "personal-data": personal_data_samples.personal_data,
     "sentiment": sentiment_samples.sentiment,
 }
 _KINDS: dict[str, Callable[[str, DataSettings], Found]] = {

@@ -5,6 +5,7 @@ run's seed has no influence.
 """
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -53,6 +54,8 @@ def _place(content: bytes) -> float:
 def _contents(table: Table) -> Iterator[bytes]:
     if "text" in table.column_names:
         yield from (text.encode() for text in table["text"])
+    elif "messages" in table.column_names:
+        yield from (json.dumps(messages, sort_keys=True).encode() for messages in table["messages"])
     elif "prompt" in table.column_names:
         yield from (prompt.encode() for prompt in table["prompt"])
     elif "words" in table.column_names:

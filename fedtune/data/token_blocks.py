@@ -12,15 +12,21 @@ from fedtune.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["iter_shuffled_tokens", "iter_token_blocks"]
+__all__ = ["iter_shuffled_tokens", "iter_token_blocks", "shuffle_rows"]
 
 _SEED, _DOCUMENTS, _BLOCK = 42, 256, 512
 
 
 def iter_shuffled_tokens(documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[int]]:
     """Yield the token ids of one text at a time, in shuffled order."""
-    for index in np.random.default_rng(_SEED).permutation(len(documents)):
-        yield tokenizer(documents[int(index)], verbose=False)["input_ids"]
+    for row in shuffle_rows(len(documents)):
+        yield tokenizer(documents[row], verbose=False)["input_ids"]
+
+
+def shuffle_rows(count: int) -> list[int]:
+    """Return the row numbers in an order that is always the same."""
+    order: list[int] = np.random.default_rng(_SEED).permutation(count).tolist()
+    return order
 
 
 def iter_token_blocks(

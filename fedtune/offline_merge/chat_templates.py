@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from fedtune.data.chat_formats import CHAT_FORMATS
 from fedtune.errors import RecipeError
 from fedtune.offline_merge.json_file import read_json
 
@@ -18,10 +19,7 @@ _ALTERNATE = (
 )
 
 CHAT_TEMPLATES = {
-    "chatml": (
-        "{% for turn in messages %}<|im_start|>{{ turn.role }}\n{{ turn.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    ),
+    "chatml": CHAT_FORMATS["chatml"],
     "llama3": (
         "{{ bos_token }}{% for turn in messages %}<|start_header_id|>{{ turn.role }}<|end_header_id|>\n\n"
         "{{ turn.content | trim }}<|eot_id|>{% endfor %}"

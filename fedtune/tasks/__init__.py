@@ -8,11 +8,13 @@ from fedtune.data import DataSplits, EncodedDataset, Table
 from fedtune.recipe.schema import Recipe, Unit
 from fedtune.recipe.unit_registry import build_unit
 from fedtune.tasks._scores import ExampleScore, ScoreSums
+from fedtune.tasks._segments import Segment
 from fedtune.tasks._task import Task
 
 __all__ = [
     "ExampleScore",
     "ScoreSums",
+    "Segment",
     "Task",
     "encode_examples",
     "get_task",

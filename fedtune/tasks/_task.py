@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from fedtune.data.sampling import iter_inputs, sample_rows
 from fedtune.recipe.schema import ModelSettings, Recipe, Train
 from fedtune.recipe.unit_registry import NamedUnit
 from fedtune.tasks._scores import ExampleScore, ScoreSums
+from fedtune.tasks._segments import Segment, decode_example
 
 __all__ = ["Task"]
 
@@ -110,6 +111,10 @@ class Task(NamedUnit):
     def save_model_extras(self, model: nn.Module, recipe: Recipe, folder: Path) -> None:
         """Write what else a user of an exported model needs, beside the model and the reader."""
 
+    def read_files(self) -> Self:
+        """The task with the contents of files that its settings name, which other machines lack."""
+        return self
+
     def resolve_reader(self, recipe: Recipe) -> Recipe:
         """The recipe with the reader's settings written out."""
         return recipe
@@ -117,6 +122,10 @@ class Task(NamedUnit):
     def encode_examples(self, examples: Table, recipe: Recipe, reader: Any) -> EncodedDataset:
         """Examples as tensors; ModelError where the reader cannot be used for the task."""
         raise NotImplementedError
+
+    def decode_example(self, batch: Mapping[str, Tensor], reader: Any, names: Sequence[str]) -> list[Segment]:
+        """The text of the one example in a batch, and what of it is a target; nothing for a task without text."""
+        return decode_example(batch, reader, names) if self.reads_text else []
 
     def compute_loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """The loss of a batch."""

@@ -1,22 +1,43 @@
 """Text generation: predict the next token of a text.
 
 What: the pretrained language model is trained on with its own head.
-Columns: ``text``. A text is cut to ``train.max_length`` tokens; one that is not cut ends in the end token.
-Loss: cross entropy of each token given those before it, the mean over the tokens of a batch. Padding does not count.
-Metrics: perplexity (the main one; lower is better), loss in nats per token, and accuracy of the next token.
+Columns: ``text-or-messages``: a text, or a conversation in one of four forms, told by the columns that the data have
+or by ``format``: ``messages`` (a list of role and content; roles system, user, assistant, tool), ``prompt`` and
+``completion`` (texts or messages), ``instruction``, ``output`` and perhaps ``input`` (Alpaca), ``conversations`` (from
+and value: ShareGPT). ``tools`` may describe what a conversation calls. Data with the columns of two forms are refused
+until ``format`` says which counts.
+Texts: cut to ``train.max_length`` tokens; one that is not cut ends in the end token. Each token is a target.
+Conversations: written by the model's chat template, or by ``chat_template``; an exported model carries that one.
+Targets are what the assistant writes, with the sign that ends its turn (``loss_on: assistant``), its turns behind the
+last message of a user (``completion``), or each token (``all``). Where the template marks the assistant's words by
+``{% generation %}``, its marks count. Else each turn is found by rendering the conversation up to it and through it. A
+turn that the template writes otherwise once another follows is no target, and a warning counts such turns. What follows
+the last turn of the assistant is left out, unless each token is a target.
+Cutting: a conversation longer than ``train.max_length`` loses its oldest exchanges, and keeps its system prompt. If the
+last exchange alone is too long, its end is cut; if that left no target, its beginning is cut instead, the system prompt
+with it. So no conversation is left out and each keeps a target. A warning counts those that are cut.
+Loss: cross entropy of each target given the tokens before it, the mean over the targets of a batch. Padding does not
+count.
+Metrics: perplexity (the main one; lower is better), loss in nats per target, and accuracy of the next token, all over
+targets alone.
 Models: those of transformers' ``AutoModelForCausalLM``.
 """
 
 import math
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, Self
 
 import torch
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from fedtune.data import EncodedDataset, Table
+from fedtune.data.chat_formats import read_chat_template, set_chat_template
+from fedtune.data.conversation_forms import ANY_FORM
+from fedtune.data.encoded_conversations import LossOn, encode_conversations, iter_conversation_tokens
 from fedtune.data.encoded_texts import IGNORED_LABEL, encode_texts
-from fedtune.data.token_blocks import iter_shuffled_tokens, iter_token_blocks
+from fedtune.data.token_blocks import iter_shuffled_tokens, iter_token_blocks, shuffle_rows
+from fedtune.errors import RecipeError
 from fedtune.recipe.schema import Recipe
 from fedtune.tasks._scores import ExampleScore, ScoreSums, score_places
 from fedtune.tasks._text_task import TextTask, draw_tokens
@@ -34,10 +55,30 @@ class TextGeneration(TextTask):
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     peft_type: ClassVar[str | None] = "CAUSAL_LM"
 
+    format: Literal["auto", "text", "messages", "prompt-completion", "instruction", "conversations"] = Field(
+        "auto", description="what the data are; by default as their columns say"
+    )
+    chat_template: str | None = Field(
+        None, description="chatml, headings, plain, file:PATH.jinja or Jinja in full; by default the model's own"
+    )
+    loss_on: LossOn = Field("assistant", description="the targets in a conversation")
+
+    @field_validator("chat_template")
+    @classmethod
+    def _is_known(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith("file:"):  # a file is read once, where the recipe is resolved
+            read_chat_template(value)
+        return value
+
     @property
     def columns(self) -> tuple[str, ...]:
-        """Texts alone."""
-        return ("text",)
+        """Texts or conversations."""
+        return (ANY_FORM if self.format == "auto" else self.format,)
+
+    @property
+    def input_column(self) -> str:
+        """The column of texts, unless only conversations are taken."""
+        return "text" if self.format in ("auto", "text") else "messages"
 
     @property
     def main_metric(self) -> str:
@@ -48,8 +89,28 @@ class TextGeneration(TextTask):
         """Tokens that are predicted from those before them; labels [n, tokens]."""
         return int((labels[:, 1:] != IGNORED_LABEL).sum())
 
+    def load_reader(self, recipe: Recipe) -> Any:
+        """The model's tokenizer, with the chat template that is wanted."""
+        tokenizer = super().load_reader(recipe)
+        if self.chat_template is not None:
+            set_chat_template(tokenizer, self.chat_template)
+        return tokenizer
+
+    def read_files(self) -> Self:
+        """With the text of a template's file."""
+        if self.chat_template is None or not self.chat_template.startswith("file:"):
+            return self
+        return self.model_copy(update={"chat_template": read_chat_template(self.chat_template)})
+
     def encode_examples(self, examples: Table, recipe: Recipe, reader: Any) -> EncodedDataset:
-        """Token ids, which are the labels too."""
+        """Token ids, which are the labels too; in a conversation those of targets alone."""
+        if "messages" in examples.column_names:
+            return encode_conversations(examples, reader, recipe.train.max_length, self.loss_on)
+        if self.chat_template is not None or self.loss_on != "assistant":
+            raise RecipeError(
+                f"task, {self.name}: chat_template and loss_on are for conversations, but {recipe.data.source} is read "
+                "as texts; leave them out, or name the format of the conversations"
+            )
         return encode_texts(examples, reader, recipe.train.max_length)
 
     def score_logits(self, logits: Tensor, labels: Tensor) -> list[ExampleScore]:
@@ -61,11 +122,15 @@ class TextGeneration(TextTask):
         return super().compute_metrics(sums) | {"perplexity": math.exp(min(sums.mean_loss, _LARGEST_EXPONENT))}
 
     def iter_calibration_inputs(self, examples: Table, recipe: Recipe, batch_size: int) -> Iterator[dict[str, Tensor]]:
-        """Texts end to end in whole blocks of ``train.max_length`` tokens, as the authors of AIM do it.
+        """Texts or conversations end to end in blocks of ``train.max_length`` tokens, as the authors of AIM do it.
 
-        The blocks come from the first 256 texts of a shuffled order that are at most a block long.
+        The blocks come from the first 256 of a shuffled order that are at most a block long.
         """
-        rows = iter_shuffled_tokens(examples["text"], self.load_reader(recipe))
+        reader = self.load_reader(recipe)
+        if "messages" in examples.column_names:
+            rows = iter_conversation_tokens(examples, reader, shuffle_rows(len(examples)))
+        else:
+            rows = iter_shuffled_tokens(examples["text"], reader)
         return iter_token_blocks(rows, block_size=recipe.train.max_length, batch=batch_size)
 
     def make_random_batch(

@@ -28,5 +28,5 @@ def load_calibration_inputs(
         train=Train(local_steps=1, max_length=block),
         federation=Federation(rounds=1),
     )
-    examples = data.load_all_examples(recipe, (name,), ())
+    examples = data.load_all_examples(recipe, task.columns[:1], ())
     return list(task.iter_calibration_inputs(examples, recipe, batch))
