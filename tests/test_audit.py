@@ -101,7 +101,7 @@ def test_refusals_never_push_out_what_was_done_nor_others_of_their_kind(
     for name, value in {"_DONE": 100, "_REFUSED": 200, "_REFUSED_PER_SOURCE": 50, "_PRUNE_EVERY": 1}.items():
         monkeypatch.setattr(audit, name, value)
     watched.audit.record_action("ada", "run r submitted")
-    watched.log.write_line("refused", "10.9.9.9", "a key that is not known", "10.9.9.9")
+    watched.log.write_line("refused", "10.9.9.9", "an unknown key", "10.9.9.9")
     for number in range(400):
         watched.log.write_line("refused", "10.0.0.1", f"knocked {number}", "10.0.0.1")
     assert len(watched.of("10.0.0.1")) == 50

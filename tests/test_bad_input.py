@@ -85,7 +85,7 @@ VERDICTS = [f"the film {row % 20} was {'dull,no' if row % 2 else 'fine,yes'}" fo
             ("train.techniques=lora", "train.techniques=[{{lora: {{targets: [nowhere]}}}}]"),
             "no linear layer of",
         ),
-        (VERDICTS, ('model.source="path:{folder}"',), "is no model folder: it has no config.json"),
+        (VERDICTS, ('model.source="path:{folder}"',), "is not a model folder: it has no config.json"),
     ],
 )
 def test_what_cannot_run_leaves_no_trace(
@@ -292,5 +292,5 @@ def test_a_federation_without_one_usable_contribution_ends_with_code_2(
     home: Path, refused: Refusal, recipe: str
 ) -> None:
     said = refused("simulate", recipe, "--set", "federation.max_update_norm=1e-12")
-    assert "no round got enough usable contributions; see the reasons in: fedtune runs show trivial-" in said
+    assert "no round got enough usable client updates; see the reasons in: fedtune runs show trivial-" in said
     assert outcome().run.status == "failed"

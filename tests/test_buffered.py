@@ -158,7 +158,7 @@ def test_a_round_that_nobody_is_left_for_ends_at_once_and_counts_only_with_its_q
     with pytest.raises(RunError, match="no round got enough"):
         deployed(late("federation.quorum=3"), client=spoilt(fail, {0, 1}), run="three")
     failed = outcome("three").rounds[1]
-    assert failed.reason.startswith("2 usable contributions, quorum 3; error")
+    assert failed.reason.startswith("2 usable client updates, quorum 3; error")
     assert [c.status for c in failed.client_records] == ["error", "error", "unused", "unused"]
 
 

@@ -70,7 +70,7 @@ def test_a_certificate_is_renewed_while_the_server_is_up_and_shown_to_who_connec
         looking.renew()
         after = shown(place, port)
     assert after - before > timedelta(days=300)
-    assert said == [f"the server's certificate was made anew; it is good until {after:%d %b %Y}"]
+    assert said == [f"the server's certificate was renewed; it is valid until {after:%d %b %Y}"]
     looking.renew()
     assert len(said) == 1
 
@@ -81,7 +81,7 @@ def test_a_certificate_that_cannot_be_made_anew_is_told(home: Path, monkeypatch:
     place.ca_key_file.unlink()
     Certificates(place, ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), said.append).renew()
     [sentence] = said
-    assert sentence.startswith("the certificate ends on ")
+    assert sentence.startswith("the certificate expires on ")
     assert "ca.key" in sentence
 
 

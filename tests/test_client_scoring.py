@@ -204,7 +204,7 @@ def test_devices_that_are_away_removed_silent_or_decline_cost_nothing_but_their_
         "client 1 (dev-1)": DEVICE_REMOVED,
         "client 2 (dev-2)": NO_REPLY_BEFORE_DEADLINE,
         "client 4 (dev-4)": "declined: it ran out of memory; details are in the device's own log",
-        "client 5 (dev-5)": "it holds out fewer than 5 examples",
+        "client 5 (dev-5)": "it has fewer than 5 held-out examples",
     }
     assert describe_unscored_clients(told).startswith(
         "round 1  4 of 5 clients did not score the shared model: client 1 (dev-1): "

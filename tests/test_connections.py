@@ -74,7 +74,7 @@ def test_the_oldest_that_brought_nothing_makes_room_for_a_new_one_of_its_address
     told.call()
     assert not is_cut(first)
     assert is_cut(second)
-    assert told.lines == [("127.0.0.1", "too many connections, of which this one had brought nothing")]
+    assert told.lines == [("127.0.0.1", "too many connections, and this one sent no complete request")]
 
 
 def test_one_address_that_uses_all_it_may_is_refused_more_and_another_is_not(told: Told) -> None:
@@ -111,7 +111,7 @@ def test_what_is_overdue_is_cut_and_what_is_not_stays(told: Told) -> None:
     told.connections.sweep()
     assert is_cut(early)
     assert not is_cut(late)
-    assert told.lines == [("127.0.0.1", "sent no whole request within 15 s")]
+    assert told.lines == [("127.0.0.1", "sent no complete request within 15 s")]
 
 
 @contextmanager
@@ -192,7 +192,7 @@ def test_headers_that_do_not_end_are_cut_also_after_a_whole_request() -> None:
         assert not is_cut(second), "a rest between requests is uvicorn's to end"
         second.sendall(HEAD)
         sweep(told, 114.0)
-        assert told.lines == [("127.0.0.1", "sent no whole request within 15 s")]
+        assert told.lines == [("127.0.0.1", "sent no complete request within 15 s")]
         sweep(told, 116.0)
         assert is_cut(second)
 
@@ -216,9 +216,9 @@ def test_an_answer_that_is_not_read_is_cut() -> None:
     with web() as told:
         deaf = dialled(told)
         deaf.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
-        until(told, "did not read its answer")
+        until(told, "did not read the response")
         sweep(told, 61.0)
-        assert told.lines == [("127.0.0.1", "did not read its answer")]
+        assert told.lines == [("127.0.0.1", "did not read the response")]
 
 
 def taken(caller: socket.socket, most: int) -> int:
@@ -238,7 +238,7 @@ def test_a_body_that_was_refused_is_not_read_to_its_end(monkeypatch: pytest.Monk
         caller.sendall(b"POST /refuse HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000000\r\n\r\n")
         assert b"413" in answer(caller, b"no")
         assert taken(caller, 1_000_000_000) < 64 << 20
-        assert told.lines == [("127.0.0.1", "went on sending a body that was refused")]
+        assert told.lines == [("127.0.0.1", "continued to send a refused body")]
 
 
 def test_what_is_no_http_is_told_with_its_address() -> None:
@@ -248,13 +248,13 @@ def test_what_is_no_http_is_told_with_its_address() -> None:
             caller.sendall(bad)
             assert b"400" in caller.recv(1000)
         assert [line for line, _ in zip(told.lines, range(2), strict=False)] == [
-            ("127.0.0.1", "sent something that is no HTTP request, or headers too large")
+            ("127.0.0.1", "sent an invalid HTTP request, or headers that are too large")
         ] * 2
 
 
 @pytest.mark.parametrize(
     ("behind", "why"),
-    [(HEAD, "sent no whole request within 15 s"), (HEAD + b"\r\n01234", "sent its body too slowly")],
+    [(HEAD, "sent no complete request within 15 s"), (HEAD + b"\r\n01234", "sent its body too slowly")],
 )
 def test_a_request_that_comes_behind_another_has_to_get_on_too(behind: bytes, why: str) -> None:
     with web() as told:

@@ -42,11 +42,11 @@ def test_a_sixteen_bit_picture_in_a_whole_numbers_mode_is_scaled_too() -> None:
     ("image", "sentence"),
     [
         (Picture.fromarray(np.array([[0, 70000]], np.int32)), "more than 16 bits"),
-        (Picture.fromarray(np.array([[0.0, 1.0]], np.float32)), "real numbers whose range is not told"),
+        (Picture.fromarray(np.array([[0.0, 1.0]], np.float32)), "real numbers of unknown range"),
     ],
 )
 def test_a_picture_of_unknown_range_is_refused_by_name(image: Picture.Image, sentence: str) -> None:
-    with pytest.raises(Unreadable, match=rf"^scan\.tif cannot be read as a picture \(.*{sentence}"):
+    with pytest.raises(Unreadable, match=rf"^scan\.tif cannot be read as an image \(.*{sentence}"):
         decode(stored(image, "TIFF"), "scan.tif")
 
 
@@ -77,7 +77,7 @@ def test_a_truncated_picture_is_named(tmp_path: Path) -> None:
     Picture.fromarray(noise).save(tmp_path / "good.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "good.jpg").read_bytes()[:900])
     found = pictures([str(tmp_path / "good.jpg"), str(tmp_path / "cut.jpg")])
-    with pytest.raises(DataError, match=r"cut\.jpg cannot be read as a picture \(.*truncated.*data\.skip_unreadable"):
+    with pytest.raises(DataError, match=r"cut\.jpg cannot be read as an image \(.*truncated.*data\.skip_unreadable"):
         tasks.encode_examples(found, a_recipe("task=image-classification"), Preprocessor())
 
 
@@ -87,7 +87,7 @@ def test_a_damaged_picture_without_a_path_is_named_by_its_row() -> None:
     found = as_table(
         Dataset.from_dict({"image": [good, {"bytes": b"oops", "path": None}], "label": [0, 0]}, features=features)
     )
-    with pytest.raises(DataError, match=r"^the picture in row 2 cannot be read as a picture"):
+    with pytest.raises(DataError, match=r"^the image in row 2 cannot be read as an image"):
         tasks.encode_examples(found, a_recipe("task=image-classification"), Preprocessor())
 
 

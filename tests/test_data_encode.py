@@ -113,5 +113,5 @@ def test_a_picture_that_cannot_be_decoded_is_one_sentence(tmp_path: Path) -> Non
     (tmp_path / "broken.png").write_bytes(b"oops")
     features = Features({"image": Image(), "label": Value("int64")})
     images = as_table(Dataset.from_dict({"image": [str(tmp_path / "broken.png")], "label": [0]}, features=features))
-    with pytest.raises(DataError, match=r"broken\.png.*mend or remove the picture"):
+    with pytest.raises(DataError, match=r"broken\.png.*fix or remove the image"):
         tasks.encode_examples(images, a_recipe(IMAGES), Preprocessor())

@@ -73,14 +73,14 @@ def test_labels_of_another_part_that_are_no_classes_are_refused(tmp_path: Path) 
         rows = {"text": ["a", "b"], "label": [label, label]}
         Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{part}.parquet")
     with pytest.raises(
-        DataError, match=r"test part: the label -1 is none of the 2 classes; are these examples labelled"
+        DataError, match=r"test split: the label -1 is none of the 2 classes; are these examples labelled"
     ):
         tasks.load_data(a_recipe(f"data.source=parquet:{tmp_path}"))
 
 
 def test_a_column_without_pictures_is_refused(tmp_path: Path) -> None:
     table = csv_file(tmp_path / "table.csv", "text,label,author", *ROWS)
-    with pytest.raises(DataError, match=r"there is no picture .*author 0; check data\.columns\.image"):
+    with pytest.raises(DataError, match=r"there is no image .*author 0; check data\.columns\.image"):
         tasks.load_data(a_recipe(table, "task=image-classification", "data.columns.image=author"))
 
 

@@ -150,7 +150,7 @@ def test_a_named_encoding_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_encoding_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"data\.encoding: 'utf-9' is no encoding of text; write e\.g\. cp1252"):
+    with pytest.raises(RecipeError, match=r"data\.encoding: 'utf-9' is not a text encoding; write e\.g\. cp1252"):
         a_recipe("data.encoding=utf-9")
 
 
@@ -257,7 +257,7 @@ def test_a_rare_class_absent_from_the_test_part_is_told_and_trained(tmp_path: Pa
     corpus = loaded(text_file(tmp_path / "a.csv", [*ROWS, "rare,maybe"]))
     assert corpus.label_names == ("maybe", "no", "yes")
     assert [note.partition(": ")[2] for note in corpus.notes] == [
-        "the test part has no example of class 'maybe'; its score tells nothing of it"
+        "the test split has no example of class 'maybe'; its score tells nothing of it"
     ]
 
 
@@ -270,7 +270,7 @@ def test_a_csv_may_list_pictures_as_seen_from_its_folder(tmp_path: Path, monkeyp
     corpus = loaded(table, IMAGES)
     assert sorted(int(decode(image, "")[0, 0, 0]) for image in everything(corpus, "image")) == list(range(40))
     (tmp_path / "table" / "shots" / "9.png").unlink()
-    with pytest.raises(DataError, match=r"there is no picture .*/table/shots/9\.png; check data\.columns\.image"):
+    with pytest.raises(DataError, match=r"there is no image .*/table/shots/9\.png; check data\.columns\.image"):
         loaded(table, IMAGES)
 
 
@@ -328,7 +328,7 @@ def test_a_class_called_train_is_not_taken_for_a_part_by_itself(tmp_path: Path) 
 def test_pictures_outside_class_folders_are_refused(tmp_path: Path) -> None:
     for name in ("cat/1.png", "dog/1.png", "2.png"):
         picture(tmp_path / name)
-    with pytest.raises(DataError, match=r"2\.png lies in no folder of a class"):
+    with pytest.raises(DataError, match=r"2\.png is not in the folder of a class"):
         loaded(tmp_path, IMAGES, kind="folder")
     with pytest.raises(DataError, match="is no folder; name the folder"):
         loaded(tmp_path / "2.png", IMAGES, kind="folder")
@@ -341,11 +341,11 @@ def test_unreadable_pictures_are_left_out_when_that_is_asked_for(tmp_path: Path)
     (tmp_path / "b" / "1.png").write_bytes((tmp_path / "b" / "1.png").read_bytes()[:40])
     corpus = loaded(tmp_path, IMAGES, "data.skip_unreadable=true", kind="folder")
     assert sorted(int(decode(image, "")[0, 0, 0]) for image in everything(corpus, "image")) == list(range(2, 60))
-    assert "2 pictures cannot be read and are left out, among them" in corpus.notes[0]
+    assert "2 images cannot be read and are left out, among them" in corpus.notes[0]
 
 
 def test_a_part_that_is_empty_is_refused_wherever_it_is_asked_for(tmp_path: Path) -> None:
     recipe = a_recipe(csv_file(tmp_path / "a.csv", "text,label,group", *[f"t{r},{r % 2},x" for r in range(9)]))
     recipe = a_recipe(f"data.source={recipe.data.source}", "data.columns.group=group")
-    with pytest.raises(DataError, match=r"the validation part is empty; change data\.splits or bring more data"):
+    with pytest.raises(DataError, match=r"the validation split is empty; change data\.splits or bring more data"):
         tasks.load_all_examples(recipe, ("0", "1"), "validation")

@@ -49,7 +49,7 @@ def test_text_of_numbers_is_the_same_in_both() -> None:
     lists = as_table(Dataset.from_dict({"a": [[1], [2]]})).column("a")
     for column in (lists, Values(objects([[1], [2]]))):
         assert column.nested
-        with pytest.raises(TypeError, match="is no text"):
+        with pytest.raises(TypeError, match="is not text"):
             column.texts()
 
 
@@ -67,9 +67,9 @@ def test_pictures_are_paths_bytes_or_both(tmp_path: Path) -> None:
         assert column.values() == [picture]
         assert column.take(np.array([0, 0])).values() == [picture] * 2
     for wrong in ([3], [{"else": 1}]):
-        with pytest.raises(TypeError, match="is no picture"):
+        with pytest.raises(TypeError, match="is not an image"):
             as_table(Dataset.from_dict({"image": wrong})).column("image").pictures()
-        with pytest.raises(TypeError, match="is no picture"):
+        with pytest.raises(TypeError, match="is not an image"):
             as_picture(wrong[0])
 
 

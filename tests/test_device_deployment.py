@@ -188,7 +188,7 @@ def test_a_line_that_is_cut_and_slow_loses_nothing(server: Server, tmp_path: Pat
     assert statuses(found) == {"merged"}
     assert hashes(found) == undisturbed
     assert said.count("the server cannot be reached") == 1
-    assert "the server answers again" in said
+    assert "the server replies again" in said
 
 
 def test_a_clock_that_is_a_month_behind_does_not_matter(
@@ -265,11 +265,11 @@ def test_enrolment_holds_against_false_servers_and_used_tokens(server: Server, t
     home = DeviceHome(tmp_path / "one" / "device")
     with pytest.raises(DeviceError, match="not the server this token is from"):
         enrol_device(home, None, EnrolmentToken(token.url, "0" * 64, token.secret), None)
-    with pytest.raises(DeviceError, match="no https:// address"):
+    with pytest.raises(DeviceError, match="not an https:// address"):
         enrol_device(home, server.url.replace("https", "http"), token, None)
     with pytest.raises(DeviceError, match="cannot be reached"):
         enrol_device(home, "https://127.0.0.1:1", token, None)
-    with pytest.raises(DeviceError, match="the token is not whole"):
+    with pytest.raises(DeviceError, match="the token is incomplete"):
         EnrolmentToken.parse_token(server.token("two")[:-9])
     assert not home.folder.exists(), "nothing stays of what failed"
     identity = enrol_device(home, None, token, None)

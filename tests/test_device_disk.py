@@ -159,7 +159,7 @@ def test_a_damaged_order_is_dropped_with_its_answer_and_the_device_goes_on(place
     kept.write_bytes(damage(kept.read_bytes()))
     line = Line(order(2))
     said = run(place, line)
-    assert "the order in hand was damaged and is dropped; the server hands it out again" in said
+    assert "the saved train request is damaged and was deleted; the server sends it again" in said
     assert [claim for claim, _ in line.sent] == [order(2)]
     assert line.sent[0][1] == b"order-unreadable"
 
@@ -167,7 +167,7 @@ def test_a_damaged_order_is_dropped_with_its_answer_and_the_device_goes_on(place
 def test_an_order_that_is_whole_and_no_message_is_dropped_too(place: DeviceHome) -> None:
     place.save_pending("order", PullMessagesResponse().SerializeToString() or b"\x00")
     said = run(place, Line())
-    assert "the order in hand was damaged and is dropped; the server hands it out again" in said
+    assert "the saved train request is damaged and was deleted; the server sends it again" in said
 
 
 def test_a_damaged_answer_is_never_sent(place: DeviceHome) -> None:

@@ -80,8 +80,8 @@ def test_whatever_may_pass_is_tried_until_it_has_passed_and_said_once() -> None:
         persistence.call_until_success(_raising(_refused(500), _refused(503), _refused(401), _refused(412))) == "done"
     )
     assert [sentence.split(";")[0].split(":")[0] for sentence in said] == [
-        "the server has trouble of its own (HTTP 500)",
-        "the server has trouble of its own (HTTP 503)",
+        "the server has an internal problem (HTTP 500)",
+        "the server has an internal problem (HTTP 503)",
         "the server does not know this device",
         "the server refuses (HTTP 412)",
         RECOVERED_MESSAGE,
@@ -105,7 +105,7 @@ def test_an_answer_that_is_none_of_the_protocol_is_told_as_what_it_is() -> None:
         == "done"
     )
     assert said[0] == (
-        "the server answers something else than fedtune; check its address and both versions; "
+        "the reply does not come from a fedtune server; check its address and both versions; "
         "trying again until it works"
     )
 
@@ -118,9 +118,7 @@ def test_a_certificate_that_does_not_hold_is_told_with_the_mend() -> None:
     error.__cause__.__context__ = refused
     said: list[str] = []
     assert RetryLoop(said.append, lambda: None).call_until_success(_raising(error)) == "done"
-    assert said[0].startswith(
-        "the server's certificate does not hold (certificate has expired); on the server: fedtune"
-    )
+    assert said[0].startswith("the server's certificate is not valid (certificate has expired); on the server: fedtune")
 
 
 @pytest.mark.parametrize("told", ["{}", "[]", "nothing", '{"unix": "late"}', '{"unix": 1e300}', '{"unix": -5}',

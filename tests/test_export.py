@@ -84,7 +84,9 @@ def test_what_no_adapter_can_carry_becomes_a_whole_model_unless_an_adapter_is_as
 ) -> None:
     recipe = words(tmp_path, "train.techniques=bias", "federation.rounds=1")
     tensors = state(execute(recipe))
-    with pytest.raises(ModelError, match=r"^bias trains what no PEFT adapter can carry; export with --format model$"):
+    with pytest.raises(
+        ModelError, match=r"^bias trains tensors that no PEFT adapter can contain; export with --format model$"
+    ):
         export_model(recipe, tensors, tmp_path / "out", "adapter", "")
     assert not (tmp_path / "out").exists()
     assert export_model(recipe, tensors, tmp_path / "out", None, "") == "model"

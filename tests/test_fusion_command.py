@@ -184,7 +184,10 @@ def test_adapters_become_a_model_or_an_adapter_of_the_same_weights() -> None:
     ("arguments", "message"),
     [
         (("tuned1", "tuned2"), "name the output folder with -o, or use --dry-run"),
-        (("merge.yaml", "--method", "ties", "-o", "out"), "says how to merge; change it with --set"),
+        (
+            ("merge.yaml", "--method", "ties", "-o", "out"),
+            "contains the method and its settings; change them with --set",
+        ),
         (("tuned1", "--weights", "a", "-o", "out"), "write --weights as numbers with commas"),
         (("tuned1", "-o", "out", "--max-shard-size", "big"), "write it as 500MB or 5GB"),
         (("tuned1", "tuned2", "-o", "out", "--eval-data", "csv:x.csv"), "--eval-data needs --task"),

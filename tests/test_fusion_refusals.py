@@ -126,7 +126,7 @@ TABLE: dict[str, tuple[Spoil, str]] = {
     "a missing shard": (a_shard_away, r"names the shard model-00002-of-.*, which is missing; fetch it again"),
     "a file cut short": (cut, r"tuned2/model.safetensors is no whole safetensors file .*; fetch it again"),
     "a pickle": (pickled, r"pytorch_model.bin is a pickle, which can run any code; convert it to safetensors first"),
-    "not a number": (nan, r"tuned2: model\.norm\.weight holds values that are not finite; take a sound release"),
+    "not a number": (nan, r"tuned2: model\.norm\.weight holds values that are not finite; take another release"),
     "another base": (
         lambda folder: save(llama(77), folder / "base"),
         r"base is not the base of .*tuned1: its matrices differ from it by 1\.\d\d times the base's own norm; name the",

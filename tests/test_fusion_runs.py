@@ -34,5 +34,5 @@ def test_a_run_is_merged_with_its_own_start_as_the_base(home: Path, tmp_path: Pa
 
 
 def test_what_is_no_round_is_refused(home: Path) -> None:
-    with pytest.raises(StoreError, match="'last' is no round; write run:ID@ROUND"):
+    with pytest.raises(StoreError, match="'last' is not a round number; write run:ID@ROUND"):
         export_run_to_cache("run-1@last", None)

@@ -174,7 +174,7 @@ def test_the_seed_of_what_is_drawn_is_an_option(option: str) -> None:
 
 def test_what_is_said_of_a_folder_names_no_key_of_a_recipe() -> None:
     (Path("tuned1") / "config.json").unlink()
-    with pytest.raises(SourceError, match=r"tuned1 is no model folder: it has no config.json; check the path$"):
+    with pytest.raises(SourceError, match=r"tuned1 is not a model folder: it has no config.json; check the path$"):
         call("tuned1", "tuned2", "-o", "out")
     (Path("tuned2") / "model.safetensors").unlink()
     with pytest.raises(SourceError, match=r"tuned2 has no \*\.safetensors file; check the path$"):

@@ -203,7 +203,7 @@ def test_a_device_that_confirms_its_order_before_it_is_there_costs_itself_the_ro
         honest(device)
     early.answer(update(b"guessed"))
     found = told([(numbers.index(one.metadata.reply_to_message_id), one) for one in grid.pull_messages(numbers)])
-    assert found[0].startswith("it confirmed its order before it had fetched it")
+    assert found[0].startswith("it confirmed its train request before it fetched it")
     assert {client: found[client] for client in range(1, others + 1)} == dict.fromkeys(range(1, others + 1), "deltas")
 
 
@@ -283,7 +283,7 @@ def test_a_reply_that_expands_to_600_megabytes_is_refused_before_it_is_expanded(
     monkeypatch.setattr(Array, "inflate", classmethod(counting))
     devices = [Device(link, link.node(name)) for name in "ab"]
     found = run_round(grid, devices, [expanding, honest])
-    assert found[0] == f"its reply expands to 600000000 bytes, and this round expects {EXPECTED} at most"
+    assert found[0] == f"its reply expands to 600000000 bytes; the limit of this round is {EXPECTED}"
     assert found[1] == "deltas"
     assert max(inflated) < EXPECTED
 
@@ -291,7 +291,7 @@ def test_a_reply_that_expands_to_600_megabytes_is_refused_before_it_is_expanded(
 def test_a_reply_larger_than_the_round_expects_is_refused_and_deleted(link: Link, grid: GuardedGrid) -> None:
     devices = [Device(link, link.node(name)) for name in "ab"]
     found = run_round(grid, devices, [larger, honest])
-    assert found == {0: f"its reply has more than the {EXPECTED} bytes this round expects at most", 1: "deltas"}
+    assert found == {0: f"its reply is larger than the limit of this round, {EXPECTED} bytes", 1: "deltas"}
 
 
 def test_a_reply_that_is_never_sent_to_its_end_does_not_hold_up_the_others(link: Link, grid: GuardedGrid) -> None:
@@ -324,7 +324,7 @@ def test_a_reply_of_garbage_is_an_error_of_its_own_device(link: Link, grid: Guar
 
     devices = [Device(link, link.node(name)) for name in "ab"]
     found = run_round(grid, devices, [garbage, honest])
-    assert found == {0: "its reply is not what Flower's protocol says; update the client", 1: "deltas"}
+    assert found == {0: "its reply does not follow Flower's protocol; update the client", 1: "deltas"}
 
 
 def test_a_reply_that_names_another_order_inside_counts_as_its_own(link: Link, grid: GuardedGrid) -> None:

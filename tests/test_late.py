@@ -35,7 +35,7 @@ def test_a_scaled_contribution_reads_scaled_and_one_of_scale_one_bit_equal(tmp_p
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["train.techniques=[dynamic-pruning]"], "dynamic-pruning trains something else each round"),
+        (["train.techniques=[dynamic-pruning]"], "dynamic-pruning trains other tensors each round"),
         (["merge=[rebasin, mean]"], "rebasin wants the models of one round"),
         (["merge=[mean, bias-calibration]"], "bias-calibration wants the models of one round"),
         (["merge=[mean, aim: {statistics: clients}]"], "aim wants the models of one round"),
@@ -61,7 +61,7 @@ def adapted(lora: str, merge: str) -> Recipe:
 
 
 def test_an_alternating_factor_is_refused_and_a_frozen_one_is_not() -> None:
-    with pytest.raises(RecipeError, match=r"lora trains something else each round, .*; set trained_factors: b-only"):
+    with pytest.raises(RecipeError, match=r"lora trains other tensors each round, .*; set trained_factors: b-only"):
         adapted("alternate", "mean")
     with pytest.raises(RecipeError, match="fedit wants the models of one round"):
         adapted("none", "fedit")

@@ -209,6 +209,6 @@ def test_commands_say_what_such_a_run_is_not(home: Path, tmp_path: Path) -> None
         "The batch-norm layers have their values from before training" in (tmp_path / "out" / "README.md").read_text()
     )
     refused = CliRunner().invoke(cli, ["evaluate", "latest"])
-    assert "keeps a part of its model on the devices" in str(refused.exception)
+    assert "keeps some tensors of its model on the devices" in str(refused.exception)
     shown = CliRunner().invoke(cli, ["runs", "show", "latest"])
     assert "local accuracy" in shown.output

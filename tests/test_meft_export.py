@@ -94,5 +94,7 @@ def test_a_run_with_meft_is_exported(home: Path, tmp_path: Path) -> None:
     assert loaded.config.id2label == {0: "bad", 1: "good"}
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert len(tokenizer("the film was great")["input_ids"]) == 4
-    with pytest.raises(ModelError, match="meft trains what no PEFT adapter can carry; export with --format model"):
+    with pytest.raises(
+        ModelError, match="meft trains tensors that no PEFT adapter can contain; export with --format model"
+    ):
         export_model(recipe, tensors, tmp_path / "adapter", "adapter", "")

@@ -164,7 +164,7 @@ def test_weights_cut_short_are_refused(encoder: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "sentence"),
     [
-        ("path:/no/such/folder", "is no model folder"),
+        ("path:/no/such/folder", "is not a model folder"),
         ("gguf:/no/such/file", "there is no file /no/such/file"),
         ("sample:minlm", "did you mean 'minilm'"),
         ("minilm", "write hub:ID, path:FOLDER, gguf:FILE, sample:NAME or run:ID"),

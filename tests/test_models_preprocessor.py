@@ -196,11 +196,11 @@ def test_a_saved_preprocessor_is_read_back_and_is_one_of_transformers(name: str,
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"size": {"height": 32, "width": 40}}, "which is no square; set model.preprocessor"),
+        ({"size": {"height": 32, "width": 40}}, "which is not square; set model.preprocessor"),
         ({"resample": 1}, "resamples by filter 1, but only nearest"),
         ({"image_std": [0.5, 0, 0.5]}, "preprocessor_config.json: std.1 is 0.0, but must be greater than 0"),
-        ({"image_mean": [0.5], "image_std": [0.5]}, "normalises 1 channels in place of three"),
-        ({"do_resize": False}, "resizes no picture"),
+        ({"image_mean": [0.5], "image_std": [0.5]}, "normalises 1 channels instead of three"),
+        ({"do_resize": False}, "does not resize images"),
         *(
             ({"image_processor_type": f"{name}ImageProcessor"}, f"{name}ImageProcessor does more than resize, cut out")
             for name in ("Perceiver", "TextNet", "Donut", "Siglip2", "ImageGPT")

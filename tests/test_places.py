@@ -25,7 +25,7 @@ def test_what_is_packed_has_the_form_that_is_asked_for(tmp_path: Path) -> None:
     path.write_bytes(pack(packed))
     check_client_update(path, {}, declare_positions("wake", 4, 1000))
     path.write_bytes(pack({**packed, "wake_count": torch.tensor([1, 1, 0, 1], dtype=torch.uint8)}))
-    with pytest.raises(ClientUpdateError, match="wake_count adds up to 3 in place of 4"):
+    with pytest.raises(ClientUpdateError, match="wake_count adds up to 3 instead of 4"):
         check_client_update(path, {}, declare_positions("wake", 4, 1000))
 
 

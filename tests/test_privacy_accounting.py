@@ -99,7 +99,7 @@ def test_with_the_clients_noise_what_was_sent_counts_even_if_the_round_failed() 
 def test_without_the_accountant_the_mend_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(privacy_accounting, "find_spec", lambda name: None)
     require_privacy_accountant(trivial())
-    with pytest.raises(RecipeError, match=r"^privacy: .* pip install 'fedtune\[privacy\]', or drop privacy$"):
+    with pytest.raises(RecipeError, match=r"^privacy: .* pip install 'fedtune\[privacy\]', or remove privacy$"):
         require_privacy_accountant(trivial("privacy.clipping_norm=1", "privacy.noise_multiplier=1"))
 
 

@@ -19,7 +19,7 @@ from tests.private_federations import epsilons, private
 from tests.recipe_examples import TEXT, refusal
 
 REFUSED = {
-    "federation.max_update_norm=1": "federation.max_update_norm: privacy.clipping_norm bounds every contribution",
+    "federation.max_update_norm=1": "federation.max_update_norm: privacy.clipping_norm bounds every client update",
     "devices=[{count: 2}, {name: toy, count: 2, techniques: [bias]}]": "devices: toy has techniques of its own",
     "federation.asynchronous={buffer: 2}": "federation.asynchronous: an answer counts in rounds its client was",
     "evaluation.local_holdout=0.2": "evaluation.local_holdout: scores on what clients hold out are sent without noise",
@@ -55,14 +55,14 @@ def test_the_servers_noise_goes_with_means_alone_and_the_clients_own_with_any_me
         private("server", f"merge=[{name}, {{shrink: {{factor: 0.5}}}}]")
     else:
         with pytest.raises(
-            RecipeError, match=f"^merge: {name} is no mean of contributions, .* privacy.noise_added_by=clients$"
+            RecipeError, match=f"^merge: {name} is not a mean of client updates, .* privacy.noise_added_by=clients$"
         ):
             private("server", f"merge=[{name}]")
 
 
 def test_a_recipe_that_was_not_resolved_is_refused_where_it_is_built() -> None:
     recipe = private("server").model_copy(update={"merge": [Unit(name="ties")]})
-    with pytest.raises(RecipeError, match=r"^merge: ties is no mean of contributions"):
+    with pytest.raises(RecipeError, match=r"^merge: ties is not a mean of client updates"):
         get_run_context(recipe.model_dump_json())
 
 
@@ -73,7 +73,7 @@ def test_many_merges_were_tried() -> None:
 @pytest.mark.parametrize("step", ["rebasin", "repair"])
 def test_steps_that_see_whole_models_are_refused_with_the_servers_noise(step: str) -> None:
     steps = f"merge=[{step}, mean]" if step == "rebasin" else f"merge=[mean, {step}]"
-    with pytest.raises(RecipeError, match=f"^merge: {step} is no mean of contributions"):
+    with pytest.raises(RecipeError, match=f"^merge: {step} is not a mean of client updates"):
         private("server", steps)
 
 

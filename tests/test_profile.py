@@ -157,7 +157,7 @@ def test_every_published_technique_is_among_all_of_them() -> None:
 def test_a_case_that_misfits_fails_with_its_sentence(recipe: Recipe, tmp_path: Path) -> None:
     nowhere = a_recipe(tmp_path / "nowhere")
     assert try_profile(a_case(nowhere, "full")) == profiling.FailedProfile(
-        "full", f"{tmp_path / 'nowhere'} is no model folder: it has no config.json; check model.source"
+        "full", f"{tmp_path / 'nowhere'} is not a model folder: it has no config.json; check model.source"
     )
 
 

@@ -25,4 +25,4 @@ def test_a_fresh_process_tells_its_own_peak(tmp_path: Path) -> None:
 def test_a_process_that_is_killed_leaves_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedtune.profiling.isolated_process._send_result", die)
     row = profile_in_subprocess(a_case(a_recipe(tmp_path), "full"))
-    assert row == FailedProfile("full", "its process was killed, perhaps for want of memory; try a smaller batch")
+    assert row == FailedProfile("full", "its process was killed, perhaps because memory was short; try a smaller batch")

@@ -96,7 +96,7 @@ def test_settings_that_cannot_be_changed_in_place_are_left_alone(place: ServerHo
     text = "listen: &where '0.0.0.0:1'\nhostnames: [old.example]\nstore: *where\n"
     (place.folder / "server.yaml").write_text(text)
     done = init("--listen", "0.0.0.0:2")
-    assert "cannot be changed in place; change listen and hostnames in it" in str(done.exception)
+    assert "cannot be changed automatically; change listen and hostnames in it" in str(done.exception)
     assert settings(place) == text
 
 
@@ -148,13 +148,13 @@ def test_a_device_does_not_move_to_another_server_or_to_an_address_the_certifica
     place: ServerHome, moving: DeviceHome, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = moving.read_identity()
-    with pytest.raises(DeviceError, match="no https:// address"):
+    with pytest.raises(DeviceError, match="not an https:// address"):
         move_device(moving, "localhost:8443")
     with pytest.raises(DeviceError, match="cannot be reached"):
         move_device(moving, "https://localhost:1")
     monkeypatch.setenv("FEDTUNE_HOME", str(home / "other"))
     other = create_server_home(["localhost"], "127.0.0.1:8443")
-    with answering(other) as port, pytest.raises(DeviceError, match="certificate does not hold"):
+    with answering(other) as port, pytest.raises(DeviceError, match="certificate is not valid"):
         move_device(moving, f"https://localhost:{port}")
     with moving.hold_lock(), pytest.raises(DeviceError, match="stop that process first"):
         move_device(moving, "https://localhost:1")

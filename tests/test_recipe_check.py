@@ -93,7 +93,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "lora cannot be combined with full": ("train.techniques=lora+full",),
     "2 steps combine": ("merge=[mean, mean]",),
     "fedit takes pairs": ("merge=[fedit]",),
-    "privacy.clipping_norm bounds every contribution": (
+    "privacy.clipping_norm bounds every client update": (
         "federation.max_update_norm=1",
         "privacy={clipping_norm: 1, noise_multiplier: 1}",
     ),

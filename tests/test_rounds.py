@@ -114,7 +114,7 @@ SPOILS: dict[str, tuple[Spoil, str, str]] = {
     "half a score": (
         with_report(REPORT | {"trained_holdout_metrics": [0.5]}),
         "rejected",
-        "trained_holdout_metrics: it holds a loss and an acc",
+        "trained_holdout_metrics: it must be empty, or",
     ),
     "a figure for a list": (
         with_report(REPORT | {"extra_holdout_metrics": 0.5}),
@@ -180,14 +180,14 @@ def test_a_round_below_its_quorum_fails_and_the_run_goes_on(home: Path) -> None:
     ended = execute(trivial("federation.quorum=3"), spoilt(raising, {0, 2}, rounds={1}))
     failed, completed = ended.rounds[1:]
     assert (failed.status, completed.status) == ("failed", "completed")
-    assert failed.reason.startswith("2 usable contributions, quorum 3; error: code 2: ValueError")
+    assert failed.reason.startswith("2 usable client updates, quorum 3; error: code 2: ValueError")
     assert [sent.status for sent in failed.client_records] == ["error", "unused", "error", "unused"]
     assert ended.hashes[0] == ended.hashes[1] != ended.hashes[2]
     assert (ended.run.status, ended.run.rounds_completed) == ("completed", 1)
 
 
 def test_a_run_without_one_completed_round_fails_and_says_so(home: Path) -> None:
-    with pytest.raises(RunError, match="no round got enough usable contributions; see the reasons in: fedtune runs"):
+    with pytest.raises(RunError, match="no round got enough usable client updates; see the reasons in: fedtune runs"):
         execute(trivial(), spoilt(raising, range(4)))
     ended = outcome()
     assert (ended.run.status, ended.run.rounds_completed) == ("failed", 0)

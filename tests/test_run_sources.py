@@ -110,7 +110,7 @@ def test_a_base_whose_round_was_done_again_since_is_made_again(home: Path, tmp_p
     ("source", "said"),
     [
         ("run:nobody", "the store holds no run yet"),
-        ("run:x@two", "'two' is no round; write run:ID@ROUND"),
+        ("run:x@two", "'two' is not a round number; write run:ID@ROUND"),
         ("'run:'", "the store holds no run yet"),
     ],
 )

@@ -93,7 +93,7 @@ def test_tags_come_from_the_token_and_from_operators_alone(server: Server) -> No
         told = connection.request_json("POST", "devices/tagged/tags", {"add": ["lab"], "remove": ["roof", "never"]})
         assert told == {"device": "tagged", "tags": ["lab", "mains"]}
         for bad in ("two words", "", "x" * 33, ["a"]):
-            with pytest.raises(ServerError, match="are no tags; use small letters"):
+            with pytest.raises(ServerError, match="is not a list of tags; use small letters"):
                 connection.request_json("POST", "devices/tagged/tags", {"add": [bad]})
         with pytest.raises(ServerError, match="there is no device 'nobody'; see them with fedtune server devices"):
             connection.request_json("POST", "devices/nobody/tags", {"add": ["lab"]})
@@ -122,8 +122,8 @@ def tags_of(connection: OperatorClient) -> list[str]:
 def test_a_run_cannot_be_submitted_without_an_operators_key(server: Server) -> None:
     assert server.knock("POST", "/fedtune/runs", json={"recipe": {}}).status_code == 401
     guess = {"Authorization": "Bearer guess"}
-    assert "a key that is not known" in error(server.knock("GET", "/fedtune/runs", headers=guess))
-    assert server.refused("/fedtune/runs needs an operator's key and got no operator key")
+    assert "an unknown key" in error(server.knock("GET", "/fedtune/runs", headers=guess))
+    assert server.refused("/fedtune/runs needs an operator's key, but the request has no operator key")
 
 
 def test_flowers_own_control_and_runtime_paths_are_not_there(server: Server) -> None:
@@ -187,8 +187,8 @@ def test_plain_http_and_an_authority_nobody_trusts_are_refused_and_told(server: 
         assert b"HTTP/1.1 200" not in plain.recv(100)
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{server.url}/fedtune/ca", verify=ssl.create_default_context())
-    assert server.refused("no TLS connection came about: HTTP_REQUEST")
-    assert server.refused("no TLS connection came about: TLSV1_ALERT_UNKNOWN_CA")
+    assert server.refused("the TLS connection failed: HTTP_REQUEST")
+    assert server.refused("the TLS connection failed: TLSV1_ALERT_UNKNOWN_CA")
 
 
 def test_a_body_beyond_the_limit_is_refused(server: Server, enrolled: Knocker) -> None:

@@ -126,7 +126,7 @@ def test_a_name_that_is_none_is_refused(home: Path) -> None:
 
 
 def test_no_server_is_told_with_the_mend(home: Path) -> None:
-    with pytest.raises(ServerError, match="make one with fedtune server init"):
+    with pytest.raises(ServerError, match="create one with fedtune server init"):
         open_server_home()
 
 

@@ -49,7 +49,7 @@ def test_health_is_told_to_whoever_asks_and_nothing_else(server: Server) -> None
 def test_a_token_for_a_name_that_no_device_can_have_is_refused(server: Server) -> None:
     with server.operator() as connection:
         for name in ("Kitchen", "a b", "-a", "x" * 65, "é", "a/b", "\x1b[2J"):
-            with pytest.raises(ServerError, match="is no name for a device; use at most 64 small letters"):
+            with pytest.raises(ServerError, match="is not a valid device name; use at most 64 small letters"):
                 connection.request_json("POST", "tokens", {"name": name})
         assert connection.request_json("POST", "tokens", {"name": ""})["token"]
 

@@ -99,7 +99,7 @@ def test_a_run_that_dies_at_every_start_is_failed_in_the_end(
     for _ in range(100):
         work.tick()
     found = store.run(run)
-    assert (found.status, found.reason) == ("failed", "it fell over; no round came of 8 starts")
+    assert (found.status, found.reason) == ("failed", "it fell over; 8 starts completed no round")
     assert superlink.started == 8
 
 
@@ -121,7 +121,7 @@ def test_a_store_that_cannot_be_written_for_a_while_counts_no_starts(
                 work.tick()
     work.tick()
     assert superlink.started == 1
-    assert store.run(run).reason == "it fell over; goes on at round 1"
+    assert store.run(run).reason == "it fell over; continues at round 1"
     assert work.get_recorded_run(store.run(run)).status == "running"
 
 
@@ -134,7 +134,7 @@ def test_a_run_that_died_rests_before_it_is_started_again(store: Store, home: Pa
         work.tick()
     assert superlink.started < 4
     assert work.get_recorded_run(store.run(run)).status == "running"
-    assert store.run(run).reason == "it fell over; goes on at round 1"
+    assert store.run(run).reason == "it fell over; continues at round 1"
 
 
 def test_a_simulation_is_not_the_managers(store: Store, home: Path) -> None:
@@ -209,7 +209,7 @@ def test_a_pending_run_is_not_waited_for_when_nobody_will_start_it(store: Store,
     superlink.whole = False
     work.tick()
     assert superlink.ended == 1
-    assert store.run(run).reason == "the SuperLink did not start the run; goes on at round 1"
+    assert store.run(run).reason == "the SuperLink did not start the run; continues at round 1"
 
 
 class Working(Hopeless):
@@ -244,7 +244,7 @@ def test_a_run_that_is_stopped_and_resumed_between_two_ticks_goes_on_and_may_fai
     superlink.works = False
     for _ in range(3):
         work.tick()
-    assert store.run(run).reason == "it fell over; goes on at round 1"
+    assert store.run(run).reason == "it fell over; continues at round 1"
 
 
 def test_a_run_that_is_stopped_and_resumed_while_its_process_dies_is_started_again(store: Store, home: Path) -> None:
@@ -258,7 +258,7 @@ def test_a_run_that_is_stopped_and_resumed_while_its_process_dies_is_started_aga
     superlink.works = False
     work.tick()
     superlink.works = True
-    assert store.run(run).reason == "it fell over; goes on at round 1"
+    assert store.run(run).reason == "it fell over; continues at round 1"
     work._trouble[run].rest_until = 0.0
     work.tick()
     work.tick()

@@ -86,7 +86,7 @@ def test_a_mask_that_does_not_fit_is_refused(spoil: object, reason: str) -> None
         (torch.tensor([0, 9], dtype=torch.int32), torch.ones(2), None),
         (torch.tensor([0, 10], dtype=torch.int32), torch.ones(2), "outside 0 to 9"),
         (torch.tensor([-1, 3], dtype=torch.int32), torch.ones(2), "outside 0 to 9"),
-        (torch.tensor([1, 3]), torch.ones(2), "is I64 in place of I32"),
+        (torch.tensor([1, 3]), torch.ones(2), "is I64 instead of I32"),
         (torch.tensor([1, 3], dtype=torch.int32), torch.tensor([1.0, math.nan]), "not finite"),
         (torch.tensor([1, 3], dtype=torch.int32), torch.ones(3), "has shape"),
     ],

@@ -1,1 +1,1 @@
-"""The command line: one file per command, each thin: parse, call, show."""
+"""The command line: one file per command. Each parses its options, calls the library and prints the result."""

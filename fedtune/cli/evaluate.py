@@ -57,7 +57,7 @@ def evaluate(
     context = get_run_context(recipe.model_dump_json())
     if context.local_tensors:
         raise ModelError(
-            f"run {run} keeps a part of its model on the devices; see the split local: fedtune runs show {run}"
+            f"run {run} keeps some tensors of its model on the devices; see the split local: fedtune runs show {run}"
         )
     examples = (
         getattr(context, split or "validation")

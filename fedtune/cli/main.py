@@ -1,4 +1,4 @@
-"""The command line. A command is imported only when it is called. An error ends in one sentence and an exit code."""
+"""The command line. A command is imported only when it is called. An error prints one sentence and an exit code."""
 
 import gc
 import importlib
@@ -39,7 +39,7 @@ class _Lazy(click.Group):
     """A group that imports a command's module when the command is called, not to list it."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse today's names. Shell completion, which is resilient, prints no notices."""
+        """Translate old names, then parse. Shell completion prints no notices."""
         words, notices = translate_old_names(args)
         for sentence in () if ctx.resilient_parsing else notices:
             click.echo(f"fedtune: {clean_lines(sentence)}", err=True)

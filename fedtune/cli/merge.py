@@ -94,7 +94,9 @@ def _read_stages(options: MergeOptions) -> "list[Stage]":
     if first.suffix in (".yaml", ".yml"):
         changes = [options.method, options.base_model, options.weights, options.tokenizer_source, options.dtype]
         if len(options.sources) > 1 or any(changes) or options.align or options.relax or options.renormalise:
-            raise click.UsageError(f"{first} says how to merge; change it with --set, e.g. --set base_model=./base")
+            raise click.UsageError(
+                f"{first} contains the method and its settings; change them with --set, e.g. --set base_model=./base"
+            )
         seeded = () if options.seed is None else (f"seed={options.seed}",)
         return read_merge_config(first, (*options.settings, *seeded))
     config, text = build_merge_config(

@@ -1,4 +1,4 @@
-"""Commands, options and values that were renamed: the old name still works, and one line says the new one."""
+"""Renamed commands, options and values. An old name still works, and one line names the new one."""
 
 from collections.abc import Mapping, Sequence
 
@@ -44,7 +44,7 @@ OPTIONS: Mapping[str, Mapping[str, str]] = {
     "server tokens": {"--remove": "fedtune server remove-token TOKEN"},
     "submit": {"--server": "--operator-file"},
 }
-"""By command, or by group for all its commands. An option that became a command is still a hidden option."""
+"""Renamed options by command, or by group for all its commands. An option that became a command is hidden."""
 
 VALUES: Mapping[str, Mapping[str, Mapping[str, str]]] = {
     "device join": {"--data": {"part": "partition"}},
@@ -52,7 +52,7 @@ VALUES: Mapping[str, Mapping[str, Mapping[str, str]]] = {
     "export": {"--format": {"full": "model"}},
     "simulate": {"--engine": {"local": "in-process"}},
 }
-"""By command and option: the whole value, or what stands before its colon."""
+"""Renamed values by command and option: the whole value, or its part before the colon."""
 
 
 def translate_old_names(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -76,7 +76,7 @@ def translate_old_names(arguments: Sequence[str]) -> tuple[list[str], list[str]]
 
 
 def describe_renaming(old: str, new: str) -> str:
-    """Say the new name in one sentence."""
+    """Return one sentence with the new name."""
     return f"{old} is called {new} now"
 
 
@@ -90,7 +90,7 @@ def _rename_option(word: str, options: Mapping[str, str]) -> tuple[str, list[str
 
 
 def _rename_value(word: str, before: str, values: Mapping[str, Mapping[str, str]]) -> tuple[str, list[str]]:
-    """A value stands in the word after its option, or behind an equals sign."""
+    """Replace a value, which is the word after its option, or follows an equals sign."""
     option, equals, value = word.partition("=")
     if not (equals and option in values):
         option, equals, value = before, "", word

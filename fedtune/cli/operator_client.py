@@ -60,7 +60,7 @@ class OperatorClient:
         except ValueError as error:
             raise ServerError(f"{self.url} is not a fedtune server; check the address") from error
         if answer.is_error:
-            raise ServerError(str(reply.get("error", f"the server answered {answer.status_code}")))
+            raise ServerError(str(reply.get("error", f"the server replied with status {answer.status_code}")))
         return reply
 
 

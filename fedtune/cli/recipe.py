@@ -28,9 +28,9 @@ def upgrade(file: Path, output: Path | None) -> None:
     from fedtune.recipe.versions import VERSION
     from fedtune.recipe.yaml_file import read_text_file
 
-    read_text_file(file, "the recipe")  # refused in a sentence
+    read_text_file(file, "the recipe")  # raises an error with one sentence
     mode = file.stat().st_mode
-    before = file.read_bytes().decode()  # with the line ends that it has
+    before = file.read_bytes().decode()  # with its own line ends
     upgraded = upgrade_recipe_text(before, str(file))
     if upgraded == before and output is None:
         click.echo(f"{file} is of version {VERSION} already")

@@ -24,7 +24,7 @@ from fedtune.server.events import (
 __all__ = ["Clock", "show_run_progress"]
 
 _QUIET_SECONDS = 10.0
-"""How often a long scoring prints a line without a terminal."""
+"""Seconds between lines of a long scoring without a terminal."""
 
 
 @contextmanager
@@ -80,7 +80,7 @@ class Clock:
             self._training = 0.0  # before the first round nothing is trained
 
     def format_remaining_time(self) -> str:
-        """Return the minutes and seconds left, including the remaining scoring; empty before the first round."""
+        """Return the minutes and seconds left, including scoring; empty before the first round."""
         if not self._ended:
             return ""
         seconds = self._training / self._ended * (self._rounds - self._number)

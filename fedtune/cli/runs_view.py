@@ -200,7 +200,7 @@ def _newest(lines: Sequence[str], last: int | None) -> Sequence[str]:
 
 
 def _console() -> Console:
-    # What is printed is data: brackets in a reason are no markup.
+    # No markup, because a reason may contain brackets.
     return Console(markup=False, highlight=False)
 
 

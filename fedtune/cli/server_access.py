@@ -154,5 +154,5 @@ def _parse_time(text: str) -> str:
         return datetime.fromisoformat(text).astimezone().isoformat()
     except ValueError as error:
         raise click.BadParameter(
-            f"{text!r} is no time; write e.g. 12h or 2026-05-04T12:00", param_hint="--since"
+            f"{text!r} is not a time; write e.g. 12h or 2026-05-04T12:00", param_hint="--since"
         ) from error

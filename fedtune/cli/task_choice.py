@@ -1,4 +1,4 @@
-"""The option ``--task`` takes the tasks' names, and those of recipes of version 1."""
+"""The values of ``--task``: the names of tasks, and their old names in recipes of version 1."""
 
 from typing import Any
 
@@ -10,8 +10,8 @@ __all__ = ["TaskChoice"]
 
 
 class TaskChoice(click.Choice[str]):
-    """A task by its name of today, whichever is given."""
+    """A task name. An old name is replaced by the new one."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The name of today; click refuses what is none."""
+        """Return the new name. Click prints a usage error for an unknown name."""
         return super().convert(VALUES["task"].get(value, value), param, ctx)

@@ -54,7 +54,7 @@ class Arrow(Column):
     def texts(self) -> "Arrow":
         """Cast the values to strings as Arrow does; TypeError for nested or uncastable types."""
         if self.nested:
-            raise TypeError(f"{self.nested} is no text")
+            raise TypeError(f"{self.nested} is not text")
         try:
             return Arrow(self._settled().cast(pa.string()))
         except pa.ArrowException as error:
@@ -105,5 +105,5 @@ def _pictures(chunk: pa.Array) -> pa.StructArray:
     elif pa.types.is_struct(kind) and {one.name for one in kind} & set(nothing):
         found = nothing | {one.name: chunk.field(one.name) for one in kind if one.name in nothing}
     else:
-        raise TypeError(f"{kind} is no picture")
+        raise TypeError(f"{kind} is not an image")
     return pa.StructArray.from_arrays(list(found.values()), list(found))

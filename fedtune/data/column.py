@@ -94,7 +94,7 @@ class Values(Column):
     def texts(self) -> "Values":
         """Convert each value with ``str``; TypeError for nested values."""
         if self.nested:
-            raise TypeError(f"{self.nested} is no text")
+            raise TypeError(f"{self.nested} is not text")
         return Values(objects(value if isinstance(value, str) else str(value) for value in self.values()))
 
     def pictures(self) -> "Values":
@@ -127,7 +127,7 @@ def as_picture(value: Any) -> dict[str, Any]:
         return {"bytes": value, "path": None}
     if isinstance(value, Mapping) and value.keys() & {"bytes", "path"}:
         return {"bytes": value.get("bytes"), "path": value.get("path")}
-    raise TypeError(f"{type(value).__name__} is no picture")
+    raise TypeError(f"{type(value).__name__} is not an image")
 
 
 def concatenate_columns(columns: Sequence[Column]) -> Column:

@@ -44,7 +44,7 @@ def _convert_columns(recipe: Recipe, named: "Named", table: Table, columns: dict
         try:
             columns[name], kind = _convert(name, stored, table.kinds.get(column))
         except TypeError as error:
-            wanted = "pictures" if name == "image" else "text"
+            wanted = "images" if name == "image" else "text"
             problem = f"column {column!r} holds no {wanted}; name another in {key}"
             raise DataError(f"{recipe.data.source}: {problem}") from error
         if kind is not None:

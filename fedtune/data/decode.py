@@ -30,7 +30,7 @@ class Unreadable(DataError):  # noqa: N818
 
 def describe_picture(picture: Mapping[str, Any], row: int) -> str:
     """Return the name of an image in messages: its path, or its row counted from 1."""
-    return str(picture["path"]) if picture.get("path") else f"the picture in row {row + 1}"
+    return str(picture["path"]) if picture.get("path") else f"the image in row {row + 1}"
 
 
 def decode(picture: Mapping[str, Any], name: str) -> Bytes:
@@ -48,7 +48,7 @@ def decode(picture: Mapping[str, Any], name: str) -> Bytes:
     except (*_BROKEN, PIL.Image.DecompressionBombError) as error:
         reason = "it is none of the known formats" if isinstance(error, PIL.UnidentifiedImageError) else _said(error)
         raise Unreadable(
-            f"{name} cannot be read as a picture ({reason}); mend or remove the picture, or set data.skip_unreadable"
+            f"{name} cannot be read as an image ({reason}); fix or remove the image, or set data.skip_unreadable"
         ) from error
 
 
@@ -64,7 +64,7 @@ def readable(table: Table, *, skip: bool) -> tuple[Table, list[str]]:
         name = describe_picture(picture, row)
         missing = picture["bytes"] is None and not Path(picture["path"]).is_file()
         if missing and not skip:
-            raise Unreadable(f"there is no picture {name}; check data.columns.image, or set data.skip_unreadable")
+            raise Unreadable(f"there is no image {name}; check data.columns.image, or set data.skip_unreadable")
         if missing or (skip and not _decodes(picture, name)):
             lost.append(name)
         else:
@@ -89,7 +89,7 @@ def _rgb(image: "PIL.Image.Image") -> Bytes:
         grey = _eight_bits(np.asarray(image).astype(np.int64))
         return np.repeat(grey[..., None], 3, axis=2)
     if image.mode == "F":
-        raise ValueError("its pixels are real numbers whose range is not told; save it with 8 or 16 bits")
+        raise ValueError("its pixels are real numbers of unknown range; save it with 8 or 16 bits")
     return np.asarray(image.convert("RGB"))
 
 

@@ -57,7 +57,7 @@ def _content(path: Path) -> bytes:
         return gzip.decompress(content) if path.suffix == ".gz" else content
     except (OSError, EOFError, zlib.error) as error:
         reason = (getattr(error, "strerror", None) or str(error)).rstrip(".")
-        raise DataError(f"{path} cannot be read: {reason}; mend the file") from error
+        raise DataError(f"{path} cannot be read: {reason}; fix the file") from error
 
 
 def _told_delimiter(text: str) -> tuple[str, str | None]:
@@ -85,7 +85,7 @@ def _first_row(text: str, delimiter: str, path: Path) -> list[str]:
     try:
         return next((row for row in csv.reader(io.StringIO(text, newline=None), delimiter=delimiter) if row), [])
     except csv.Error as error:
-        raise DataError(f"{path} has no heading: {error}; mend the file") from error
+        raise DataError(f"{path} has no heading: {error}; fix the file") from error
 
 
 def _parsed(text: str, delimiter: str, heading: list[str], path: Path) -> dict[str, list[str | None]]:

@@ -33,7 +33,7 @@ def image_folder(folder: Path, *, parts: bool) -> dict[str, Table]:
     ways = {file: _way(file.relative_to(folder), parts=parts) for file in files}
     flat = next((file for file in files if not ways[file]), None)
     if flat is not None:
-        raise DataError(f"{flat} lies in no folder of a class; put each picture into one called as its class")
+        raise DataError(f"{flat} is not in the folder of a class; put each image into the folder of its class")
     leaf = _leaves_are_classes(list(ways.values()))
     classes = {file: way[-1 if leaf else 0] for file, way in ways.items()}
     names = sorted(set(classes.values()))

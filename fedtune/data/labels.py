@@ -34,7 +34,7 @@ def encode_labels(
         values, names = [values[at] for at in order], tuple(names[at] for at in order)
     if len(names) < 2:
         raise DataError(f"{source} has only the class {names[0]!r}; classification needs two or more")
-    return {part: _number(table, values, f"{source}, {part} part") for part, table in found.items()}, names
+    return {part: _number(table, values, f"{source}, {part} split") for part, table in found.items()}, names
 
 
 def _order(names: Sequence[str], known: Sequence[str]) -> list[int]:

@@ -100,13 +100,13 @@ def _found(recipe: Recipe, columns: Sequence[str]) -> tuple[dict[str, Table], tu
         lost += names
     if not lost:
         return found, source.notes
-    note = f"{recipe.data.source}: {len(lost)} pictures cannot be read and are left out, among them {lost[0]}"
+    note = f"{recipe.data.source}: {len(lost)} images cannot be read and are left out, among them {lost[0]}"
     return found, (*source.notes, note)
 
 
 def _check(source: str, part: str, table: Table) -> None:
     if not len(table):
-        raise DataError(f"{source}: the {part} part is empty; change data.splits or bring more data")
+        raise DataError(f"{source}: the {part} split is empty; change data.splits or bring more data")
     if "domain" in table.column_names:
         _check_domains(source, table.unique("domain"))
 
@@ -130,7 +130,7 @@ def _absent(source: str, divided: Mapping[str, Table], column: str, labels: tupl
         if absent:
             several = f" and of {len(absent) - 1} more classes" if len(absent) > 1 else ""
             means = "nothing is learned of it" if part == "train" else "its score tells nothing of it"
-            yield f"{source}: the {part} part has no example of class {absent[0]!r}{several}; {means}"
+            yield f"{source}: the {part} split has no example of class {absent[0]!r}{several}; {means}"
 
 
 def _limited(recipe: Recipe, train: Table, limit: int) -> Table:

@@ -95,7 +95,7 @@ def _tables(loaded: Mapping[Any, Dataset]) -> dict[str, Table]:
 def _unreadable(path: Path, builder: str, reason: str) -> str:
     if "corresponds to no data" in reason or "No columns to parse" in reason:
         return f"{path} holds no example; bring data"
-    return f"{path} cannot be read as {builder}: {reason}; mend the file"
+    return f"{path} cannot be read as {builder}: {reason}; fix the file"
 
 
 def _first_line(error: BaseException) -> str:

@@ -49,7 +49,7 @@ def read_data_source(data: DataSettings) -> Found:
     parts = {part: found.parts[part] for part in PARTS if part in found.parts}
     if "train" not in parts:
         names = ", ".join(map(str, found.parts))
-        raise DataError(f"{data.source} has no part named train, only {names}; choose another source")
+        raise DataError(f"{data.source} has no split named train, only {names}; choose another source")
     if not len(parts["train"]):
         if len(parts) > 1:
             raise DataError(f"{data.source} has rows for {' and '.join(list(parts)[1:])} only; bring some to train on")
@@ -105,7 +105,7 @@ def _placed(table: Table, data: DataSettings, path: Path) -> Table:
 def _folder(name: str, data: DataSettings) -> Found:
     path = _there(name)
     if not path.is_dir():
-        raise DataError(f"{path} is no folder; name the folder that holds a folder of pictures for each class")
+        raise DataError(f"{path} is no folder; name the folder that contains a folder of images for each class")
     if not has_metadata_table(path):
         return Found(image_folder(path, parts=data.columns.split is not False))
     from fedtune.data.loaded import from_files

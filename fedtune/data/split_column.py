@@ -35,7 +35,7 @@ def by_column(table: Table, data: DataSettings) -> dict[str, Table]:
         row = next(row for row, word in enumerate(words, 1) if part_of[word] is None)
         raise DataError(
             f"{data.source}: row {row} says neither train, validation nor test in column {column!r}, as others do; "
-            "mend the row, or set data.columns.split: false to take all rows together"
+            "fix the row, or set data.columns.split: false to take all rows together"
         )
     found = np.array([part_of[word] for word in words])
     return {part: table.select(np.flatnonzero(found == part)) for part in ("train", *sorted({*found} - {"train"}))}

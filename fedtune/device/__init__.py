@@ -1,1 +1,1 @@
-"""What runs on a device: its own light process, the resident trainer, and the ClientApp of a simulation."""
+"""The processes of a device: the device process, the trainer process, and the ClientApp of a simulation."""

@@ -1,4 +1,4 @@
-"""How long to wait before trying again: longer each time up to a limit, and never at the same moment as others."""
+"""Random, exponentially growing delays between retries, up to a limit."""
 
 import random
 
@@ -8,25 +8,26 @@ _LEAST, _MOST, _SHARE = 0.25, 2.0, 0.1
 
 
 def choose_poll_delay(waited: float) -> float:
-    """Seconds until the next look for an order, after ``waited`` seconds without one: a tenth of them, within limits.
+    """Return the seconds until the next poll for a train request: a tenth of ``waited``, within limits.
 
-    Each look costs the server a signature to check; looking four times a second, sixteen devices kept it busy.
+    ``waited`` is the number of seconds since the last request. The server checks a signature for each poll. Sixteen
+    devices that polled four times a second kept it busy.
     """
     return min(_MOST, max(_LEAST, _SHARE * waited))
 
 
 class Backoff:
-    """Seconds from ``first`` to ``most``, doubled each time, each drawn from the upper half of its range."""
+    """Delays that double from ``first`` to ``most`` seconds. Each is drawn between half of this value and all of it."""
 
     def __init__(self, first: float = 0.5, most: float = 20.0) -> None:
         self._first, self._most = first, most
         self._next = first
 
     def choose_delay(self) -> float:
-        """The seconds to wait now."""
+        """Return the seconds to wait before the next attempt."""
         seconds, self._next = self._next, min(self._most, self._next * 2)
         return seconds * random.uniform(0.5, 1.0)
 
     def reset(self) -> None:
-        """Begin again, after a success."""
+        """Start again with the first delay. Called after a success."""
         self._next = self._first

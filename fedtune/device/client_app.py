@@ -1,7 +1,8 @@
-"""The Flower ClientApps: one for simulations and one for stock SuperNodes. Both hand a request to ``run_local_round``.
+"""The Flower ClientApps: one for simulations and one for stock SuperNodes. Both call ``run_local_round``.
 
-In a simulation nothing leaves the machine, so its errors are told whole. A SuperNode would send an exception's text to
-the server, and that may quote its data: the other app sends a code of :mod:`fedtune.wire.protocol_codes` in its place.
+In a simulation nothing leaves the machine, so errors keep their full text. A SuperNode would send the text of an
+exception to the server, and the text may quote its data. Its app sends a code of :mod:`fedtune.wire.protocol_codes`
+instead.
 """
 
 import logging
@@ -25,7 +26,7 @@ deployed = ClientApp()
 
 @app.train()
 def train_round(message: Message, _: Context) -> Message:
-    """Train from the state in the message and reply with the deltas and a report."""
+    """Train from the state in the message, and return a reply with the deltas and a report."""
     request = TrainRequest(**train_messages.read_train_request(message.content))  # type: ignore[arg-type]
     run_context = get_run_context(request.recipe)
     own = paths.get_runs_folder() / request.run_id / "own" / f"client-{request.client:06d}"
@@ -37,9 +38,9 @@ def train_round(message: Message, _: Context) -> Message:
 
 @deployed.train()
 def train_round_and_keep_errors(message: Message, context: Context) -> Message:
-    """Like ``train_round``, but the text of an error stays in this machine's log."""
+    """Do the same as ``train_round``, but write the text of an error only to the log of this machine."""
     try:
         return train_round(message, context)
     except Exception as error:
-        logging.getLogger("fedtune").exception("a request was not carried out")
+        logging.getLogger("fedtune").exception("a train request failed")
         return Message(Error(TRAINING_FAILED, problem_of(error).text), reply_to=message)

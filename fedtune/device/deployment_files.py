@@ -1,4 +1,4 @@
-"""Files that keep a device joined: a systemd unit, a Dockerfile, and a thin install with the wheel it is made from."""
+"""Write the files that run a device as a service: a systemd unit, a Dockerfile, requirements and a wheel."""
 
 import json
 import re
@@ -16,15 +16,16 @@ from fedtune.wheel import write_wheel
 __all__ = ["write_deployment_files"]
 
 _ARM_TORCH = "2.10.0"
-"""The last torch whose build for arm64 on an ordinary index is without CUDA: 146 MB; later ones need its libraries."""
+"""The last torch on PyPI whose arm64 build (146 MB) does not need CUDA libraries."""
 _INTEL, _ARM = (f'sys_platform == "linux" and platform_machine == "{name}"' for name in ("x86_64", "aarch64"))
 _LOCAL_LABEL = re.compile(r"\+[a-z0-9.]+$")
 
 
 def write_deployment_files(folder: Path, source: str, memory: int | None, user: str) -> tuple[Path, ...]:
-    """Write the files; ``source`` and ``memory`` are those of ``fedtune device join``, ``user`` is the unit's.
+    """Write the files and return their paths.
 
-    A path in ``source`` is made absolute, since what joins the device starts elsewhere. DataError when it is not there.
+    ``source`` and ``memory`` are options of ``fedtune device join``; ``user`` is the user of the systemd unit. A path
+    in ``source`` becomes absolute, because the service starts in another folder. Raise DataError if it does not exist.
     """
     check_data_source(source)
     source, path = _whole(source)
@@ -49,7 +50,7 @@ def write_deployment_files(folder: Path, source: str, memory: int | None, user: 
 
 
 def _whole(source: str) -> tuple[str, str]:
-    """A source with its path made absolute, and that path; empty where the source names none."""
+    """Return the source with an absolute path, and the path; the path is empty if the source has none."""
     kind, _, name = source.partition(":")
     if kind not in FILES:
         return source, ""
@@ -58,7 +59,7 @@ def _whole(source: str) -> tuple[str, str]:
 
 
 def _portable(lines: list[str], wheel: str) -> list[str]:
-    """Requirements for any processor, no CUDA among them; fedtune itself is the wheel beside the list."""
+    """Return requirements for any processor, without CUDA. fedtune itself is the wheel beside the list."""
     found: list[str] = []
     for line in lines:
         name, _, version = _LOCAL_LABEL.sub("", line).partition("==")

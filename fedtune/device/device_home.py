@@ -1,4 +1,4 @@
-"""What a device keeps on its own disk, below ``$FEDTUNE_HOME/device``: who it is, its key, the order in hand."""
+"""The files of a device below ``$FEDTUNE_HOME/device``: its identity, its key and the pending train request."""
 
 import fcntl
 import hashlib
@@ -31,7 +31,7 @@ _DIGEST = hashlib.sha256().digest_size
 
 @dataclass(frozen=True)
 class DeviceIdentity:
-    """Where a device is enrolled, and as whom; ``ca`` is the server's authority as PEM."""
+    """The URL of the server, and the device's name and node number. ``ca`` is the server's CA certificate as PEM."""
 
     url: str
     name: str
@@ -40,14 +40,14 @@ class DeviceIdentity:
 
 
 class DeviceHome:
-    """The folder; it holds one identity at most."""
+    """The folder of a device. It contains at most one identity."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or paths.get_home_folder() / "device"
 
     @property
     def is_enrolled(self) -> bool:
-        """Whether there is an identity."""
+        """Whether the folder contains an identity."""
         return (self.folder / "identity.json").exists()
 
     def read_identity(self) -> DeviceIdentity:
@@ -64,15 +64,15 @@ class DeviceHome:
         write_bytes_atomically(self.folder / "identity.json", json.dumps(asdict(identity), indent=2).encode())
 
     def create_key(self) -> ec.EllipticCurvePrivateKey:
-        """A new private key, readable by its owner alone; it never leaves this folder."""
+        """Create the private key, which only its owner can read, and return it. It never leaves this folder."""
         key = ec.generate_private_key(ec.SECP384R1())
         self.folder.mkdir(parents=True, exist_ok=True)
-        with replace_file_atomically(self._key) as beside:  # made with mode 0600
+        with replace_file_atomically(self._key) as beside:  # creates it with mode 0600
             beside.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
         return key
 
     def read_key(self) -> ec.EllipticCurvePrivateKey:
-        """The private key; DeviceError when it is gone, damaged or readable by others."""
+        """Return the private key; raise DeviceError if it is missing, damaged or readable by other users."""
         try:
             if self._key.stat().st_mode & 0o077:
                 raise DeviceError(f"{self._key} can be read by other users; chmod 600 it")
@@ -121,7 +121,7 @@ class DeviceHome:
         return state if isinstance(state, dict) else {}
 
     def save_pending(self, what: str, *pieces: bytes) -> None:
-        """Save the request (``order``) or the update made for it (``answer``), so that a killed device continues."""
+        """Save the train request (``order``) or its result (``answer``), so that a killed device can continue."""
         digest = hashlib.sha256()
         for piece in pieces:
             digest.update(piece)
@@ -129,9 +129,9 @@ class DeviceHome:
             file.writelines([digest.digest(), *pieces])
 
     def read_pending(self, what: str) -> bytes | None:
-        """Read the request or the update that the last process saved; None if the file is missing or damaged.
+        """Read the train request or the result that the last process saved; None if the file is missing or damaged.
 
-        The server delivers a message again that the device does not have, so a damaged file costs only time.
+        The server delivers a message again if the device does not have it, so a damaged file costs only time.
         """
         try:
             kept = (self.folder / what).read_bytes()
@@ -143,8 +143,8 @@ class DeviceHome:
     def spool(self, state: bytes) -> Path:
         """Write the state of a train request to a file, which the trainer reads tensor by tensor.
 
-        StoreError, with nothing left behind, when the disk cannot take it. It is asked for again after a power cut, so
-        it is not flushed.
+        The file is not flushed to disk, because the device downloads the state again after a power failure. Raise
+        StoreError if it cannot be written; no file is left then.
         """
         self.drop_state()
         try:
@@ -157,7 +157,7 @@ class DeviceHome:
         return self._state
 
     def drop_state(self) -> None:
-        """Delete the state file; a disk that takes no change any more keeps it."""
+        """Delete the state file. Errors of the disk are ignored."""
         with suppress(OSError):
             self._state.unlink()
 
@@ -166,30 +166,30 @@ class DeviceHome:
         return self.folder / "state.safetensors"
 
     def clear_pending(self) -> bool:
-        """Delete the saved request and update; return whether there was one."""
+        """Delete the saved train request and its result; return whether there was one."""
         self.drop_state()
-        kept = [self.folder / what for what in ("answer", "order")]  # an answer is never left behind for the next order
+        kept = [self.folder / what for what in ("answer", "order")]  # the result first; it must not stay
         found = any(path.exists() for path in kept)
         for path in kept:
             path.unlink(missing_ok=True)
         return found
 
     def get_local_state_folder(self, run: str) -> Path:
-        """The folder of the device's local state in a run; its name is a hash, as the run's id comes from outside."""
+        """Return the folder of the device's local state in a run. Its name is a hash: the id comes from the server."""
         return self.folder / "own" / hashlib.sha256(run.encode()).hexdigest()[:32]
 
     def delete_all(self) -> None:
-        """Delete identity, key and local state."""
+        """Delete the identity, the key and the local state."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _identity(told: Any) -> DeviceIdentity:
-    """An identity from its file; ValueError or TypeError when that is damaged."""
-    found = DeviceIdentity(**told)
+def _identity(fields: Any) -> DeviceIdentity:
+    """Return the identity from the JSON of its file; raise ValueError or TypeError if it is damaged."""
+    found = DeviceIdentity(**fields)
     for value, kind in ((found.url, str), (found.name, str), (found.node, int), (found.ca, str)):
         if not isinstance(value, kind):
-            raise TypeError(f"{value!r} is no {kind.__name__}")
+            raise TypeError(f"{value!r} is not of type {kind.__name__}")
     if not found.url.startswith("https://"):
-        raise ValueError(f"{found.url} is no https:// address")
+        raise ValueError(f"{found.url} is not an https:// address")
     ssl.PEM_cert_to_DER_cert(found.ca)
     return found

@@ -1,4 +1,4 @@
-"""What a device says of itself to its server: sizes and counts, nothing that lies in its data."""
+"""The profile that a device sends to its server: sizes and counts, but no data."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ _BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 def make_device_profile(memory: int, holding: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Memory allowed in bytes, cores, precisions the processor computes in; examples and labels once counted."""
+    """Return allowed bytes of memory, cores, data types of the processor, and the counts in ``holding`` if known."""
     known = holding or {"examples": None, "labels": {}}
     return {"memory": memory, "cores": os.cpu_count() or 1, "dtypes": _dtypes(), **known}
 

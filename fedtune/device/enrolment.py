@@ -1,4 +1,4 @@
-"""How a device becomes one of a server's: a one-time token in, a key made here and a node's number out."""
+"""Enrol a device on a server: the device creates a key, sends a one-time token and receives a node number."""
 
 import base64
 import hashlib
@@ -32,7 +32,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 @dataclass(frozen=True)
 class EnrolmentToken:
-    """Where to enrol, the SHA-256 of the authority's certificate (DER, hexadecimal), and what opens the door once."""
+    """The URL to enrol at, the hexadecimal SHA-256 of the CA certificate in DER, and a secret that works once."""
 
     url: str
     ca_sha256: str
@@ -40,16 +40,16 @@ class EnrolmentToken:
 
     @classmethod
     def parse_token(cls, text: str) -> "EnrolmentToken":
-        """From the text an operator hands over; DeviceError when it is not whole."""
+        """Parse the text that the operator passes on; raise DeviceError if it is incomplete."""
         try:
             padded = text.strip() + "=" * (-len(text.strip()) % 4)
             return cls(**json.loads(base64.urlsafe_b64decode(padded)))
         except (ValueError, TypeError) as error:
-            raise DeviceError("the token is not whole; copy all of it, or ask the operator for a new one") from error
+            raise DeviceError("the token is incomplete; copy all of it, or ask the operator for a new one") from error
 
 
 def enrol_device(home: DeviceHome, url: str | None, token: EnrolmentToken, name: str | None) -> DeviceIdentity:
-    """Make a key, show its public half and the token, and keep what the server answers; nothing stays if it fails."""
+    """Create a key, send the public key and the token, and save the identity. After an error nothing remains."""
     if home.is_enrolled:
         raise DeviceError(f"{home.folder} holds device {home.read_identity().name} already; leave first")
     chosen, where = name or _own_name(), (url or token.url).rstrip("/")
@@ -68,32 +68,35 @@ def enrol_device(home: DeviceHome, url: str | None, token: EnrolmentToken, name:
 
 
 def move_device(home: DeviceHome, url: str) -> DeviceIdentity:
-    """Keep another address of the same server; DeviceError when it is another server or cannot be reached there."""
+    """Save another address of the same server; raise DeviceError if another server replies, or none."""
     identity, where = home.read_identity(), url.rstrip("/")
     if home.is_joined:
         raise DeviceError(f"the device in {home.folder} is joined; stop that process first")
     if not where.startswith("https://"):
-        raise DeviceError(f"{url} is no https:// address; write e.g. https://192.168.1.20:8443")
+        raise DeviceError(f"{url} is not an https:// address; write e.g. https://192.168.1.20:8443")
     try:
         fetch_server_time(
             where, make_tls_context(identity.ca)
-        )  # whoever answers holds a certificate of this device's own authority
+        )  # the TLS context accepts only certificates of this device's CA
     except httpx.RequestError as error:
         raise DeviceError(f"{where}: {unreachable(error)}") from error
     except (httpx.HTTPStatusError, httpx.InvalidURL, UnexpectedReplyError) as error:
-        raise DeviceError(f"{where} is no fedtune server: {clean_text(error)}; check the address") from error
+        raise DeviceError(f"{where} is not a fedtune server: {clean_text(error)}; check the address") from error
     moved = replace(identity, url=where)
     home.save_identity(moved)
     return moved
 
 
 def authority_ends(identity: DeviceIdentity) -> datetime:
-    """When the server's authority, and with it this enrolment, ends."""
+    """Return when the server's CA certificate expires. The enrolment expires with it."""
     return x509.load_pem_x509_certificate(identity.ca.encode()).not_valid_after_utc
 
 
 def describe_expiry(identity: DeviceIdentity, now: float) -> str:
-    """What is to be told of an enrolment that ends within half a year of ``now``, in seconds since 1970; or nothing."""
+    """Return a warning if the enrolment expires within half a year, otherwise an empty text.
+
+    ``now`` is in seconds since 1970.
+    """
     until = authority_ends(identity)
     if until.timestamp() > now + _SOON_SECONDS:
         return ""
@@ -106,12 +109,12 @@ def _own_name() -> str:
 
 def _checked_authority(url: str, token: EnrolmentToken) -> str:
     if not url.startswith("https://"):
-        raise DeviceError(f"{url} is no https:// address; nothing is enrolled over a connection that can be read")
+        raise DeviceError(f"{url} is not an https:// address; write https://, so that the connection is encrypted")
     ca = fetch_ca_certificate(url)
     try:
         found = hashlib.sha256(ssl.PEM_cert_to_DER_cert(ca)).hexdigest()
     except ValueError as error:
-        raise DeviceError(f"{url} is no fedtune server: it gives no certificate; check the address") from error
+        raise DeviceError(f"{url} is not a fedtune server: it sends no certificate; check the address") from error
     if found != token.ca_sha256:
-        raise DeviceError(f"{url} is not the server this token is from; do not enrol, and tell the operator")
+        raise DeviceError(f"{url} is not the server that this token is from; do not enrol, and tell the operator")
     return ca

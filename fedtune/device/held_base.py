@@ -1,8 +1,8 @@
-"""The base weights of the last rounds that a device trained in: files named by their digest, so that none is mistaken.
+"""The base weights of the last rounds in which a device trained, in files named by their digest.
 
-Merges that write into the base send only what was added to it. A device adds this to the base it holds and gets the
-server's bits, or asks for the whole base. Two files stay: the one that the request counted on, which a round that is
-begun again will count on too, and the one that it led to.
+After merges that write into the base weights, the server sends only the increments. The device adds them to the base
+weights that it holds and gets the same bits as the server. If it does not hold them, it requests all base weights. Two
+files are kept: the base weights that the last request started from, which a repeated round needs again, and the result.
 """
 
 from collections import ChainMap
@@ -26,9 +26,9 @@ State = Mapping[str, Tensor]
 
 
 def with_base(request: TrainRequest, sent: State, context: RunContext, folder: Path) -> State:
-    """The state of an request with its base weights whole, which are kept in ``folder`` for the next one.
+    """Return the state of a train request with all base weights, and save these in ``folder`` for the next request.
 
-    DeviceError with the code ``base-lacking`` where the device does not hold what the request counts on.
+    Raise DeviceError with the code ``base-lacking`` if the device does not hold the base weights of ``held_digest``.
     """
     if request.base_digest is None:
         return sent
@@ -47,20 +47,20 @@ def with_base(request: TrainRequest, sent: State, context: RunContext, folder: P
             raise _lacking()
     kept = _keep(request.base_digest, base, folder)
     _forget_all_but({digest for digest in (request.held_digest, request.base_digest) if digest}, folder)
-    return ChainMap(rest, kept)  # type: ignore[arg-type]  # nobody writes into it
+    return ChainMap(rest, kept)  # type: ignore[arg-type]  # it is only read
 
 
 def leave_others(folder: Path) -> None:
-    """Drop the base weights kept for other runs, whose folders lie beside this one's."""
+    """Delete the base weights of other runs, whose folders are beside ``folder``."""
     for path in folder.parent.glob("*/base-*.safetensors"):
         if path.parent != folder:
             path.unlink(missing_ok=True)
 
 
 def _held(digest: str, names: Sequence[str], context: RunContext, folder: Path) -> State:
-    """The base with this digest, from its file or, before the first round, from the model as it was built.
+    """Return the base weights with this digest from their file or, before the first round, from the untrained model.
 
-    What the model holds is kept too: once it has trained it is another one.
+    The weights of the untrained model are saved too, because training changes the model.
     """
     with suppress(StoreError):
         return StoredState(_path(folder, digest))
@@ -72,7 +72,10 @@ def _held(digest: str, names: Sequence[str], context: RunContext, folder: Path) 
 
 
 def _keep(digest: str, base: State, folder: Path) -> State:
-    """The base, from its file; from memory where the disk is full: then the next request's is asked for whole."""
+    """Write the base weights and return them from the file.
+
+    If the disk is full, they are returned from memory, and the next request needs all base weights.
+    """
     path = _path(folder, digest)
     with suppress(StoreError):
         if not path.exists():
@@ -93,4 +96,4 @@ def _path(folder: Path, digest: str) -> Path:
 
 
 def _lacking() -> DeviceError:
-    return DeviceError("these base weights are not on this device; it asks for them whole", code=LACKS_BASE)
+    return DeviceError("these base weights are not on this device; it requests all of them", code=LACKS_BASE)

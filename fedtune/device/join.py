@@ -1,4 +1,4 @@
-"""Putting a device together from its home and the options it is joined with."""
+"""Build a device from its home folder and the options of ``fedtune device join``, and run it."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -18,12 +18,12 @@ from fedtune.flower.fleet_client import FleetClient, make_signed_headers
 __all__ = ["FILES", "check_data_source", "run_device"]
 
 FILES = ("csv", "jsonl", "parquet", "folder")
-"""Sources that name a path."""
+"""Kinds of sources that name a path."""
 _KINDS = "csv:FILE, jsonl:FILE, parquet:FILE, folder:PATH, sample:NAME or partition:NUMBER"
 
 
 def check_data_source(source: str) -> None:
-    """DataError when ``--data`` cannot be what the trainer will read, long before it tries."""
+    """Raise DataError if the trainer cannot read the value of ``--data``. This is checked before the trainer starts."""
     kind, _, name = source.partition(":")
     if kind not in (*FILES, "sample", "partition") or not name:
         raise DataError(f"--data is {source!r}; write {_KINDS}")

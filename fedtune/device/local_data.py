@@ -1,4 +1,4 @@
-"""What a device trains with: the recipe's model and its own examples, built for a recipe once and kept warm."""
+"""The model and the local examples of a device. They are loaded once per recipe and stay in memory."""
 
 import json
 from collections import Counter
@@ -20,7 +20,7 @@ Rows = NDArray[np.int64]
 
 
 class LocalData:
-    """Examples from ``source``: csv:, jsonl:, parquet:, folder: or sample:, or partition:I of the recipe's own data."""
+    """Examples of ``source``: csv:, jsonl:, parquet:, folder: or sample:, or partition:I of the recipe's data."""
 
     def __init__(self, source: str) -> None:
         self._source = source
@@ -28,15 +28,15 @@ class LocalData:
         self._held: tuple[RunContext, Rows] | None = None
 
     def get_context(self, request: TrainRequest) -> tuple[RunContext, Rows]:
-        """The run context for an request and the rows of its training part that are this device's."""
+        """Return the run context for a train request, and this device's rows of its train split."""
         recipe = Recipe.model_validate_json(request.recipe).get_client_recipe(request.client)
         key = (recipe.model_dump_json(), request.label_names)
         if self._held is None or self._key != key:
-            self._held = None  # the last model is let go of before the next is loaded
+            self._held = None  # frees the last model before the next one is loaded
             clear_run_context()
             techniques.build_techniques(recipe.train.techniques)  # one that is not installed here is refused first
             if recipe.evaluation.local_holdout:
-                load_metrics(recipe)  # refused before a model is built, and counted in the memory that is held
+                load_metrics(recipe)  # before the model: raises errors early, and counts in the memory in use
             if self._source.startswith("partition:"):
                 self._held = _part(recipe, self._source)
             else:
@@ -46,11 +46,10 @@ class LocalData:
 
 
 def summarise_local_data(context: RunContext, rows: Rows) -> dict[str, int | dict[str, int]]:
-    """What the operator may know of a device's data: how many examples, and how many of each class.
+    """Return the counts that a device reports to the operator: all examples, and the examples of each class.
 
-    Classes with fewer than :data:`fedtune.wire.client_update.FEWEST` examples are left out: a count of one or two
-    points at single examples. Nothing where the device adds noise to what it sends, since it does not trust the
-    operator with counts either.
+    Classes with fewer than :data:`fedtune.wire.client_update.FEWEST` examples are left out, because small counts reveal
+    single examples. The result is empty if the clients add noise, because such a device does not trust the server.
     """
     if context.recipe.privacy is not None and context.recipe.privacy.noise_added_by == "clients":
         return {}
@@ -75,7 +74,7 @@ def _part(recipe: Recipe, source: str) -> tuple[RunContext, Rows]:
 
 
 def _own(recipe: Recipe, labels: tuple[str, ...], source: str) -> tuple[RunContext, Rows]:
-    """All examples of the source train, but for those it sets apart; columns are called as in the recipe."""
+    """Return a run context whose train split has all examples of the source. Columns are named as in the recipe."""
     columns = recipe.data.columns.model_dump(exclude={"group", "domain"})
     skip = recipe.data.skip_unreadable
     chosen = DataSettings(

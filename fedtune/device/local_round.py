@@ -1,4 +1,4 @@
-"""One client's round as a function of what it is sent: in a simulation and on a device alike."""
+"""One round of a client, as a function of the train request and the state. Simulations and devices both call it."""
 
 import math
 import time
@@ -25,7 +25,7 @@ __all__ = ["read_payload", "run_local_round"]
 
 
 def read_payload(payload: bytes | Path, context: RunContext, client: int) -> Mapping[str, Tensor]:
-    """The state that a client is sent; one in a file is read tensor by tensor, so that no copy of it is held."""
+    """Return the state sent to a client. From a file, tensors are read on access, so that no copy stays in memory."""
     sent = StoredState(payload) if isinstance(payload, Path) else decode_tensors(payload)
     return decode_masked_state(sent, get_tensor_shapes(context.for_client(client).model))
 
@@ -38,12 +38,12 @@ def run_local_round(
     folder: Path,
     micro: int | None = None,
 ) -> tuple[bytes, ClientReport]:
-    """Train from ``state`` on ``rows`` of the run context's training part: the deltas and a report.
+    """Train from ``state`` on ``rows`` of the run context's train split. Return the deltas, packed, and a report.
 
-    A request to score brings no deltas, and a report of scores alone.
+    For a request with ``scoring``, there are no deltas, and the report has only holdout metrics.
 
-    What the client keeps for itself rests in ``folder``, which is its own in this run. At most ``micro`` examples go
-    through the model at a time. A loss or a score over fewer than ``FEWEST`` examples is not told.
+    ``folder`` contains the client's local state in this run. ``micro`` is the micro-batch size. The report contains no
+    loss and no metric over fewer than ``FEWEST`` examples.
     """
     part = context.for_client(request.client)
     if request.scoring:
@@ -75,7 +75,7 @@ def _scored(
     rows: NDArray[np.int64],
     folder: Path,
 ) -> ClientReport:
-    """The report of a client that scores the state after a round; with privacy no score leaves it."""
+    """Return the report of a client that only scores the state; without scores if the recipe has privacy."""
     started, recipe = time.perf_counter(), part.recipe
     reset_peak_rss()
     own = _own(part, folder, request.round + 1)
@@ -88,12 +88,12 @@ def _scored(
 
 
 def _own(part: RunContext, folder: Path, before: int) -> dict[str, Tensor]:
-    """What the client keeps for itself, as it is before a round."""
+    """Return the client's local tensors as they are before a round."""
     return {**part.local_tensors, **local_state.load_local_state(folder, before)} if part.local_tensors else {}
 
 
 def _told(before: HoldoutMetrics, after: HoldoutMetrics | None = None) -> dict[str, Any]:
-    """Fields of a report; with nothing held out there is nothing to tell."""
+    """Return the holdout fields of a report; none if no predictions were made."""
     if not before.num_predictions:
         return {}
     first = {

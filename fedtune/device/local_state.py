@@ -1,6 +1,6 @@
-"""Tensors that a device keeps for itself, at rest: one file for each of the last two rounds it trained in.
+"""Tensors that never leave the device: one file for each of the last two rounds in which it trained.
 
-The older one is there for a round that is begun again: it must find what it found the first time.
+The older file is for a repeated round, which must start from the same tensors as the first time.
 """
 
 from collections.abc import Mapping
@@ -14,13 +14,13 @@ __all__ = ["load_local_state", "save_local_state"]
 
 
 def load_local_state(folder: Path, before: int) -> dict[str, Tensor]:
-    """The latest tensors of a round earlier than ``before``; none when there was no such round."""
+    """Return the newest tensors from a round earlier than ``before``; an empty dict if there are none."""
     earlier = [round_number for round_number in _rounds(folder) if round_number < before]
     return checkpoint.read_checkpoint(_path(folder, earlier[-1])) if earlier else {}
 
 
 def save_local_state(folder: Path, round_number: int, tensors: Mapping[str, Tensor]) -> None:
-    """Keep the tensors of round ``round_number`` and of the latest one before it."""
+    """Save the tensors of a round. Only these and those of the latest earlier round are kept."""
     checkpoint.write_checkpoint(_path(folder, round_number), tensors)
     for old in _rounds(folder)[:-2]:
         _path(folder, old).unlink()

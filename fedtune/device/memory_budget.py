@@ -22,21 +22,21 @@ __all__ = ["MemoryEstimate", "choose_micro_batch_size", "estimate_memory"]
 
 _MOMENTS = {"sgd": 0.0, "adamw": 2.0}
 _MOMENTS_8BIT = 0.5
-"""Values an optimiser keeps for each trained one."""
+"""Values of optimiser state per trained value."""
 _AFTERWARDS = 2.0
-"""Values for each trained one when training is over: the delta, and the payload made of it."""
+"""Values per trained value after training: the delta, and its copy in the payload."""
 _ALLOCATOR = 0.5
-"""Values for each trained one that the allocator holds on to, as seen with models of many layers."""
+"""Values per trained value that the allocator does not return, as measured on models with many layers."""
 
 
 class MemoryEstimate(NamedTuple):
-    """Resident bytes a round will reach: whatever the batch, and for each example that goes through the model."""
+    """The resident memory of a round in bytes: a fixed amount, and an amount per example of a micro-batch."""
 
     fixed_bytes: float
     bytes_per_example: float
 
     def estimate_total_bytes(self, examples: int) -> int:
-        """With so many examples at a time."""
+        """Return the bytes for micro-batches of so many examples."""
         return math.ceil(self.fixed_bytes + self.bytes_per_example * examples)
 
 
@@ -65,10 +65,10 @@ def choose_micro_batch_size(
 
 
 def estimate_memory(context: RunContext, rows: NDArray[np.int64], round_number: int) -> MemoryEstimate:
-    """Estimate memory from what is held now, what training adds, and what an example adds.
+    """Estimate memory from the memory in use now, the memory that training adds, and the memory per example.
 
-    A batch is extrapolated from steps over one and two of the longest examples, or packed rows, so the estimate itself
-    needs little.
+    The latter is extrapolated from steps on one and two copies of the longest example, or of the longest packed row,
+    which need little memory.
     """
     model, settings = context.model, context.recipe.train
     begin_round(context.techniques, model, round_number)
@@ -84,31 +84,31 @@ def estimate_memory(context: RunContext, rows: NDArray[np.int64], round_number: 
 
 
 def _per_trained(settings: Train) -> float:
-    """Values of four bytes for each trained one, beside itself: while it trains its gradient and moments."""
+    """Return values of four bytes per trained value, besides itself: in training, its gradient and its moments."""
     moments = _MOMENTS.get(settings.optimiser, _MOMENTS_8BIT) + (settings.momentum > 0)
     return max(1 + moments, _AFTERWARDS) + _ALLOCATOR
 
 
 def _mastered(model: nn.Module) -> int:
-    """Trained values that have an fp32 master beside them."""
+    """Return the number of trained values that have an fp32 master copy."""
     trained_ones = (parameter for parameter in model.parameters() if parameter.requires_grad)
     return sum(one.numel() for one in trained_ones if one.dtype in (torch.bfloat16, torch.float16))
 
 
 def _training_rows(context: RunContext, rows: NDArray[np.int64]) -> TrainingRows:
-    """What batches are made of; the lengths of packed rows do not depend on the seed."""
+    """Return the rows that batches consist of. The lengths of packed rows do not depend on the seed."""
     return make_training_rows(context.train, rows, context.recipe.train, seed=0)
 
 
 def _longest(data: TrainingRows, count: int) -> list[int]:
-    """The longest example, ``count`` times."""
+    """Return the row of the longest example, ``count`` times."""
     lengths, rows = data.examples.lengths, data.rows
     first = int(rows[0]) if lengths is None else int(rows[int(lengths[torch.from_numpy(rows)].argmax())])
     return [first] * count
 
 
 def _kept(context: RunContext, examples: EncodedDataset, chosen: list[int], round_number: int) -> int:
-    """Bytes a step over some examples holds at its peak, beside gradients."""
+    """Return the peak bytes of a step on the chosen rows, without gradients."""
     batch = examples.make_batch(chosen)
     set_train_mode(context.model)
     with use_cpu_threads(context.recipe.train.threads), torch.random.fork_rng(devices=[]):

@@ -1,7 +1,7 @@
-"""The device's own process: light, and there for good. It speaks with the server and hands work to the trainer.
+"""The device process, which runs all the time and does not import torch. It polls the server and calls the trainer.
 
-An order is on this disk before it is trained, and its answer before it is sent, until the server has it: a process that
-is killed and started again goes on where it was, and the answer is the same.
+A train request is saved to disk before training, and its result before it is sent. Both stay until the server has the
+result. A process that was killed therefore continues with the same request, and sends the same result.
 """
 
 import threading
@@ -35,7 +35,7 @@ _REFUSALS = {
 
 
 class DeviceNode:
-    """``tell`` sends what the device holds to its server; ``say`` is for whoever reads its log."""
+    """``tell`` sends the device's profile to the server; ``say`` writes a line to the device's log."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class DeviceNode:
         self._last_order = 0.0
 
     def run(self) -> None:
-        """Take part until interrupted."""
+        """Take part in runs until interrupted."""
         try:
             self._note("connecting")
             self._until_done(self._clock.synchronise)
@@ -65,7 +65,7 @@ class DeviceNode:
                 self._work()
         finally:
             self._keeper.stop_trainer()
-            if self._home.read_pending("order") is None:  # with one, being away for a moment must not look like leaving
+            if self._home.read_pending("order") is None:  # with a pending request, the device is coming back
                 with suppress(httpx.HTTPError, UnexpectedReplyError):
                     self._fleet.deactivate_node()
             self._note("stopped")
@@ -83,18 +83,18 @@ class DeviceNode:
                 time.sleep(choose_poll_delay(time.monotonic() - self._last_order))
 
     def _order_in_hand(self) -> bytes | None:
-        """The order that a process before this one did not finish; what is damaged of it is dropped."""
+        """Return the train request that an earlier process did not finish. Damaged files are deleted."""
         message = self._home.read_pending("order")
         if message is not None:
             with suppress(UnexpectedReplyError):
                 self._fleet.mark_message_stored(message)
                 return message
         if self._home.clear_pending():
-            self._say("the order in hand was damaged and is dropped; the server hands it out again")
+            self._say("the saved train request is damaged and was deleted; the server sends it again")
         return None
 
     def _newest(self, message: bytes) -> bytes:
-        """The last order that waits: whoever gave the earlier ones has stopped waiting for their answers."""
+        """Return the newest train request. The server no longer waits for results of earlier ones."""
         later: bytes | None = message
         while later is not None:
             message = later
@@ -110,10 +110,10 @@ class DeviceNode:
             if result is None:
                 result = self._train(message)
             elif isinstance(holding := result.header.get("holding"), dict):
-                self._introduce(holding)  # a new process has told of no data yet, and the server checks updates by it
+                self._introduce(holding)  # a new process has sent no profile yet; the server checks updates against it
             self._until_done(partial(self._send, message, result))
         except ObsoleteRequestError as error:
-            self._say(f"an order was dropped: {error}")
+            self._say(f"a train request was dropped: {error}")
         self._home.clear_pending()
         self._last_order = time.monotonic()
 
@@ -124,12 +124,12 @@ class DeviceNode:
         return None
 
     def _train(self, message: bytes) -> Frame:
-        """Ask the trainer, and keep its answer."""
+        """Run the train request in the trainer, and save its result."""
         started = time.monotonic()
         try:
             frame = self._until_done(partial(self._fetch, message))
             round_number = int(frame.header["round"])
-        except DeviceError as error:  # another version of the protocol
+        except DeviceError as error:  # the server has another protocol version
             self._say(str(error))
             return _without_update(Problem(error.code, error.counts), str(error))
         except (KeyError, TypeError, ValueError) as error:
@@ -143,16 +143,16 @@ class DeviceNode:
         return result
 
     def _fetch(self, message: bytes) -> Frame:
-        """What the trainer is to be asked: the state is in a file, so that while it trains nobody holds a copy.
+        """Return the frame for the trainer. The state is in a file, so that no process holds a copy during training.
 
-        Where the disk is full the trainer is sent the state itself.
+        If the disk is full, the frame contains the state itself.
         """
         task = self._fleet.download_message(message)
         try:
             return Frame({**task.request, STATE: str(self._home.spool(task.payload))})
         except StoreError as error:
             self._say(f"{error}; going on without")
-            return Frame({**task.request, STATE: ""}, task.payload)  # whatever the server may call so is overwritten
+            return Frame({**task.request, STATE: ""}, task.payload)  # the server must not choose a file
 
     def _report(self, round_number: int, result: Frame) -> None:
         kind, said = result.header["kind"], result.header
@@ -173,25 +173,25 @@ class DeviceNode:
             code, beginning = _REFUSALS[said["kind"]]
             problem = parse_problem(str(said.get("problem"))) or Problem(
                 "code-failed"
-            )  # an answer kept by an older one
+            )  # a result that an older fedtune saved
             self._fleet.push_error(message, code, beginning + problem.text)
 
     def _introduce(self, holding: dict[str, Any] | None) -> None:
-        """Tell the server what is here when that is new; it can do without."""
+        """Send the profile if it is new. Errors are ignored, because the server does not depend on it."""
         if holding is None or holding != self._told:
             with suppress(httpx.HTTPError):
                 self._tell(holding)
                 self._told = holding
 
     def _hold(self, what: str, *pieces: bytes) -> None:
-        """Keep something, if the disk can; a full one costs safety, not the round."""
+        """Save a request or a result. If the disk is full, continue: only a killed process needs the file."""
         try:
             self._home.save_pending(what, *pieces)
         except StoreError as error:
             self._say(f"{error}; going on without")
 
     def _note(self, state: str, **more: Any) -> None:
-        """What this device does now, on its disk when that is new: nobody needs to be told again and again."""
+        """Write the state of the device to disk if it has changed."""
         note = {"state": state, "trainer": self._keeper.pid, **more}
         if note == self._noted:
             return
@@ -200,13 +200,13 @@ class DeviceNode:
             self._noted = note
 
     def _meet(self, trouble: str) -> None:
-        """A trouble, or its end."""
+        """Log a problem with the connection, or its end."""
         self._say(trouble)
         self._note("online" if trouble == RECOVERED_MESSAGE else "waiting", trouble=trouble)
 
     @contextmanager
     def _heartbeat(self) -> Iterator[None]:
-        """Beat in a thread of its own, since training and slow lines hold this one up."""
+        """Send heartbeats from another thread while the block runs, because training blocks this one."""
         over = threading.Event()
         thread = threading.Thread(target=self._beat, args=(over,), daemon=True)
         thread.start()

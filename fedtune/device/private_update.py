@@ -1,4 +1,4 @@
-"""What a client does to its contribution before it leaves it, where the recipe asks for privacy."""
+"""Clip a client update and add noise to it before it is sent, if the recipe has privacy."""
 
 import hashlib
 import math
@@ -23,10 +23,10 @@ def make_update_private(
     request: TrainRequest,
     folder: Path,
 ) -> dict[str, Tensor]:
-    """The deltas, clipped and, with ``where: client``, noised by the secret in ``folder``, which is the client's own.
+    """Return the deltas, clipped and, with ``noise_added_by: clients``, with noise from the secret in ``folder``.
 
-    The noise also depends on what it is added to: the same round begun again sends the same bits, and another
-    contribution in its place never has the same noise. ClientUpdateError when more than deltas would be sent.
+    ``folder`` belongs to the client. The noise also depends on the deltas: a repeated round sends the same bits, and
+    different deltas never get the same noise. Raise ClientUpdateError if ``extras`` would be sent too.
     """
     if extras:
         raise ClientUpdateError(f"it would send {min(extras)}, which is neither clipped nor noised; update the recipe")
@@ -46,7 +46,7 @@ def make_update_private(
 
 
 def redact_report(report: ClientReport) -> ClientReport:
-    """What a client with noise of its own says beside it: what its work cost, but neither its examples nor its loss."""
+    """Return the report without the number of examples and without the loss. Costs stay."""
     bare = replace(
         report,
         num_holdout_predictions=0,

@@ -1,4 +1,4 @@
-"""From an error on a device to the problem it may tell its server."""
+"""Map an error on a device to the problem that it may report to the server."""
 
 import errno
 
@@ -32,11 +32,11 @@ _CODES: tuple[tuple[type[BaseException], str], ...] = (
     (MemoryError, "memory-short"),
     (FileNotFoundError, "source-unreadable"),
 )
-"""The first that fits counts; what fits none is ``code-failed``."""
+"""The first match counts. Other errors are ``code-failed``."""
 
 
 def problem_of(error: BaseException) -> Problem:
-    """The code of an error, with the counts it names itself; nothing of its text."""
+    """Return the code of an error and its counts, but never its text."""
     if isinstance(error, FedtuneError) and error.code:
         return Problem(error.code, error.counts)
     if isinstance(error, ValidationError) and any(map(_is_of_missing_unit, error.errors())):

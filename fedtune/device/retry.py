@@ -14,14 +14,14 @@ from fedtune.untrusted import clean_text
 __all__ = ["RECOVERED_MESSAGE", "RetryLoop", "unreachable"]
 
 Result = TypeVar("Result")
-RECOVERED_MESSAGE = "the server answers again"
+RECOVERED_MESSAGE = "the server replies again"
 _STRANGER = 401
 
 
 class RetryLoop:
     """``say`` receives one line when a problem starts and one when it ends.
 
-    ``reset_clock`` is called when the server answers 401, because a wrong clock makes signatures invalid.
+    ``reset_clock`` is called when the server replies with status 401, because a wrong clock makes signatures invalid.
     """
 
     def __init__(self, say: Callable[[str], None], reset_clock: Callable[[], None]) -> None:
@@ -29,7 +29,7 @@ class RetryLoop:
         self.last_error = ""
 
     def call_until_success(self, call: Callable[[], Result]) -> Result:
-        """Return the result of the first successful call. Errors that concern neither server nor network are raised."""
+        """Return the result of the first successful call. Other errors than those of server and network are raised."""
         backoff = Backoff()
         while True:
             try:
@@ -41,7 +41,7 @@ class RetryLoop:
             except httpx.RequestError as error:
                 self._have(unreachable(error))
             except UnexpectedReplyError:
-                self._have("the server answers something else than fedtune; check its address and both versions")
+                self._have("the reply does not come from a fedtune server; check its address and both versions")
             else:
                 self._be_rid()
                 return result
@@ -65,14 +65,14 @@ class RetryLoop:
 
 
 def unreachable(error: BaseException) -> str:
-    """Why there is no connection, where trying again will not help by itself: a certificate that does not hold."""
+    """Explain why there is no connection. An invalid certificate is named, because a retry does not help then."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
         cause = cause.__cause__ or cause.__context__
     if cause is None:
         return "the server cannot be reached"
     return (
-        f"the server's certificate does not hold ({clean_text(cause.verify_message, 120)}); on the server: fedtune "
+        f"the server's certificate is not valid ({clean_text(cause.verify_message, 120)}); on the server: fedtune "
         "server init --hostname NAME, then fedtune server up again"
     )
 
@@ -81,5 +81,5 @@ def _refusal(response: httpx.Response) -> str:
     if response.status_code == _STRANGER:
         return "the server does not know this device: it was removed, or another server is there now"
     if response.is_server_error:
-        return f"the server has trouble of its own (HTTP {response.status_code})"
+        return f"the server has an internal problem (HTTP {response.status_code})"
     return f"the server refuses (HTTP {response.status_code}): {clean_text(response.text)}"

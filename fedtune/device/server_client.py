@@ -1,4 +1,4 @@
-"""Calls of a device to the server's own routes, beside Flower's: its time, its authority, enrolment, the profile."""
+"""A device's HTTPS calls to fedtune's own routes: the time, the CA certificate, enrolment and the profile."""
 
 import ssl
 from collections.abc import Mapping
@@ -18,18 +18,18 @@ __all__ = [
 
 _SECONDS = 20.0
 _LAST_SECOND = 253_402_300_799.0
-"""The last second of the year 9999, beyond which a time is no date."""
+"""The last second of the year 9999, the largest that datetime can represent."""
 
 
 def make_tls_context(ca: str) -> ssl.SSLContext:
-    """TLS that trusts one authority and no other."""
+    """Return a TLS context that trusts only this CA certificate, given as PEM."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(cadata=ca)
     return context
 
 
 def fetch_ca_certificate(url: str) -> str:
-    """The certificate, as PEM, that a server says is its authority's: to be believed once its hash has been checked."""
+    """Return the server's CA certificate as PEM. It is not verified; the caller must compare its hash."""
     anyone = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     anyone.check_hostname = False
     anyone.verify_mode = ssl.CERT_NONE
@@ -37,25 +37,28 @@ def fetch_ca_certificate(url: str) -> str:
 
 
 def request_enrolment(url: str, ca: str, request: Mapping[str, str]) -> dict[str, Any]:
-    """What the server answers a device that shows its token's secret."""
+    """Send the enrolment request, and return the server's reply as JSON."""
     answer: dict[str, Any] = _call("POST", f"{url}/fedtune/enroll", make_tls_context(ca), json=dict(request)).json()
     return answer
 
 
 def fetch_server_time(url: str, context: ssl.SSLContext) -> float:
-    """Seconds since 1970 on the server; httpx's errors when it cannot be reached, UnexpectedReplyError for no time."""
+    """Return the server's time in seconds since 1970.
+
+    Raise httpx's errors if the server cannot be reached, UnexpectedReplyError if the reply is not a time.
+    """
     response = httpx.get(f"{url}/fedtune/time", verify=context, timeout=_SECONDS).raise_for_status()
     try:
         unix = float(response.json()["unix"])
     except (ValueError, TypeError, KeyError, OverflowError) as error:
-        raise UnexpectedReplyError(f"{url} does not tell the time") from error
+        raise UnexpectedReplyError(f"the reply of {url} is not a time") from error
     if not 0.0 <= unix <= _LAST_SECOND:
-        raise UnexpectedReplyError(f"{url} tells a time that is no date")
+        raise UnexpectedReplyError(f"the time that {url} sent is not a date")
     return unix
 
 
 def send_profile(url: str, context: ssl.SSLContext, headers: Mapping[str, str], profile: Mapping[str, Any]) -> None:
-    """Tell what this device is and holds; httpx's errors when it cannot be told."""
+    """Send the profile of this device; raise httpx's errors if this fails."""
     httpx.post(
         f"{url}/fedtune/device/profile",
         verify=context,

@@ -1,4 +1,4 @@
-"""The server's time on a device whose own clock may be wrong, or jump."""
+"""The server's time on a device whose own clock may be wrong or may jump."""
 
 import time
 from collections.abc import Callable
@@ -7,18 +7,18 @@ __all__ = ["ServerClock"]
 
 
 class ServerClock:
-    """Seconds since 1970 on the server, as ``ask`` last told them."""
+    """The server's time in seconds since 1970, computed from the last result of ``ask`` and a monotonic clock."""
 
     def __init__(self, ask: Callable[[], float]) -> None:
         self._ask = ask
         self._ahead = time.time() - time.monotonic()
 
     def synchronise(self) -> None:
-        """Ask anew; raises what asking raises."""
+        """Ask the server for its time. Errors of ``ask`` are raised."""
         before = time.monotonic()
         told = self._ask()
         self._ahead = told - (before + time.monotonic()) / 2
 
     def get_server_time(self) -> float:
-        """The server's time now."""
+        """Return the server's time now."""
         return time.monotonic() + self._ahead

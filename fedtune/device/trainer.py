@@ -1,8 +1,8 @@
-"""The resident trainer of a device: a process that imports torch once and keeps model and data warm.
+"""The trainer process of a device. It imports torch once, and keeps the model and the data in memory.
 
-``python -P -m fedtune.device.trainer DESCRIPTOR SOURCE BUDGET HALVINGS`` answers one frame after the other on an
-inherited socket, and says in between that a round fits its memory and begins. It runs nothing but what is installed,
-and ends with the process that started it, whose end of standard input it holds.
+``python -P -m fedtune.device.trainer DESCRIPTOR SOURCE BUDGET HALVINGS`` reads requests from an inherited socket and
+replies to each. Before training it sends a frame that says that the round fits in memory. It imports only installed
+packages. It exits when its standard input is closed, so it ends together with the process that started it.
 """
 
 import os
@@ -29,7 +29,7 @@ __all__ = ["main"]
 
 
 def main(descriptor: int, source: str, budget: int, halvings: int) -> None:
-    """Answer until the other end is gone."""
+    """Reply to requests until the other end of the socket is closed."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     channel, trainer = TrainerChannel(socket.socket(fileno=descriptor)), Trainer(source, budget, halvings)
     while True:
@@ -40,7 +40,7 @@ def main(descriptor: int, source: str, budget: int, halvings: int) -> None:
 
 
 class Trainer:
-    """``budget`` is the resident memory it may reach; ``halvings`` of the batch have proved necessary."""
+    """``budget`` is the limit of resident memory in bytes. The batch is halved at least ``halvings`` times."""
 
     def __init__(self, source: str, budget: int, halvings: int) -> None:
         self._supply, self._budget, self._halvings = LocalData(source), budget, halvings
@@ -48,9 +48,9 @@ class Trainer:
         self._micro: int | None = None
 
     def run_request(self, frame: Frame, fits: Callable[[], None]) -> Frame:
-        """Train, or say why not. ``fits`` is called just before training.
+        """Train and return the result. ``fits`` is called just before training.
 
-        Of whatever is raised the answer holds a ``problem``, which may travel, and a ``detail``, which stays here.
+        After an error, the result has a ``problem``, which may be sent to the server, and a ``detail``, which must not.
         """
         try:
             path = frame.header.pop(STATE, "")
@@ -62,7 +62,7 @@ class Trainer:
 
     def _train(self, request: TrainRequest, payload: bytes | Path, fits: Callable[[], None]) -> Frame:
         context, rows = self._supply.get_context(request)
-        state = _state(payload, context, request.client)  # before it is looked what is held
+        state = _state(payload, context, request.client)  # before memory is estimated
         if self._looked is not context:
             self._micro = choose_micro_batch_size(context, rows, request.round, self._budget, self._halvings)
             self._looked = context
@@ -76,7 +76,7 @@ class Trainer:
 
 
 def _state(payload: bytes | Path, context: RunContext, client: int) -> Mapping[str, Tensor]:
-    """The state a request begins with; ClientUpdateError when what came is none of this model's."""
+    """Return the state that a request starts from; raise ClientUpdateError if it does not fit the model."""
     try:
         return read_payload(payload, context, client)
     except (ClientUpdateError, StoreError) as error:
@@ -84,8 +84,8 @@ def _state(payload: bytes | Path, context: RunContext, client: int) -> Mapping[s
 
 
 def _end_with_parent() -> None:
-    """Standard input is a pipe on which nothing is ever written: it ends when the parent does, however it does."""
-    os.read(0, 1)  # not through sys.stdin, whose lock would be held when the interpreter ends
+    """Exit when the parent process ends. Standard input is a pipe that closes then; nothing is ever written to it."""
+    os.read(0, 1)  # sys.stdin would hold its lock while the interpreter exits
     os._exit(0)
 
 

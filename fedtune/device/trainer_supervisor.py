@@ -1,6 +1,6 @@
-"""The trainer as its device sees it: started when there is work, watched while it works, ended when it rests too long.
+"""The supervisor starts the trainer process for a request, watches its memory, and ends it when it is idle too long.
 
-Nothing here imports torch.
+This module does not import torch.
 """
 
 import socket
@@ -19,15 +19,15 @@ __all__ = ["TrainerSupervisor"]
 
 _LOOK_SECONDS = 0.2
 _TRIES = 2
-"""A round comes out the same however often it is begun, so a trainer that was killed from outside is worth another."""
+"""How often a request is tried if the trainer is killed. A repeated round gives the same result."""
 _HALVINGS = 3
-"""So often is a trainer that held too much begun again with half the examples at a time."""
+"""How often the trainer is restarted with half the micro-batch size after it used too much memory."""
 _SHORT = 0.05
-"""Share of the machine's memory below which a resting trainer makes room."""
+"""The fraction of free memory on the machine below which an idle trainer is ended."""
 
 
 class TrainerSupervisor:
-    """One trainer for examples from ``source`` that may hold ``budget`` bytes and rest for ``idle`` seconds."""
+    """One trainer for the examples of ``source``, with at most ``budget`` bytes of memory and ``idle`` seconds idle."""
 
     def __init__(self, source: str, budget: int, idle: float) -> None:
         self._source, self._budget, self._idle = source, budget, idle
@@ -40,11 +40,11 @@ class TrainerSupervisor:
 
     @property
     def pid(self) -> int | None:
-        """The trainer's process number while there is one."""
+        """The process id of the trainer; None if it is not running."""
         return self._process.pid if self._process is not None else None
 
     def run_request(self, frame: Frame) -> Frame:
-        """The trainer's answer, or one that says why there is none."""
+        """Return the trainer's result, or a frame that explains why there is none."""
         if self._recipe != frame.header.get("recipe"):
             self._recipe, self._halvings, self._declines = frame.header.get("recipe"), 0, None
         if self._declines is not None:
@@ -58,7 +58,7 @@ class TrainerSupervisor:
                 killed, problem = killed + 1, self._ended()
             except MemoryBudgetError as error:
                 self.stop_trainer()
-                if not rested:  # otherwise another recipe may have been held as well
+                if not rested:  # otherwise the memory may be that of another recipe
                     self._declines = Problem(error.code, error.counts)
                     return _without_update("declined", self._declines)
             except MemoryError:
@@ -70,9 +70,10 @@ class TrainerSupervisor:
         return _without_update("died", problem)
 
     def _exchange(self, frame: Frame) -> Frame:
-        """Send and wait; EOFError when the trainer dies, BudgetError or MemoryError when it holds more than it may.
+        """Send a request and return the result. Raise EOFError if the trainer dies.
 
-        BudgetError before it trains, when fewer examples at a time would not help; MemoryError while it does.
+        Raise MemoryBudgetError if it exceeds its memory budget before training, where smaller micro-batches would not
+        help, and MemoryError if it does so during training.
         """
         channel, held = self._started()
         channel.send(frame)
@@ -89,7 +90,7 @@ class TrainerSupervisor:
         return reply
 
     def _received(self, channel: TrainerChannel, held: psutil.Process) -> Frame:
-        """The trainer's next frame; MemoryError when it holds more than it may before that comes."""
+        """Return the trainer's next frame; raise MemoryError if it exceeds its memory budget before."""
         while not channel.wait_until_ready(_LOOK_SECONDS):
             with suppress(psutil.NoSuchProcess):
                 if held.memory_info().rss > self._budget:
@@ -110,7 +111,7 @@ class TrainerSupervisor:
         return self._channel, psutil.Process(self._process.pid)
 
     def stop_if_idle(self) -> None:
-        """Called while there is no work: end the trainer when it rested too long or memory is short."""
+        """End the trainer if it was idle too long or if memory is short. Called while there is no request."""
         if self._process is None:
             return
         memory = psutil.virtual_memory()
@@ -118,7 +119,7 @@ class TrainerSupervisor:
             self.stop_trainer()
 
     def stop_trainer(self) -> None:
-        """End the trainer at once; what it was doing is lost."""
+        """Kill the trainer. A request in progress is lost."""
         if self._channel is not None:
             self._channel.close()
         if self._process is not None:
@@ -129,7 +130,7 @@ class TrainerSupervisor:
         self._process = self._channel = None
 
     def _ended(self) -> Problem:
-        """How the trainer that is gone ended."""
+        """Return how the trainer ended."""
         code = self._process.wait() if self._process is not None else 0
         self.stop_trainer()
         if code < 0:

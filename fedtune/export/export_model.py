@@ -41,7 +41,9 @@ def write_export(
     set_model_state(model, state)
     adapter = make_peft_adapter(model, chosen, recipe, state) if form != "model" else None
     if form == "adapter" and adapter is None:
-        raise ModelError(f"{_join_names(chosen)} trains what no PEFT adapter can carry; export with --format model")
+        raise ModelError(
+            f"{_join_names(chosen)} trains tensors that no PEFT adapter can contain; export with --format model"
+        )
     with _create_folder(folder) as beside:
         if adapter is not None:
             save_peft_adapter(adapter, model, recipe, beside)

@@ -1,4 +1,4 @@
-"""A PEFT adapter that holds all trained tensors, for techniques whose result PEFT can load."""
+"""A PEFT adapter with all trained tensors, for techniques whose result PEFT can load."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,1 +1,1 @@
-"""Every use of Flower: its processes, its protocols and what it keeps private."""
+"""Every use of Flower: its processes, its protocols, and private parts of it that fedtune needs."""

@@ -1,9 +1,9 @@
-"""A Flower app that holds no code: it names the apps of the installed fedtune, so nothing is shipped to anybody."""
+"""A Flower app without code of its own. It imports the apps of the installed fedtune, so no code is sent."""
 
 __all__ = ["RUN_CONFIG_KEYS", "make_app_files"]
 
 RUN_CONFIG_KEYS = ("run", "store", "home")
-"""Settings a run of the app gets: the run's id, the URL of its store (empty for the default one), fedtune's home."""
+"""The run config: the run's id, the URL of its store (empty for the default store), and fedtune's home folder."""
 
 _PROJECT = """\
 [build-system]
@@ -29,7 +29,7 @@ clientapp = "fedtune_on_flower.client_app:app"
 
 
 def make_app_files() -> dict[str, bytes]:
-    """The app's files by their path in it."""
+    """Return the files of the app by their paths."""
     settings = "".join(f'{key} = ""\n' for key in RUN_CONFIG_KEYS)
     return {
         "pyproject.toml": f"{_PROJECT}{settings}".encode(),
@@ -40,5 +40,5 @@ def make_app_files() -> dict[str, bytes]:
 
 
 def _module(line: str) -> bytes:
-    """A module that hands on ``app``."""
+    """Return a module that exports ``app``."""
     return f'{line}\n\n__all__ = ["app"]\n'.encode()

@@ -1,7 +1,7 @@
-"""One run's process: Flower's ServerApp or simulation, through the SuperLink's socket.
+"""The process of one run: it runs Flower's ServerApp or simulation, connected to the SuperLink's socket.
 
-``python -P -m fedtune.flower.app_child KIND``, KIND as Flower's task types are called, with the run's token on
-standard input.
+The command is ``python -P -m fedtune.flower.app_child KIND``. KIND is one of Flower's task types. The run's token comes
+on standard input.
 """
 
 import os
@@ -18,7 +18,7 @@ __all__: list[str] = []
 
 
 def main(kind: str, token: str, socket: Path) -> None:
-    """Carry the run out."""
+    """Execute the run."""
     reroute_all(socket)
     output: Queue[str | None] = Queue()
     mirror_output_to_queue(output)

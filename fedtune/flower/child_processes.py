@@ -1,4 +1,4 @@
-"""Flower's processes as children: what they find in their environment, how they end."""
+"""Flower's processes as child processes: their environment, their ports and how they are stopped."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ __all__ = ["find_free_port", "make_child_environment", "stop_process_group"]
 
 
 def make_child_environment(flower_home: Path) -> dict[str, str]:
-    """Nothing is looked up, reported or installed; the commands beside this interpreter are found first."""
+    """Return an environment without telemetry, update checks and installs. PATH starts at the interpreter."""
     return {
         **child_processes.environment(),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
@@ -27,7 +27,7 @@ def make_child_environment(flower_home: Path) -> dict[str, str]:
 
 
 def find_free_port() -> int:
-    """A port nobody listens on now on the loopback address."""
+    """Return a port of the loopback address that is free now."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port: int = found.getsockname()[1]
@@ -35,7 +35,7 @@ def find_free_port() -> int:
 
 
 def stop_process_group(process: subprocess.Popen[bytes], patience: float = 10.0) -> None:
-    """End a child that leads a process group, and the group."""
+    """End a child process and its process group, which it leads."""
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
         process.wait(patience)

@@ -1,6 +1,6 @@
-"""The part of Flower's Control API a server uses, through Flower's own client, which is private (flwr 1.41 and 1.42).
+"""The calls of Flower's Control API that a server needs. They use Flower's private client (flwr 1.41 and 1.42).
 
-It asks nobody for a key, so the SuperLink that serves it listens on a socket that only its owner can open.
+The API requires no key. The SuperLink therefore listens on a socket that only its owner can open.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ __all__ = ["ControlClient", "FlowerRunStatus", "RetryOnceInterceptor"]
 
 @dataclass(frozen=True)
 class FlowerRunStatus:
-    """What the SuperLink says of a run: ``status`` is pending, starting, running or finished."""
+    """The state of a run on the SuperLink: ``status`` is pending, starting, running or finished."""
 
     status: str
     outcome: str
@@ -43,10 +43,10 @@ class FlowerRunStatus:
 
 
 class RetryOnceInterceptor:
-    """Makes a call once more when the SuperLink hung up instead of reading it, as it does on lines idle for 5 s."""
+    """Repeats a call once if the SuperLink closed the connection, which it does after 5 s without a request."""
 
     def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
-        """The answer to the first or the second call."""
+        """Return the response to the first or the second call."""
         try:
             return call_next(context)
         except httpx.RemoteProtocolError:
@@ -54,7 +54,7 @@ class RetryOnceInterceptor:
 
 
 class ControlClient:
-    """A connection to the SuperLink at a socket; every method raises ServerError when it cannot be reached."""
+    """A connection to the SuperLink's socket. Every method raises ServerError if it cannot be reached."""
 
     def __init__(self, socket: Path) -> None:
         interceptors: list[ProtobufClientInterceptor] = [
@@ -65,11 +65,11 @@ class ControlClient:
         reroute(self._client, socket)
 
     def close(self) -> None:
-        """Let go of the connection."""
+        """Close the connection."""
         self._client.close()
 
     def start_run(self, settings: dict[str, str], simulated: SimulationConfig | None = None) -> int:
-        """Start a run of fedtune's app with these settings, on devices or on ``simulated`` ones; its number."""
+        """Start a run of fedtune's app on devices, or on ``simulated`` nodes; return its id on the SuperLink."""
         content, _ = build_fab_from_files(app_bundle.make_app_files())
         fab = fab_to_proto(Fab(hashlib.sha256(content).hexdigest(), content, {}))
         config = user_config_to_proto(dict(settings))
@@ -77,33 +77,33 @@ class ControlClient:
         with _reached():
             response = self._client.StartRun(request)
         if not response.HasField("run_id"):
-            raise ServerError("Flower's SuperLink did not take the run; see fedtune server logs")
+            raise ServerError("Flower's SuperLink did not accept the run; see fedtune server logs")
         return int(response.run_id)
 
     def get_run_status(self, flower_run_id: int) -> FlowerRunStatus:
-        """How a run stands."""
+        """Return the state of a run."""
         with _reached():
             found = self._client.ListRuns(ListRunsRequest(run_id=flower_run_id)).run_dict[flower_run_id].status
         return FlowerRunStatus(found.status, found.sub_status, found.details)
 
     def stop_run(self, flower_run_id: int) -> None:
-        """End a run, unless it has ended."""
+        """Stop a run that has not ended yet."""
         if self.get_run_status(flower_run_id).status != "finished":
             with _reached():
                 self._client.StopRun(StopRunRequest(run_id=flower_run_id))
 
     def register_node(self, public_key: bytes, name: str) -> int:
-        """Let a device in by its public key as PEM; its node number."""
+        """Register a device by its public key, given as PEM; return its node id."""
         with _reached():
             return int(self._client.RegisterNode(RegisterNodeRequest(public_key=public_key, name=name)).node_id)
 
     def unregister_node(self, node: int) -> None:
-        """Shut a device out."""
+        """Remove a device."""
         with _reached():
             self._client.UnregisterNode(UnregisterNodeRequest(node_id=node))
 
     def list_online_nodes(self) -> set[int]:
-        """Node numbers of the devices that are connected now."""
+        """Return the node ids of the devices that are online now."""
         with _reached():
             nodes = self._client.ListNodes(ListNodesRequest()).nodes_info
         return {int(node.node_id) for node in nodes if node.status == "online"}
@@ -116,4 +116,4 @@ def _reached() -> Iterator[None]:
     except httpx.HTTPStatusError as error:
         raise ServerError(f"Flower's SuperLink refuses: {error.response.text.strip()[:300]}") from error
     except (httpx.HTTPError, ValueError) as error:
-        raise ServerError(f"Flower's SuperLink cannot be reached ({error}); it is started again") from error
+        raise ServerError(f"Flower's SuperLink cannot be reached ({error}); it will be restarted") from error

@@ -1,4 +1,4 @@
-"""One exchange with clients on a Flower grid: messages out, replies as they arrive, until all are in or time is up."""
+"""One exchange with clients on a Flower grid: send messages, and yield replies until all arrived or time is up."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,12 +32,12 @@ def make_train_messages(
 
 
 def _list_fields(request: TrainRequest) -> dict[str, str | int]:
-    """The fields of a request that travel: without those that are None or False."""
+    """Return the fields of a request without those that are None or False, which are not sent."""
     return {name: value for name, value in asdict(request).items() if value is not None and value is not False}
 
 
 def lacks_base(reply: Message) -> bool:
-    """Whether a device says that it does not hold the base weights that its train request is based on."""
+    """Whether a device replied that it does not hold the base weights that its train request is based on."""
     return reply.has_error() and reply.error.reason == LACKS_BASE
 
 
@@ -57,10 +57,9 @@ def stream_replies(
 ) -> Iterator[tuple[int, Message]]:
     """Send the messages and yield (client, reply) in order of arrival for at most ``deadline`` seconds.
 
-    What is not here by then is late, also where waiting for it is what took the time: clients in turn in this process.
-    Nothing comes from a client whose message could not be sent, since its device has been removed; ``removed`` is told
-    of it. A reply to nothing that was sent is passed over. A device that lacks the base weights of its request is
-    sent what ``again`` gives.
+    Replies after the deadline are not yielded, even if the call that returned them started before it. If a message
+    cannot be sent because the device was removed, ``removed`` is called with the client. A reply to no sent message is
+    ignored. A device that lacks the base weights of its request gets the messages that ``again`` returns.
     """
     end = float("inf") if deadline is None else time.monotonic() + deadline
     again_asked: set[int] = set()
@@ -73,7 +72,7 @@ def stream_replies(
             if (client := waiting.pop(reply.metadata.reply_to_message_id, -1)) < 0:
                 continue
             if lacks_base(reply) and client not in again_asked:
-                again_asked.add(client)  # whatever it says next is its answer
+                again_asked.add(client)  # its next reply is yielded, whatever it contains
                 waiting |= _push(grid, again(client), removed)
             else:
                 yield client, reply
@@ -82,7 +81,7 @@ def stream_replies(
 
 
 def _push(grid: Grid, messages: Mapping[int, Message], removed: Callable[[int], None]) -> dict[str, int]:
-    """Send messages; whose they are, by the numbers of those that were sent."""
+    """Send messages; return the client of each sent message, by message id."""
     sent = list(zip(grid.push_messages(messages.values()), messages, strict=True))
     for client in (client for message_id, client in sent if not message_id):
         removed(client)

@@ -1,7 +1,7 @@
-"""Flower's fleet protocol as a device speaks it, and every private detail of Flower that takes (flwr 1.41 and 1.42).
+"""A device's client for Flower's fleet protocol, with the private parts of Flower it needs (flwr 1.41 and 1.42).
 
-There is no activation: a registered node's heartbeat brings it online at once, and unlike activation is never refused
-because an earlier process of the same device still counts as online.
+It does not activate the node, because the heartbeat of a registered node brings it online at once. Activation would be
+refused while an earlier process of the same device still counts as online.
 """
 
 import datetime
@@ -53,16 +53,16 @@ Request = TypeVar("Request")
 Response = TypeVar("Response")
 _FORBIDDEN, _RUN_HAS_ENDED = 403, 2007
 OFFLINE_AFTER_SECONDS = 120.0
-"""How long the server believes in a device it hears nothing of; Flower counts two heartbeat intervals."""
+"""Seconds without a heartbeat after which a device counts as offline: two of Flower's heartbeat intervals."""
 
 
 class ObsoleteRequestError(Exception):
-    """The server no longer wants this: its run has ended, or its objects are no longer there."""
+    """The server no longer needs the reply: the run has ended, or the message was deleted."""
 
 
 @dataclass(frozen=True)
 class TrainMessage:
-    """A message to train: what it asks and the state to start from."""
+    """A message with a train request: the request, and the start state as ``payload``."""
 
     metadata: Metadata
     request: dict[str, str | int]
@@ -70,7 +70,7 @@ class TrainMessage:
 
 
 def make_signed_headers(key: ec.EllipticCurvePrivateKey, unix: float) -> dict[str, str]:
-    """The three headers by which a device proves who it is; the server's clock must be near ``unix``."""
+    """Return the three headers that authenticate a device. ``unix`` must be close to the server's time, in seconds."""
     timestamp = datetime.datetime.fromtimestamp(unix, datetime.UTC).isoformat()
     return {
         FLEET_HTTP_PUBLIC_KEY_HEADER: b64encode(public_key_to_bytes(key.public_key())).decode(),
@@ -80,7 +80,7 @@ def make_signed_headers(key: ec.EllipticCurvePrivateKey, unix: float) -> dict[st
 
 
 class _Signer:
-    """Signs each call with the server's time, which ``now`` gives."""
+    """Signs each call. ``now`` returns the server's time."""
 
     def __init__(self, key: ec.EllipticCurvePrivateKey, now: Callable[[], float]) -> None:
         self._key, self._now = key, now
@@ -91,7 +91,7 @@ class _Signer:
 
 
 class _Holding:
-    """Tells with each call which message is on this device's disk: one lost on its way is handed out again."""
+    """Adds to each call the id of the message that is on disk. The server delivers any other message again."""
 
     def __init__(self) -> None:
         self.message = ""
@@ -102,22 +102,22 @@ class _Holding:
 
 
 class _Client(FleetHttpClient):
-    """Flower's, which raises a bare ValueError for an answer it cannot read."""
+    """Flower's client. It raises a plain ValueError for an invalid response, which this class replaces."""
 
     def _unary_unary(self, **call: Any) -> Any:
         try:
             return super()._unary_unary(**call)
         except ValueError as error:
             if isinstance(error.__cause__, DecodeError):
-                raise UnexpectedReplyError("the answer is no message of Flower's") from error
+                raise UnexpectedReplyError("the reply is not one of Flower's messages") from error
             raise
 
 
 class FleetClient:
-    """Calls of one registered node.
+    """The calls of one registered node.
 
-    Raises httpx's errors for what may pass, UnexpectedReplyError for an answer that is none, GoneError for what will
-    not pass.
+    They raise httpx's errors if a retry may succeed, UnexpectedReplyError for an invalid response, and
+    ObsoleteRequestError if a retry cannot succeed.
     """
 
     def __init__(
@@ -129,17 +129,17 @@ class FleetClient:
         self._client = _Client.from_server_address(address, False, ca.encode(), interceptors)
 
     def send_heartbeat(self) -> None:
-        """Be online for the next ``OFFLINE_AFTER_SECONDS``."""
+        """Report this node as online for the next ``OFFLINE_AFTER_SECONDS``."""
         self._client.SendNodeHeartbeat(
             SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=OFFLINE_AFTER_SECONDS / 2)
         )
 
     def deactivate_node(self) -> None:
-        """Be offline from now on."""
+        """Report this node as offline."""
         self._client.DeactivateNode(DeactivateNodeRequest(node_id=self._node.node_id))
 
     def pull_message(self) -> bytes | None:
-        """Take the next message, if there is one; the server hands it out until ``holds`` is called with it."""
+        """Return the next message, if any. The server delivers it again until ``mark_message_stored`` is called."""
         response = self._client.PullMessages(PullMessagesRequest(node=self._node))
         if not response.messages_list:
             return None
@@ -148,17 +148,17 @@ class FleetClient:
         return claim
 
     def mark_message_stored(self, claim: bytes) -> None:
-        """A message that was taken is on the disk."""
+        """Report with the next calls that this message is on disk."""
         self._holding.message = open_claim(claim)[0].metadata.message_id
 
     def download_message(self, claim: bytes) -> TrainMessage:
-        """The message that was taken, with its content."""
+        """Return the message with its content, which is downloaded."""
         message, tree = open_claim(claim)
         wanted = [one.object_id for one in iterate_object_tree(tree)]
         contents = {name: self._object(message.metadata.run_id, name) for name in dict.fromkeys(wanted)}
         whole = inflate_object_from_contents(tree.object_id, contents)
         if not isinstance(whole, Message):
-            raise TypeError(f"the server sent a {type(whole).__name__} in place of a message")
+            raise TypeError(f"the server sent a {type(whole).__name__} instead of a message")
         return TrainMessage(
             message.metadata,
             train_messages.read_train_request(whole.content),
@@ -166,12 +166,12 @@ class FleetClient:
         )
 
     def _object(self, run: int, name: str) -> bytes:
-        """One object, as soon as the server has it whole."""
+        """Return an object. Wait until the server has all of it."""
         request = PullObjectRequest(node=self._node, run_id=run, object_id=name)
         while True:
             response = _wanted(self._client.PullObject, request)
             if not response.object_found:
-                raise ObsoleteRequestError("the server no longer holds what it sent")
+                raise ObsoleteRequestError("the server has deleted the message")
             if response.object_available:
                 return response.object_content
             time.sleep(0.1)
@@ -179,15 +179,15 @@ class FleetClient:
     def push_update(
         self, claim: bytes, payload: bytes, report: Mapping[str, float | Sequence[float]], seconds: float
     ) -> None:
-        """Send deltas for a message that was taken."""
+        """Send the deltas and the report as the reply to a message."""
         self._push(claim, train_messages.make_update_record(payload, report), None, seconds)
 
     def push_error(self, claim: bytes, code: int, reason: str) -> None:
-        """Say why there are no deltas."""
+        """Reply to a message with an error code and a reason."""
         self._push(claim, None, Error(code, reason), 0.0)
 
     def _push(self, claim: bytes, content: RecordDict | None, error: Error | None, seconds: float) -> None:
-        """Safe to do again with the same content: the server knows an answer by its hash, and takes no second one."""
+        """Send a reply. The call may be repeated: the server identifies a reply by its hash and accepts it once."""
         asked, _ = open_claim(claim)
         reply = make_message(make_reply_metadata(asked.metadata), content, error)
         reply.metadata.__dict__["_message_id"] = reply.object_id
@@ -212,15 +212,15 @@ class FleetClient:
             node=self._node, run_id=run, session_id=session, object_id=name, object_content=content
         )
         if not _wanted(self._client.PushObject, request).stored:
-            raise httpx.TransportError("the server let go of a half-sent answer")
+            raise httpx.TransportError("the server dropped a partly sent reply")
 
     def close(self) -> None:
-        """Let go of connections."""
+        """Close all connections."""
         self._client.close()
 
 
 def open_claim(claim: bytes) -> tuple[Message, ObjectTree]:
-    """The message in a claim; UnexpectedReplyError when it is none, whatever Flower raises then."""
+    """Return the message in a claim; raise UnexpectedReplyError if Flower cannot read it."""
     try:
         response = PullMessagesResponse.FromString(claim)
         return message_from_proto(response.messages_list[0]), response.message_object_trees[0]
@@ -229,7 +229,7 @@ def open_claim(claim: bytes) -> tuple[Message, ObjectTree]:
 
 
 def _wanted(call: Callable[[Request], Response], request: Request) -> Response:
-    """What a call gives; GoneError when the run it is about has ended."""
+    """Return the response of a call; raise ObsoleteRequestError if its run has ended."""
     try:
         return call(request)
     except httpx.HTTPStatusError as error:
@@ -239,7 +239,7 @@ def _wanted(call: Callable[[Request], Response], request: Request) -> Response:
 
 
 def _code(response: httpx.Response) -> object:
-    """Flower's number of an error; read by hand, since its own reader imports a web framework of fourteen megabytes."""
+    """Return Flower's error code. Flower's own parser is not used, because it imports a web framework of 14 MB."""
     try:
         return response.json()["code"]
     except (ValueError, KeyError, TypeError):
@@ -247,7 +247,7 @@ def _code(response: httpx.Response) -> object:
 
 
 def make_reply_metadata(asked: Metadata) -> Metadata:
-    """As Flower makes it, but dated like the message it answers, so that a device's clock has no say in it."""
+    """Return Flower's metadata of a reply, with the time of the request, because the device's clock may be wrong."""
     return Metadata(
         run_id=asked.run_id,
         message_id="",

@@ -1,9 +1,9 @@
-"""Flower's grid on a SuperLink, one device's messages kept from harming others (private parts of flwr 1.41 and 1.42).
+"""A Flower grid on which one device's replies cannot harm a run (private parts of flwr 1.41 and 1.42).
 
-Flower's own grid ends the ServerApp when a device confirms an order before its objects are there, when a reply is
-malformed, or answers a message that was never sent; it waits for a reply's objects while others are ready; and it puts
-a reply together however large that makes it, since an array may list one chunk many times. Here each of these costs
-its device the round: in place of the reply comes an error with the code ``REFUSED`` and a sentence.
+Flower's own grid ends the ServerApp if a device confirms a message before its objects are stored, if a reply is
+malformed, or if it replies to a message that was never sent. It waits for the objects of one reply while others are
+complete. It also builds a reply of any size, because an array may name the same chunk many times. Here, each of these
+replies is replaced by an error with the code ``REFUSED`` and a sentence, so only its device misses the round.
 """
 
 from collections.abc import Iterable, Mapping
@@ -42,21 +42,21 @@ __all__ = ["GuardedGrid", "guard_grid"]
 
 _MOST_OBJECTS = 64
 _PER_CHUNK = 1 << 16
-"""Flower cuts arrays into much larger chunks: so many bytes at least are one object."""
+"""The smallest number of bytes per object that is expected. Flower's chunks are much larger."""
 
 
 def guard_grid(grid: Grid) -> Grid:
-    """The grid, guarded where it reaches devices; one inside this process is as it was."""
+    """Return a guarded grid if the grid connects to devices. A grid inside this process is returned unchanged."""
     if not type(grid).__module__.startswith("flwr."):
         return grid
-    from flwr.superlink.grid import HttpGrid  # Flower's web server comes with it
+    from flwr.superlink.grid import HttpGrid  # imports Flower's web server
 
     return GuardedGrid(grid) if isinstance(grid, HttpGrid) else grid
 
 
 @dataclass
 class _Arriving:
-    """A reply whose objects are not all there yet: what the SuperLink vouches for, what is missing, what came."""
+    """A reply that is not complete yet: its metadata from the SuperLink, its missing objects and its contents."""
 
     metadata: Metadata
     wanted: list[str]
@@ -65,7 +65,7 @@ class _Arriving:
 
 
 class GuardedGrid(Grid):
-    """Replies of at most as many bytes as ``expect`` was told."""
+    """A grid that accepts replies up to the number of bytes given to ``expect``."""
 
     def __init__(self, grid: "HttpGrid") -> None:
         self._grid = grid
@@ -74,11 +74,11 @@ class GuardedGrid(Grid):
         self._lost: dict[str, Metadata] = {}
 
     def expect(self, most: int) -> None:
-        """Take payloads of up to ``most`` bytes from now on; never fewer than before, since replies may be late."""
+        """Accept payloads of up to ``most`` bytes. The limit never falls, because late replies may be larger."""
         self._most = max(self._most, most)
 
     def set_run(self, run: Run) -> None:
-        """Tell which run this is."""
+        """Set the run."""
         self._grid.set_run(run)
 
     @property
@@ -89,22 +89,22 @@ class GuardedGrid(Grid):
     def create_message(
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str = "", ttl: float | None = None
     ) -> Message:
-        """A message to a node."""
+        """Return a message to a node."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        """Nodes that are connected."""
+        """Return the ids of the connected nodes."""
         return self._grid.get_node_ids()
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """As Flower does it; fedtune's rounds push and pull themselves."""
+        """Call Flower's method. fedtune itself pushes and pulls messages instead."""
         return self._grid.send_and_receive(messages, timeout=timeout)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Send messages; their numbers, empty where there is no such device any more.
+        """Send messages; return their ids, empty for a device that was removed.
 
-        Of a message whose objects are gone before they were all stored, ``pull_messages`` gives an error: its device
-        confirmed it before it can have fetched it.
+        If objects of a message were deleted before all were stored, its device confirmed the message without fetching
+        it. ``pull_messages`` then returns an error for it.
         """
         sent = list(messages)
         if not sent:
@@ -126,7 +126,7 @@ class GuardedGrid(Grid):
         return list(response.message_ids)
 
     def _push_objects(self, objects: Mapping[str, InflatableObject], wanted: set[str], session: str) -> set[str]:
-        """Store objects; the identifiers of those that the SuperLink did not take."""
+        """Store objects; return the ids of those that the SuperLink did not accept."""
         lost: set[str] = set()
         for name in wanted:
             request = PushObjectRequest(
@@ -141,7 +141,7 @@ class GuardedGrid(Grid):
         return lost
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """Replies that are here whole; whatever is wrong with one is an error in its place."""
+        """Return the complete replies. An invalid reply is replaced by an error."""
         asked = set(message_ids)
         self._forget_all_but(asked)
         early = asked & self._lost.keys()
@@ -160,7 +160,7 @@ class GuardedGrid(Grid):
         return replies
 
     def _forget_all_but(self, asked: set[str]) -> None:
-        """Nobody waits for other replies any more."""
+        """Delete all replies except those to the messages ``asked``."""
         for message_id in self._arriving.keys() - asked:
             self._confirm(self._arriving.pop(message_id))
         for message_id in self._lost.keys() - asked:
@@ -180,11 +180,11 @@ class GuardedGrid(Grid):
                 ttl=metadata.ttl,
                 message_type=metadata.message_type,
             ),
-            "it confirmed its order before it had fetched it; restart the device",
+            "it confirmed its train request before it fetched it; restart the device",
         )
 
     def _reply(self, reply: _Arriving) -> Message | None:
-        """The reply, or an error in its place; None while objects of it are on their way."""
+        """Return the reply, or an error instead of it; None while objects are missing."""
         try:
             if not self._fetch(reply):
                 return None
@@ -193,28 +193,28 @@ class GuardedGrid(Grid):
             return _refusal(reply.metadata, str(error))
 
     def _fetch(self, reply: _Arriving) -> bool:
-        """Fetch what is there of a reply; whether that is all. ReplyError when it is more than the round expects."""
+        """Fetch the available objects; return whether the reply is complete. Raise ReplyError if it is too large."""
         if len(reply.wanted) > _MOST_OBJECTS + self._most // _PER_CHUNK:
-            raise ReplyError(f"its reply is in {len(reply.wanted)} objects, more than this round expects")
+            raise ReplyError(f"its reply has {len(reply.wanted)} objects, more than this round expects")
         while reply.wanted:
             content = self._object(reply.wanted[0])
             if not content:
                 return False
             reply.held += len(content)
             if reply.held > self._most + OVERHEAD:
-                raise ReplyError(f"its reply has more than the {self._most} bytes this round expects at most")
+                raise ReplyError(f"its reply is larger than the limit of this round, {self._most} bytes")
             reply.contents[reply.wanted.pop(0)] = content
         return True
 
     def _object(self, name: str) -> bytes:
-        """An object's content, empty while it is not there."""
+        """Return the content of an object; empty while it is missing."""
         request = PullObjectRequest(node=self._grid.node, run_id=self.run.run_id, object_id=name)
         try:
             response = self._grid._runtime_client.PullObject(request)
         except httpx.HTTPStatusError as error:
-            raise ReplyError("a part of its reply cannot be read") from error
+            raise ReplyError("an object of its reply cannot be read") from error
         if not response.object_found:
-            raise ReplyError("a part of its reply is missing: it did not send it to the end")
+            raise ReplyError("its reply is incomplete: an object was never sent")
         return response.object_content if response.object_available else b""
 
     def _confirm(self, reply: _Arriving) -> None:
@@ -226,7 +226,7 @@ class GuardedGrid(Grid):
 
 
 def _ordered(tree: ObjectTree) -> list[str]:
-    """The objects of a reply, each once."""
+    """Return the object ids of a reply, each once."""
     return list(dict.fromkeys(one.object_id for one in iterate_object_tree(tree)))
 
 

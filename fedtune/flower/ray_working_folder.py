@@ -1,7 +1,8 @@
-"""The one private detail of Ray that a simulation on it needs (ray 2.55).
+"""The one private part of Ray that a simulation needs (ray 2.55).
 
-A process that starts Ray has its working folder put first on its workers' search path, unless the run has a folder of
-its own for its files. A recipe's paths go by the working folder, so it cannot be left for an empty one.
+Ray puts the working folder of the process that starts it first on the import path of its workers, unless the job has a
+folder of its own for its files. Changing to an empty folder is no solution, because paths in a recipe are relative to
+the working folder.
 """
 
 from ray.job_config import JobConfig
@@ -10,5 +11,5 @@ __all__ = ["keep_working_folder_out"]
 
 
 def keep_working_folder_out() -> None:
-    """Let the workers of the Ray that this process is about to start import nothing from the working folder."""
+    """Keep the working folder off the import path of Ray's workers. Must be called before Ray starts."""
     JobConfig._runtime_env_has_working_dir = lambda _: True

@@ -1,4 +1,4 @@
-"""A device's reply put together from the objects Flower stores (flwr 1.41 and 1.42), measured before it is expanded."""
+"""Build a device's reply from its stored objects (flwr 1.41 and 1.42). Its size is checked before it is expanded."""
 
 import json
 from collections.abc import Mapping
@@ -15,28 +15,29 @@ __all__ = ["ReplyError", "inflate_reply"]
 
 
 class ReplyError(Exception):
-    """What is wrong with a reply, in a sentence about the device."""
+    """An invalid reply. The message is a sentence about the device."""
 
 
 def inflate_reply(metadata: Metadata, contents: Mapping[str, bytes], most: int) -> Message:
-    """The reply that ``metadata`` announces; ReplyError when its arrays expand to more than ``most`` bytes.
+    """Return the reply with this metadata.
 
-    Metadata inside the objects are the device's own word and are not used. ReplyError too when they are no reply.
+    Raise ReplyError if its arrays expand to more than ``most`` bytes, or if the objects are not a reply. The metadata
+    inside the objects comes from the device and is not used.
     """
     try:
         expanded = sum(_expanded(content, contents) for content in contents.values())
         if expanded > most + OVERHEAD:
-            raise ReplyError(f"its reply expands to {expanded} bytes, and this round expects {most} at most")
+            raise ReplyError(f"its reply expands to {expanded} bytes; the limit of this round is {most}")
         found = inflate_object_from_contents(metadata.message_id, dict(contents))
         return _with(metadata, found)
     except ReplyError:
         raise
-    except Exception as error:  # whatever a stranger's objects make Flower raise
-        raise ReplyError("its reply is not what Flower's protocol says; update the client") from error
+    except Exception as error:  # Flower may raise anything for invalid objects
+        raise ReplyError("its reply does not follow Flower's protocol; update the client") from error
 
 
 def _expanded(content: bytes, contents: Mapping[str, bytes]) -> int:
-    """Bytes that an array's chunks take once they are put one after the other; 0 for other objects."""
+    """Return the bytes of an array after its chunks are joined; 0 for other objects."""
     kind, children, _ = get_object_head_values_from_object_content(content)
     if kind != "Array":
         return 0
@@ -47,7 +48,7 @@ def _expanded(content: bytes, contents: Mapping[str, bytes]) -> int:
 
 def _with(metadata: Metadata, found: object) -> Message:
     if not isinstance(found, Message) or found.has_content() == found.has_error():
-        raise ReplyError("its reply is no message; update the client")
+        raise ReplyError("its reply is not a message; update the client")
     if found.has_error():
         return make_message(metadata, None, Error(found.error.code, found.error.reason))
     return make_message(metadata, found.content, None)

@@ -1,6 +1,6 @@
-"""The largest reply that a run's rounds have asked of a client so far: told by the run's process, read by the gateway.
+"""The largest reply that a run accepts, in bytes. The process of the run writes it, and the gateway reads it.
 
-A small file in the run's folder, since the two are processes of their own, and either may be started anew.
+It is a small file in the run's folder, because these are two processes and each may restart.
 """
 
 from pathlib import Path
@@ -10,17 +10,17 @@ from fedtune.files import write_bytes_atomically
 __all__ = ["OVERHEAD", "raise_reply_limit", "read_reply_limit"]
 
 OVERHEAD = 1 << 18
-"""Bytes of a reply beside its payload: heads, names, the report."""
+"""Bytes of a reply besides its payload: headers, names and the report."""
 
 
 def raise_reply_limit(folder: Path, count: int) -> None:
-    """Let replies of a run have so many bytes, or more where some round before allowed more."""
+    """Raise the limit of a run to ``count`` bytes, unless it is larger already."""
     if count > (read_reply_limit(folder) or 0):
         write_bytes_atomically(_path(folder), str(count).encode())
 
 
 def read_reply_limit(folder: Path) -> int | None:
-    """What is allowed in the run whose folder this is; None before its first round."""
+    """Return the limit of the run with this folder; None before its first round."""
     try:
         return int(_path(folder).read_text())
     except (FileNotFoundError, ValueError):

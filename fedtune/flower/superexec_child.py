@@ -1,7 +1,6 @@
-"""Starts the processes of a SuperLink's runs, as Flower's SuperExec does, but through the SuperLink's socket.
+"""Starts the processes of a SuperLink's runs, like Flower's SuperExec, but through the SuperLink's socket.
 
-What a process may do for its run it learns from a token on its standard input: arguments can be read by every user of a
-machine.
+Each process gets the token of its run on standard input, because every user of the machine can read arguments.
 """
 
 import os
@@ -26,7 +25,7 @@ _TYPES = [TaskType.SERVER_APP, TaskType.SIMULATION]
 
 
 def main(socket: Path) -> None:
-    """Look for runs to start until the SuperLink is gone."""
+    """Start runs until the SuperLink ends."""
     start_parent_process_monitor(os.getppid())
     interceptors = [RuntimeVersionHttpInterceptor(component_name="fedtune")]
     client = RuntimeHttpClient(f"http://{ADDRESS}", interceptors=interceptors)
@@ -35,11 +34,11 @@ def main(socket: Path) -> None:
     while True:
         try:
             found = client.AcquireTask(AcquireTaskRequest(supported_task_types=_TYPES))
-        except httpx.HTTPError:  # it is starting, or about to end
+        except httpx.HTTPError:  # the SuperLink is starting or ending
             found = None
         if found is not None and found.HasField("task") and found.token:
             started.append(_start(found.task.type, found.token))
-        started = [process for process in started if process.poll() is None]  # asked, so that none stays a zombie
+        started = [process for process in started if process.poll() is None]  # poll() removes zombies
         time.sleep(_LOOK_SECONDS)
 
 

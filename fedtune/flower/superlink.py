@@ -1,4 +1,4 @@
-"""Flower's SuperLink as a child on a Unix socket of ours: device keys always on, started again when it dies."""
+"""Flower's SuperLink as a child process on a private Unix socket. Devices must authenticate with their keys."""
 
 import os
 import shutil
@@ -25,19 +25,18 @@ __all__ = ["SuperLink"]
 
 _START_SECONDS = 90.0
 _END_SECONDS = 2.0
-"""Flower would wait half a minute for its own clients to hang up; what is lost to a kill is nothing."""
+"""Seconds before the SuperLink is killed. It would wait half a minute for its clients; a kill loses nothing."""
 _QUIET = {"FLWR_LOG_LEVEL": "WARNING"}
-"""Unless the server's environment says otherwise. Flower tells of every call, several lines a second while a run goes
-on."""
+"""Flower's log level, unless the environment of the server sets it. By default Flower logs every call."""
 _DATABASE = "sqlite:///superlink.sqlite"
-"""In the folder it is started in: Flower puts a path into a URL as it is, where ``%``, ``?`` and ``#`` mean more."""
+"""Relative to the working folder. Flower does not escape ``%``, ``?`` and ``#`` when it puts a path into a URL."""
 
 
 class SuperLink:
-    """One SuperLink at a time, on the same database; ``generation`` counts how often it was started.
+    """One SuperLink process at a time, on the same database. ``start_count`` counts its starts.
 
-    ``folder`` is Flower's own home. ``simulation`` lets no devices in and runs clients on Flower's engine, in the
-    working folder, by which paths in a recipe go.
+    ``folder`` is Flower's home. With ``simulation``, no devices can connect, and clients run on Flower's simulation
+    engine in the working folder, because paths in a recipe are relative to it.
     """
 
     def __init__(self, folder: Path, *, simulation: bool = False) -> None:
@@ -51,13 +50,13 @@ class SuperLink:
         self.start_count = 0
 
     def get_control_client(self) -> ControlClient:
-        """A connection to it; ServerError while it is down."""
+        """Return a connection to the SuperLink; raise ServerError while it is down."""
         if self._control is None:
             raise ServerError("Flower's SuperLink is starting; try again shortly")
         return self._control
 
     def start(self) -> None:
-        """Start it and wait until it answers; ServerError when it does not."""
+        """Start the SuperLink and wait until it replies; raise ServerError if it does not."""
         options = ["--simulation", os.getcwd()] if self._simulation else []
         self.socket.unlink(missing_ok=True)
         shrink_database(self._folder / "superlink.sqlite")
@@ -76,16 +75,16 @@ class SuperLink:
         self.start_count += 1
 
     def trim(self) -> None:
-        """Keep the log beside its database small; to be called every moment."""
+        """Limit the size of the write-ahead log of its database. Must be called regularly."""
         trim_log(self._folder / "superlink.sqlite")
 
     @property
     def log_file(self) -> Path:
-        """What it and its children print, of every start."""
+        """The file with the output of the SuperLink and its children, over all starts."""
         return self._folder / "superlink.log"
 
     def is_alive(self) -> bool:
-        """Whether the process is there; remembers its children, to end them if it is killed."""
+        """Whether the process is running. Its children are recorded, so that they can be ended if it is killed."""
         if self._process is None or self._process.poll() is not None:
             return False
         with suppress(psutil.Error):
@@ -93,14 +92,14 @@ class SuperLink:
         return True
 
     def is_superexec_alive(self) -> bool:
-        """Whether its one child is there, which starts runs' processes; Flower does not start it again."""
+        """Whether its child that starts the processes of runs is running. Flower does not restart this child."""
         with suppress(psutil.Error):
             children = psutil.Process(self._process.pid).children() if self._process else []
             return any(child.status() != psutil.STATUS_ZOMBIE for child in children)
         return False
 
     def stop(self) -> None:
-        """End it and every process it started, some of which lead groups of their own."""
+        """End the SuperLink and every process that it started. Some of these lead process groups of their own."""
         if self._process is None:
             return
         self.is_alive()
@@ -116,12 +115,12 @@ class SuperLink:
         psutil.wait_procs(self._family, timeout=5)
         self._family.clear()
         if self._pump is not None:
-            self._pump.join(_END_SECONDS)  # its last words are what tells why it ended
+            self._pump.join(_END_SECONDS)  # the last lines of the log explain why it ended
         self._log.close()
         self._process = None
 
     def close(self) -> None:
-        """End it for good, and remove the folder of its socket where that is a temporary one."""
+        """End the SuperLink, and remove the folder of its socket if it is a temporary one."""
         self.stop()
         if self.socket.parent != self._folder:
             shutil.rmtree(self.socket.parent, ignore_errors=True)

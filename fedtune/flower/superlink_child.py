@@ -1,7 +1,7 @@
-"""Flower's SuperLink on a Unix socket, without a port; it ends when the process that started it does, even by kill -9.
+"""Run Flower's SuperLink on a Unix socket, without a port. It ends with its parent process, even after kill -9.
 
-``python -P -m fedtune.flower.superlink_child SOCKET DATABASE [--simulation FOLDER]``; its parent holds the other end
-of standard input.
+The command is ``python -P -m fedtune.flower.superlink_child SOCKET DATABASE [--simulation FOLDER]``. The parent holds
+the other end of its standard input.
 """
 
 import argparse
@@ -31,7 +31,7 @@ _KEEP_ALIVE_SECONDS = 5
 
 
 class _Lifespan(SuperLinkLifespan):
-    """Flower's, but its one child is ours: Flower's own would look for an address, and put tokens in arguments."""
+    """Flower's lifespan with fedtune's SuperExec. Flower's own needs an address and passes tokens as arguments."""
 
     def _start_superexec_if_needed(self) -> None:
         self.superexec_process = subprocess.Popen(
@@ -40,7 +40,7 @@ class _Lifespan(SuperLinkLifespan):
 
 
 def _config(database: str, simulation: bool) -> SuperLinkLifespanConfig:
-    """Devices must sign; nothing is installed; there is no address to listen on, nor a certificate to show there."""
+    """Return a configuration with signed device calls, and without installs, an address or a certificate."""
     return SuperLinkLifespanConfig(
         control_address="",
         health_server_address=None,
@@ -68,7 +68,7 @@ def _config(database: str, simulation: bool) -> SuperLinkLifespanConfig:
 
 
 def _listening(path: Path) -> socket.socket:
-    """A socket that its owner alone may connect to, from the moment it is there."""
+    """Return a listening socket that only its owner can connect to, from its creation on."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     before = os.umask(0o177)
     try:
@@ -79,15 +79,15 @@ def _listening(path: Path) -> socket.socket:
 
 
 def _end_with_parent() -> None:
-    """The parent holds the other end of standard input, and never writes."""
-    os.read(0, 1)  # not through sys.stdin, whose lock would be held when the interpreter ends
+    """Exit when the parent process ends. It holds the other end of standard input and never writes."""
+    os.read(0, 1)  # sys.stdin would hold its lock while the interpreter exits
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_PATIENCE)
     os._exit(1)
 
 
 def main() -> None:
-    """Serve until told to end."""
+    """Serve until a signal."""
     parser = argparse.ArgumentParser()
     parser.add_argument("socket", type=Path)
     parser.add_argument("database")

@@ -18,11 +18,11 @@ __all__ = [
 
 TRAIN_REQUEST = "train_request"
 _OF_VERSION_1 = "order"
-"""What a server of protocol 1 calls the record. A device of protocol 1 that finds no order says that it is too old."""
+"""The record's name in protocol 1. A device of protocol 1 that does not find it replies that it is too old."""
 
 
 def make_request_record(fields: Mapping[str, str | int]) -> ConfigRecord:
-    """The fields of a train request with the protocol's version."""
+    """Return a record with the fields of a train request and the protocol version."""
     return ConfigRecord({"protocol": PROTOCOL_VERSION, **fields})
 
 
@@ -40,18 +40,18 @@ def read_train_request(content: RecordDict) -> dict[str, str | int]:
 
 
 def read_shared_state(content: RecordDict) -> bytes:
-    """The shared state in a message, as safetensors."""
+    """Return the shared state in a message, as safetensors."""
     return content.array_records["state"]["safetensors"].data
 
 
 def state_file(content: RecordDict) -> Path | None:
-    """Where a simulation's server left the shared state on the disk that both use; a device never looks."""
+    """Return the file with the shared state, which only simulations use. Devices never call this function."""
     record = content.config_records.get("state_file")
     return None if record is None else Path(str(record["path"]))
 
 
 def make_update_record(deltas: bytes, report: Mapping[str, float | Sequence[float]]) -> RecordDict:
-    """Deltas, as safetensors, and a report, of numbers and of lists of real ones."""
+    """Return the content of a reply: the deltas as safetensors, and a report of numbers and lists of numbers."""
     fields: dict[str, int | float | list[int] | list[float]] = {
         name: list(figure) if isinstance(figure, Sequence) else figure for name, figure in report.items()
     }

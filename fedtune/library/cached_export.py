@@ -41,7 +41,7 @@ def export_base_run(recipe: "Recipe", store: str | None, *, new: bool = False) -
 
 
 def _export(reference: str, store: str | None) -> tuple[str, int, Path]:
-    """A run may start from another run, whose result is exported first."""
+    """Export a run, and first the run that it starts from, if any. Return its id, its round and the folder."""
     from fedtune import checkpoint
     from fedtune.errors import StoreError
     from fedtune.export import export_model
@@ -49,7 +49,7 @@ def _export(reference: str, store: str | None) -> tuple[str, int, Path]:
 
     run, _, number = reference.partition("@")
     if number and not number.isdecimal():
-        raise StoreError(f"run:{reference}: {number!r} is no round; write run:ID@ROUND, e.g. run:latest@0")
+        raise StoreError(f"run:{reference}: {number!r} is not a round number; write run:ID@ROUND, e.g. run:latest@0")
     found = load_checkpoint_target(run, int(number) if number else None, store)
     folder = run_folder(f"{found.run}@{found.round}")
     digest = checkpoint.hash_tensors(found.state)

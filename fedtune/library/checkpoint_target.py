@@ -16,7 +16,7 @@ __all__ = ["CheckpointTarget", "read_checkpoint_target"]
 
 
 class CheckpointTarget(NamedTuple):
-    """A checkpoint, and the recipe as the run recorded it: its base model may be the result of another run."""
+    """A checkpoint and the recorded recipe of its run, whose base model may be the result of another run."""
 
     recipe: "Recipe"
     state: "Mapping[str, Tensor]"

@@ -12,13 +12,13 @@ __all__ = ["compute_cosine_matrix", "compute_norm_preserving_scale", "count_oppo
 
 
 def compute_cosine_matrix(gram: Tensor) -> list[list[float]]:
-    """Cosines between deltas from their inner products [K, K], double; those with a zero delta are zero."""
+    """Return cosines between deltas from their inner products [K, K], in fp64. Cosines with a zero delta are zero."""
     table: list[list[float]] = compute_cosines(gram[:, :, None])[:, :, 0].tolist()
     return table
 
 
 def count_opposing_signs(parts: Sequence[Tensor]) -> int:
-    """The number of entries [n] at which two models move in opposite directions."""
+    """Return the number of entries at which two deltas [n] have opposite signs."""
     up, down = np.zeros(parts[0].shape, dtype=np.bool_), np.zeros(parts[0].shape, dtype=np.bool_)
     for part in parts:
         values = part.numpy()
@@ -28,7 +28,7 @@ def count_opposing_signs(parts: Sequence[Tensor]) -> int:
 
 
 def compute_norm_preserving_scale(gram: Tensor, weights: Tensor) -> float | None:
-    """mean_i |x_i| / |sum_i w_i x_i| from inner products [K, K]; None where the sum vanishes.
+    """Return mean_i |x_i| / |sum_i w_i x_i| from inner products [K, K]; None if the sum is zero.
 
     A rule of thumb, not from a paper: with this scale the weighted sum has the average norm of a delta.
     """

@@ -1,4 +1,4 @@
-"""The best approximation of a low-rank matrix by one of smaller rank, from a core as small as its rank.
+"""The best approximation of a low-rank matrix by one of smaller rank, computed from a small core.
 
 With B = Q1 R1 and A^T = Q2 R2 the singular values of B A are those of the core R1 R2^T, R x R, so that the cost is
 O((d + k) R^2 + R^3) in place of O(d k min(d, k)).
@@ -30,7 +30,7 @@ class FactorCore(NamedTuple):
 
 
 class TruncatedProduct(NamedTuple):
-    """An approximation, and the Frobenius norms of what it misses and of what was to be approximated."""
+    """An approximation, and the Frobenius norms of its error and of the exact matrix."""
 
     factors: LowRankFactors
     dropped_norm: float
@@ -38,12 +38,12 @@ class TruncatedProduct(NamedTuple):
 
     @property
     def relative_error(self) -> float:
-        """Relative; zero for a matrix of zeros."""
+        """The relative error; zero for a matrix of zeros."""
         return compute_relative_error(self.dropped_norm, self.total_norm)
 
 
 def compute_core(factors: LowRankFactors) -> FactorCore:
-    """The product between orthonormal bases of its columns and rows."""
+    """Return the product in orthonormal bases of its columns and rows."""
     q1, r1 = torch.linalg.qr(factors.b.double() * factors.scale)
     q2, r2 = torch.linalg.qr(factors.a.double().T)
     return FactorCore(q1, r1 @ r2.T, q2.T)
@@ -52,9 +52,10 @@ def compute_core(factors: LowRankFactors) -> FactorCore:
 def truncate_product(
     factors: LowRankFactors, rank: int | None = None, energy: float | None = None, scale: float = 1.0
 ) -> TruncatedProduct:
-    """The best approximation of at most ``rank``, or that keeps a share ``energy`` of the squared norm; fp64.
+    """Return the best approximation of at most ``rank``, or with the fraction ``energy`` of the squared norm; fp64.
 
-    With neither the product is kept as a whole. The factors share the singular values evenly; ``scale`` is theirs.
+    Without both limits, nothing is truncated. Both factors contain the square roots of the singular values, and
+    ``scale`` is the scale of the returned factors.
     """
     q1, core, q2 = compute_core(factors)
     made = truncate_matrix(core, rank, energy, scale)
@@ -64,7 +65,7 @@ def truncate_product(
 def truncate_matrix(
     matrix: Tensor, rank: int | None = None, energy: float | None = None, scale: float = 1.0
 ) -> TruncatedProduct:
-    """``truncate_product`` of a matrix that is there as a whole."""
+    """Do the same as ``truncate_product`` for a dense matrix."""
     u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
     count = count_kept_singular_values(s, rank, energy)
     root = (s[:count] / abs(scale)).sqrt()
@@ -74,7 +75,7 @@ def truncate_matrix(
 
 
 def count_kept_singular_values(s: Tensor, rank: int | None, energy: float | None) -> int:
-    """How many singular values stay: the smallest number with the energy, no more than ``rank``."""
+    """Return the smallest number of singular values with the energy, at most ``rank``."""
     most = len(s) if rank is None else min(rank, len(s))
     if energy is None:
         return most

@@ -28,7 +28,7 @@ __all__ = [
 
 _PREFIX = "increments"
 _SMALLER = 4
-"""Pieces are so much smaller than elsewhere: each is run through once per rank, in the processor's cache."""
+"""Pieces are smaller than elsewhere by this factor. Each is read once per rank, from the processor's cache."""
 
 
 class Increment(NamedTuple):
@@ -43,7 +43,7 @@ Increments = Mapping[str, Increment]
 
 
 def make_increment(factors: LowRankFactors) -> Increment:
-    """The product as fp32 factors, which share its singular values evenly, without those that are only rounding errors.
+    """Return the product as fp32 factors with equal shares of its singular values, without those of rounding errors.
 
     The rounding of the factors is about 1e-7 of the product, and the sum with the weight is rounded to fp32 anyway.
     """
@@ -56,7 +56,7 @@ def make_increment(factors: LowRankFactors) -> Increment:
 
 
 def add_increment(weight: Tensor, increment: Increment, transposed: bool = False) -> Tensor:
-    """A copy of a weight [d, k, ...] with the product added, or its transpose; piece by piece, one final rounding each.
+    """Return a copy of a weight [d, k, ...] plus the product, or its transpose. Each piece is rounded once at the end.
 
     ``transposed`` weights are [k, d]: embeddings, and the linear layers of GPT-2.
     """
@@ -72,7 +72,7 @@ def add_increment(weight: Tensor, increment: Increment, transposed: bool = False
 
 
 def add_increments(weight: Tensor, name: str, steps: Sequence[Increments], transposed: bool = False) -> Tensor:
-    """The weight called ``name`` after some rounds, each of which rounds it to its precision."""
+    """Return the weight called ``name`` after some rounds. Each round rounds it to its data type."""
     for step in steps:
         if name in step:
             weight = add_increment(weight, step[name], transposed)
@@ -80,7 +80,7 @@ def add_increments(weight: Tensor, name: str, steps: Sequence[Increments], trans
 
 
 def join_increments(steps: Sequence[Increments]) -> dict[str, Tensor]:
-    """The increments of some rounds as tensors that can travel beside a state's."""
+    """Return the increments of some rounds as named tensors that can be sent with a state."""
     return {
         f"{_PREFIX}/{place:04d}/{side}/{name}": tensor
         for place, step in enumerate(steps)
@@ -90,9 +90,9 @@ def join_increments(steps: Sequence[Increments]) -> dict[str, Tensor]:
 
 
 def split_increments(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[dict[str, Increment]]]:
-    """The tensors of the state, and the increments of each round, from the tensors that were sent.
+    """Split received tensors into those of the state and the increments of each round.
 
-    KeyError for an increment that lacks a side.
+    Raise KeyError if a factor of an increment is missing.
     """
     sent = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{_PREFIX}/")}
     steps: dict[str, dict[str, Increment]] = {}
@@ -103,7 +103,7 @@ def split_increments(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
 
 
 def _left_sides(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str, Tensor]]:
-    """Place, weight's name and left factor of each increment."""
+    """Yield the position of the round, the weight's name and the left factor of each increment."""
     for key in tensors:
         if key.startswith(f"{_PREFIX}/"):
             _, place, side, name = key.split("/", 3)

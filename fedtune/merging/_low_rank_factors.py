@@ -38,12 +38,12 @@ class LowRankFactors(NamedTuple):
         return len(self.a)
 
     def compute_rows(self, start: int, stop: int) -> Tensor:
-        """Rows ``start`` to ``stop`` of the product [stop - start, k], in double precision."""
+        """Return rows ``start`` to ``stop`` of the product [stop - start, k], in fp64."""
         return self.b[start:stop].double() * self.scale @ self.a.double()
 
 
 def stack_factors(factors: Sequence[LowRankFactors], weights: Sequence[float]) -> LowRankFactors:
-    """sum_i w_i s_i B_i A_i exactly: B = [B_1 B_2 ..], A = [w_i s_i A_i] one upon the other; fp64, ranks add up.
+    """Return sum_i w_i s_i B_i A_i exactly: B = [B_1 B_2 ..], A = the rows of all w_i s_i A_i; fp64. The ranks add up.
 
     Wang et al., "FLoRA" (arXiv 2409.05976). Factors of weight zero are left out.
     """
@@ -60,12 +60,12 @@ def compute_inner_product(one: LowRankFactors, other: LowRankFactors) -> float:
 
 
 def compute_product_norm(factors: LowRankFactors) -> float:
-    """The Frobenius norm of the product."""
+    """Return the Frobenius norm of the product."""
     return math.sqrt(max(0.0, compute_inner_product(factors, factors)))
 
 
 def pad_factors(factors: LowRankFactors, rank: int) -> LowRankFactors:
-    """The first ``rank`` columns of b and rows of a, zeros where there are fewer."""
+    """Return the first ``rank`` columns of b and rows of a, padded with zeros."""
     more = rank - factors.rank
     return LowRankFactors(F.pad(factors.b, (0, more)), F.pad(factors.a, (0, 0, 0, more)), factors.scale)
 
@@ -73,7 +73,7 @@ def pad_factors(factors: LowRankFactors, rank: int) -> LowRankFactors:
 def average_factors(factors: Sequence[LowRankFactors], weights: Sequence[float]) -> LowRankFactors:
     """(sum_i w_i B_i)(sum_i w_i A_i), which is not the mean of the products; fp64, of the largest rank.
 
-    Smaller ranks are padded with zeros; scales other than the first's are folded into B.
+    Smaller ranks are padded with zeros. Scales that differ from the first one are multiplied into B.
     """
     b, a, _ = _stack_padded(factors, weights)
     weight = torch.tensor(weights, dtype=torch.float64)

@@ -23,7 +23,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 def truncate_to_rank(
     state: Tensors, shapes: Shapes, pairs: Sequence[LowRankPair], own: Sequence[LowRankPair]
 ) -> dict[str, Tensor]:
-    """The tensors a client has, in its ``shapes``; ``own`` are its pairs, ``pairs`` those of the state."""
+    """Return the state's tensors in the ``shapes`` of a client. ``own`` are its pairs, ``pairs`` those of the state."""
     factors = _left_factors(pairs, own)
     return {name: _truncate(state[name], shape) * factors.get(name, 1) for name, shape in shapes.items()}
 
@@ -31,13 +31,13 @@ def truncate_to_rank(
 def pad_to_rank(
     deltas: Tensors, shapes: Shapes, pairs: Sequence[LowRankPair], own: Sequence[LowRankPair]
 ) -> dict[str, Tensor]:
-    """A client's deltas in the ``shapes`` of the shared state; what belongs to no pair as it is."""
+    """Return a client's deltas in the ``shapes`` of the shared state. Tensors outside pairs stay the same."""
     factors = _left_factors(pairs, own)
     return {name: _pad(delta / factors.get(name, 1), shapes[name]) for name, delta in deltas.items()}
 
 
 def _left_factors(pairs: Sequence[LowRankPair], own: Sequence[LowRankPair]) -> dict[str, float]:
-    """What B is multiplied by on its way to the client, by name."""
+    """Return the factor that multiplies B for the client, by name."""
     scales = {pair.left: pair.scale for pair in pairs}
     return {pair.left: scales[pair.left] / pair.scale for pair in own}
 

@@ -67,7 +67,7 @@ class MergePipeline(NamedTuple):
 
 
 def build_pipeline(units: Sequence[Unit]) -> MergePipeline:
-    """The merge a recipe names; RecipeError unless the kinds come in order and exactly one step combines."""
+    """Return the merge of a recipe; raise RecipeError unless the steps are in order and exactly one combines."""
     steps = [build_unit("fedtune.merging", unit, "merge") for unit in units]
     kinds = [next(place for place, kind in enumerate(_ORDER) if isinstance(step, kind)) for step in steps]
     combining = [step for step in steps if isinstance(step, CombineStep)]
@@ -86,7 +86,7 @@ def build_pipeline(units: Sequence[Unit]) -> MergePipeline:
 def bind_combine(
     combine: CombineStep, shapes: Mapping[str, Shape], merge_inputs: Sequence[MergeInput], context: MergeContext
 ) -> BoundCombine:
-    """The step and the inputs for each tensor; RecipeError unless their number and overrides fit the step."""
+    """Return the step and the inputs of each tensor; raise RecipeError if their number or overrides are invalid."""
     _check_count(combine, len(merge_inputs))
     for merge_input in merge_inputs:
         if merge_input.overrides:
@@ -110,7 +110,7 @@ def _check_count(combine: CombineStep, count: int) -> None:
 def merge_row_chunks(
     pipeline: MergePipeline, name: str, shape: Shape, merge_inputs: Sequence[MergeInput], context: MergeContext
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """First row, last row (exclusive) and the merged, relaxed delta of each piece of one tensor."""
+    """Yield the first row, the end row (exclusive) and the merged, relaxed delta of each piece of a tensor."""
     is_statistic = pipeline.combine.sparsifies and name.endswith((_MEAN, _VARIANCE))
     combine = Linear() if is_statistic else pipeline.combine
     for (start, stop), delta in zip(iter_row_chunks(shape), combine.combine(name, shape, merge_inputs), strict=True):
@@ -120,7 +120,7 @@ def merge_row_chunks(
 
 
 def build_client_inputs(combine: CombineStep, client_updates: Sequence[ClientUpdate]) -> list[MergeInput]:
-    """The client updates of a round in client order, so that bits do not depend on who replied first."""
+    """Return the merge inputs in client order, so that the result does not depend on the order of replies."""
     ordered = sorted(client_updates, key=lambda update: update.client)
     weights = combine.compute_client_weights([update.num_examples for update in ordered])
     return [MergeInput(one.read_rows, weight) for one, weight in zip(ordered, weights, strict=True)]

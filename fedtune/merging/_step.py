@@ -150,7 +150,7 @@ class RelaxStep(NamedUnit, ABC):
 
     @abstractmethod
     def relax(self, name: str, start: int, delta: Tensor, context: MergeContext) -> Tensor:
-        """The rows of a merged delta that begin with row ``start``, relaxed."""
+        """Return the relaxed rows of a merged delta, of which ``start`` is the first."""
 
 
 class RenormaliseStep(NamedUnit, ABC):

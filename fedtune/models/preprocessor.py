@@ -54,7 +54,7 @@ def check_known(processor: object, source: str) -> None:
     name = kind.__name__.removesuffix("Pil").removesuffix("Fast")
     own = [step for step in _STEPS if not _owner(kind, step).startswith("transformers.image_processing_")]
     if own and name not in _KNOWN:
-        raise ModelError(f"{source}: {name} does more than resize, cut out and normalise pictures; {_MEND}")
+        raise ModelError(f"{source}: {name} does more than resize, crop and normalise images; {_MEND}")
 
 
 _STEPS = ("resize", "center_crop", "rescale", "normalize", "_preprocess")
@@ -75,7 +75,7 @@ def _sizes(settings: Settings, kind: str, source: str) -> dict[str, Any]:
     edge, shortest = _edge(settings, source)
     side = _square(settings["crop_size"], source) if settings.get("do_center_crop") else edge
     if not settings.get("do_resize", True):
-        raise ModelError(f"{source}: its preprocessor resizes no picture, but a batch needs one size; {_MEND}")
+        raise ModelError(f"{source}: its preprocessor does not resize images, but a batch needs one size; {_MEND}")
     if kind in _EDGE:
         edge, shortest = _EDGE[kind](edge, settings, shortest)
     return {"side": side, "edge": edge if edge != side else None, "resize": "shortest" if shortest else "both"}
@@ -115,7 +115,7 @@ def _square(size: Any, source: str) -> int:
     sides = {size.get("height"), size.get("width")} if isinstance(size, Mapping) else {size}
     [side] = sides if len(sides) == 1 else [None]
     if not isinstance(side, int):
-        raise ModelError(f"{source}: its preprocessor gives pictures of size {size}, which is no square; {_MEND}")
+        raise ModelError(f"{source}: its preprocessor returns images of size {size}, which is not square; {_MEND}")
     return side
 
 
@@ -150,7 +150,7 @@ def _normal(settings: Settings, kind: str) -> tuple[Any, Any]:
 def _triple(values: Any, source: str) -> tuple[float, float, float]:
     numbers = [float(value) for value in values]
     if len(numbers) != 3:
-        raise ModelError(f"{source}: its preprocessor normalises {len(numbers)} channels in place of three; {_MEND}")
+        raise ModelError(f"{source}: its preprocessor normalises {len(numbers)} channels instead of three; {_MEND}")
     return numbers[0], numbers[1], numbers[2]
 
 

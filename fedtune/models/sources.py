@@ -76,7 +76,7 @@ def _hub(name: str, key: str) -> str:  # noqa: ARG001 - the signature is shared
 def _folder(name: str, key: str) -> str:
     folder = Path(name).expanduser()
     if not (folder / "config.json").is_file():
-        raise SourceError(f"{folder} is no model folder: it has no config.json; check {key}")
+        raise SourceError(f"{folder} is not a model folder: it has no config.json; check {key}")
     if not any(folder.glob("*.safetensors")):
         raise SourceError(_without_weights(folder, key))
     return str(folder)

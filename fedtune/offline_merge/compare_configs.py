@@ -69,7 +69,7 @@ _HARMLESS = frozenset(
         "vocab_size_per_layer_input",
     ]
 )
-"""What may differ while tensors mean the same, or is told apart elsewhere: sizes by shapes, tokens by tokenizers."""
+"""Settings that may differ without an effect on tensors, or that are compared elsewhere, such as sizes and tokens."""
 _NOT_OF_THE_FUNCTION = ("drop", "initializer", "_token_id", "_token_ids", "_token_index", "unsloth", "quantization")
 _OUTPUTS = "output_"
 
@@ -85,7 +85,7 @@ def check_settings(models: Mapping[str, Path]) -> list[str]:
 
 def _difference(first: str, one: Path, name: str, other: Path) -> str | None:
     found = _differing(read_json(one / "config.json"), read_json(other / "config.json"))
-    if found:  # perhaps only because one file leaves out what the other says, so ask transformers what that means
+    if found:  # perhaps one file omits a default, so fill in transformers' defaults
         found = _differing(*_completed(one, other))
     for key, (ours, theirs) in found.items():
         if _last(key) in _HEADS or (_last(key) in _ACTIVATIONS and not _same_activation(ours, theirs)):

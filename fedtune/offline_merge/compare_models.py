@@ -20,12 +20,12 @@ from fedtune.wire.client_update import iter_row_chunks
 __all__ = ["ModelComparison", "Words", "compare_models"]
 
 _MAX_RELATIVE_DELTA = 0.9
-"""Norm of a delta over that of the base from which on the base is none: two unrelated nets of one norm have 1.4.
+"""The relative norm of a delta above which the base is wrong. Two unrelated networks of equal norm have 1.4.
 
-Taken over matrices: the scales of norms are near one in every net, and outweigh the rest of a small one.
+It is computed over matrices only. The scales of norm layers are near one in every network, and dominate a small one.
 """
 _TOGETHER = 4
-"""Models whose pieces are held whole; with more of them pieces get smaller."""
+"""The number of models up to which pieces have their full size. With more models, pieces are smaller."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def compare_models(merge: PreparedMerge, progress: ProgressCallback, *, trust_ba
         sums.entries += len(parts[0])
     for place, square in enumerate(sums.gram.diagonal().tolist()):
         if not math.isfinite(square):
-            raise ModelError(f"{names[place]}: {sums.broken} holds values that are not finite; take a sound release")
+            raise ModelError(f"{names[place]}: {sums.broken} holds values that are not finite; take another release")
     norms = (sums.gram.diagonal().sqrt() / math.sqrt(sums.base or 1.0)).tolist()
     if based and not trust_base:
         _check_base(merge, names, (sums.matrices.sqrt() / math.sqrt(sums.base_matrices or 1.0)).tolist())

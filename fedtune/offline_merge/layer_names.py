@@ -7,7 +7,7 @@ from typing import NamedTuple
 __all__ = ["LayerTensorName", "compute_relative_depths", "parse_layer_name", "stacks"]
 
 _LAYER = 3
-"""Tensors of a numbered part from which on it is a layer of a stack; a step of a sequential head has two at most."""
+"""The smallest number of tensors in a layer. A numbered step of a sequential head has at most two."""
 
 
 class LayerTensorName(NamedTuple):

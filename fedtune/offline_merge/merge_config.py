@@ -1,4 +1,4 @@
-"""What a merge is: mergekit's own configuration schema, and the steps it does not have."""
+"""The configuration of a merge: mergekit's schema, and the steps that mergekit does not have."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
@@ -14,9 +14,9 @@ Precision = Literal["float32", "float16", "bfloat16"]
 
 
 def reference(value: Any) -> Any:
-    """A model as one text where it is spelt out as in mergekit: {model: {path, revision}, lora: ...} or a part of that.
+    """Return a model as one text if it is written as in mergekit: {model: {path, revision}, lora: ...}.
 
-    Anything else is left as it is, and refused by its type.
+    Other values are returned unchanged, and their type check refuses them.
     """
     if not isinstance(value, dict):
         return value
@@ -37,7 +37,7 @@ Parameters = Annotated[dict[str, LayeredValue], BeforeValidator(_nothing)]
 
 
 class ModelEntry(SettingsModel):
-    """One model and its own parameters; ``statistics`` is a safetensors file with what some methods measure on it."""
+    """One model and its own parameters. ``statistics`` is a safetensors file that some methods need."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -52,7 +52,7 @@ class ModelEntry(SettingsModel):
 
 
 class SliceSource(ModelEntry):
-    """Some layers of one model: the first and the one after the last, counted from 0."""
+    """Some layers of one model. ``layer_range`` has the first layer and the one after the last, counted from 0."""
 
     layer_range: tuple[int, int]
 
@@ -78,7 +78,7 @@ class OutputSlice(SettingsModel):
 
 
 class TokenSource(SettingsModel):
-    """Where a token's rows come from: zeros, or another token of a model."""
+    """The source of a token's rows: zeros, or another token of a model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -102,7 +102,7 @@ class TokenRule(SettingsModel):
 
 
 class TokenizerRule(SettingsModel):
-    """Whose tokens the result has: ``union``, ``base`` or a model's."""
+    """The vocabulary of the result: ``union``, ``base`` or that of a model."""
 
     source: Reference = "union"
     tokens: Annotated[dict[str, TokenRule], BeforeValidator(_nothing)] = Field({})
@@ -110,7 +110,7 @@ class TokenizerRule(SettingsModel):
 
 
 class MergeConfig(SettingsModel):
-    """A merge of models, or of slices of them; ``name`` is what other documents of its file call the result."""
+    """A merge of models, or of slices of them. Other documents in the file refer to the result by ``name``."""
 
     name: str | None = Field(None, pattern=r"^[\w.-]+$")
     merge_method: str = "linear"
@@ -136,7 +136,7 @@ class MergeConfig(SettingsModel):
     @model_validator(mode="before")
     @classmethod
     def _one_module(cls, value: Any) -> Any:
-        """mergekit's way to merge the parts of a model apart; with one part it is the whole."""
+        """Accept mergekit's ``modules`` if there is only one."""
         if not isinstance(value, dict) or not isinstance(value.get("modules"), dict):
             return value
         parts = list(value["modules"].values())
@@ -161,7 +161,7 @@ class MergeConfig(SettingsModel):
 
     @property
     def model_entries(self) -> Sequence[ModelEntry]:
-        """Every mention of a model, in order."""
+        """All entries of models, in order."""
         if self.models is not None:
             return self.models
         return [source for part in self.slices or [] for source in part.sources]

@@ -31,22 +31,22 @@ _ACTS: dict[str, Acts] = {
     "fisher": "either",
     "regmean": "either",
 }
-"""What a method combines: whole models, or deltas where a base is named; all others need deltas."""
+"""Methods that combine whole models, or deltas if a base is named. All others need deltas."""
 
 _IGNORED = frozenset({"int8_mask"})
-"""mergekit's parameter for how masks are held; none are held here."""
+"""mergekit's parameter for the data type of masks. It has no effect here, because masks are not stored."""
 
 _OWN = ("density", "gamma", "epsilon", "rescale")
-"""Fields of a step that each model may set for itself; all others are of the merge as a whole."""
+"""Fields of a step that may differ between models. All others apply to the whole merge."""
 
 _IDLE = {"task-arithmetic": frozenset({"rescale"}), "multislerp": frozenset({"eps"})}
-"""mergekit's parameters that change nothing: nothing is dropped, or nothing near zero is divided by."""
+"""mergekit's parameters without an effect here."""
 
 _FIXED: dict[str, Mapping[str, Value]] = {
     "multislerp": {"normalize_weights": True},
     "task-arithmetic": {"density": 1.0},
 }
-"""mergekit's parameters that have one value here: its default."""
+"""mergekit's parameters that must have mergekit's default here."""
 
 _SWITCHES = {
     "model-stock": frozenset({"filter_wise"}),
@@ -62,7 +62,7 @@ _DEFAULTS: dict[str, Mapping[str, Value]] = {
     "breadcrumbs": {"density": 1.0},
     "breadcrumbs-ties": {"density": 1.0},
 }
-"""What mergekit takes where its schema says nothing; a recipe's steps have defaults of their own."""
+"""mergekit's defaults. The steps of a recipe have their own defaults."""
 
 
 class BoundModel(NamedTuple):

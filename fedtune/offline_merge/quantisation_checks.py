@@ -26,10 +26,10 @@ _BESIDE = (
     "_blocks",
     "_scales",
 )
-"""How the tensors are called that stand beside a quantised weight or in its place."""
+"""Names of tensors that are stored beside a quantised weight or instead of it."""
 _SMALL = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
 _MASK = 4
-"""Dimensions of a causal mask that older models keep as bytes."""
+"""The number of dimensions of a causal mask, which older models store as bytes."""
 
 
 def check_plain(folder: Path, origin: str, forms: Mapping[str, TensorInfo]) -> None:

@@ -33,7 +33,7 @@ from fedtune.wire.client_update import iter_row_chunks
 __all__ = ["PreparedMerge", "ProgressCallback", "plan_merge", "prepare_merge", "shares_of", "write_merged_tensors"]
 
 ProgressCallback = Callable[[int], None]
-"""Told the bytes of the result that are done."""
+"""Called with the number of bytes of the result that are written."""
 
 
 class PreparedMerge(NamedTuple):
@@ -244,5 +244,5 @@ def _not_finite(merge: PreparedMerge, target: OutputTensor) -> str:
         model = merge.models.by_name[part.entry.model]
         for start, stop in iter_row_chunks(target.form.shape):
             if not _finite(model.rows(part.tensor, start, stop)):
-                return f"{model.source}: {part.tensor} holds values that are not finite; take a sound release"
+                return f"{model.source}: {part.tensor} holds values that are not finite; take another release"
     return f"{target.name} comes out with values that are not finite; take smaller weights"

@@ -37,7 +37,7 @@ _BIASES = (
 )
 _COLUMNS = ("final_logits_bias",)
 _RWKV_OUTPUT = "head.weight"
-"""RWKV's output layer; a part of a longer name it is some other head."""
+"""RWKV's output layer. As a part of a longer name, it is another head."""
 _OUTPUT_OF = {
     "rwkv": _RWKV_OUTPUT,
     "bert": "cls.predictions.decoder.weight",

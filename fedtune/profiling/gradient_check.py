@@ -21,9 +21,9 @@ _ROUNDING = 2.0**-20
 def gradient_error(
     recipe: Recipe, labels: Sequence[str], state: Tensors, batch: Tensors, rounds: Sequence[int]
 ) -> float:
-    """The largest relative difference of any parameter's gradient in these rounds: max|a - b| / max|b|, 0 bit-equal.
+    """Return the largest relative difference of any parameter's gradient: max|a - b| / max|b|; 0 if bit-identical.
 
-    ``a`` is the recipe's gradient and ``b`` its twin's, both from ``state`` and the same random numbers, with dropout.
+    ``a`` is the recipe's gradient and ``b`` that of the reference, from the same ``state`` and the same random numbers.
     """
     model, chosen, _ = prepare_model(recipe, labels)
     twin, twins, _ = prepare_model(_make_reference_recipe(recipe, chosen), labels)
@@ -63,7 +63,9 @@ def _gradients(
 def _difference(found: Tensors, wanted: Tensors) -> float:
     if found.keys() != wanted.keys():
         odd = min(found.keys() ^ wanted.keys())
-        raise ModelError(f"{odd} is trained by the technique or by its twin with stored activations, but not by both")
+        raise ModelError(
+            f"{odd} is trained either by the technique or by the reference with stored activations, but not by both"
+        )
     scale = max(_largest(tensor) for tensor in wanted.values())
     return max(_relative(name, found[name], wanted[name], scale) for name in wanted)
 

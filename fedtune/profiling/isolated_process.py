@@ -20,7 +20,7 @@ def profile_in_subprocess(case: ProfileCase) -> ProfileResult:
     context = multiprocessing.get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)
     process = context.Process(target=_send_result, args=(sending, case), daemon=True)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # it leaves Ctrl-C to this process
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # only this process handles Ctrl-C
     try:
         process.start()
     finally:
@@ -29,7 +29,9 @@ def profile_in_subprocess(case: ProfileCase) -> ProfileResult:
     try:
         row: ProfileResult = receiving.recv()
     except EOFError:
-        row = FailedProfile(case.technique, "its process was killed, perhaps for want of memory; try a smaller batch")
+        row = FailedProfile(
+            case.technique, "its process was killed, perhaps because memory was short; try a smaller batch"
+        )
     finally:
         process.kill()
         process.join()

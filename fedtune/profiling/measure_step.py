@@ -34,7 +34,7 @@ from fedtune.wire.masked_weights import encode_masked_state, find_masks, select_
 __all__ = ["profile_step"]
 
 _TIMED = 3
-"""Steps whose median is told, after one that warms up."""
+"""The number of timed steps, whose median is reported, after one warm-up step."""
 
 Tensors = Mapping[str, Tensor]
 
@@ -123,7 +123,7 @@ def _measure_memory(
 
 
 def _measure_payload(model: nn.Module, techniques: Sequence[Technique], round_number: int) -> tuple[int, int]:
-    """Return the round_number of parameters trained in a round, and the bytes sent after it."""
+    """Return the number of parameters trained in a round, and the bytes sent after it."""
     begin_round(techniques, model, round_number)
     names = list_trainable_tensors(model)
     held = [name for technique in techniques for name in technique.list_server_held_tensors(model)]

@@ -11,7 +11,7 @@ from fedtune.recipe.unit_registry import list_unit_names
 __all__ = ["BASELINES", "ProfileCase", "format_techniques", "list_profiled_techniques", "make_profile_cases"]
 
 BASELINES = ("full", "lora", "lora+gradient-checkpointing", "qlora")
-"""What stands beside whatever was asked for."""
+"""The techniques that are always measured for comparison."""
 
 
 @dataclass(frozen=True)

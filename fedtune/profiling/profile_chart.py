@@ -13,11 +13,11 @@ from fedtune.profiling.profile_results import FailedProfile, ProfileResult, Step
 
 __all__ = ["draw_profile", "parse_image_format"]
 
-# Okabe and Ito's palette: told apart by readers with any colour vision.
+# Okabe and Ito's palette, which readers with any colour vision can distinguish.
 _KEPT, _PEAK = "#0072B2", "#E69F00"
 _BAR = 0.38
 _WIDE = 300
-"""Peaks further apart than this share no linear scale."""
+"""The largest ratio of peaks on a linear scale."""
 
 
 def parse_image_format(path: Path) -> str:

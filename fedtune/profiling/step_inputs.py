@@ -15,9 +15,7 @@ def encode_first_batch(recipe: Recipe, corpus: data.DataSplits) -> dict[str, Ten
     """Encode the first ``train.batch_size`` training examples. Texts are padded to ``train.max_length``."""
     size = recipe.train.batch_size
     if len(corpus.train) < size:
-        raise DataError(
-            f"the training part has {len(corpus.train)} examples, fewer than a batch; lower train.batch_size"
-        )
+        raise DataError(f"the train split has {len(corpus.train)} examples, fewer than a batch; lower train.batch_size")
     task = tasks.get_task(recipe.task)
     reader = task.load_reader(recipe)
     batch = task.encode_examples(corpus.train.select(range(size)), recipe, reader).make_batch(range(size))

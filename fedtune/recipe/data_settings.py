@@ -146,5 +146,5 @@ class DataSettings(SettingsModel):
         try:
             "".encode(value or "utf-8")
         except (LookupError, UnicodeError) as error:
-            raise ValueError(f"{value!r} is no encoding of text; write e.g. cp1252") from error
+            raise ValueError(f"{value!r} is not a text encoding; write e.g. cp1252") from error
         return value

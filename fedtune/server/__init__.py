@@ -1,1 +1,1 @@
-"""What coordinates: the Flower ServerApp, the round loop and what it tells whoever watches."""
+"""The server: the Flower ServerApp, the round loop and its events, the gateway, and the management of runs."""

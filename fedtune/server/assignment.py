@@ -1,4 +1,4 @@
-"""Devices are assigned to the clients of a run."""
+"""Assign devices to the clients of a run."""
 
 import json
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ __all__ = ["assign_devices"]
 
 
 def assign_devices(recipe: Recipe, devices: Sequence[DeviceRecord]) -> list[Assignment]:
-    """Return an assignment for each client, in the order of the devices as they are given.
+    """Return an assignment for each client, in the given order of the devices.
 
-    Where device classes have settings of their own, devices that allow the most memory take the places of the classes
-    that do, and those with as much go by name.
+    If device classes have different settings, the devices with the most memory are assigned to the classes with the
+    most memory. Devices with equal memory are ordered by name.
     """
     clients, chosen = list(range(recipe.num_clients)), list(devices[: recipe.num_clients])
     if any(device.overridden_settings for device in recipe.devices):
@@ -27,6 +27,6 @@ def assign_devices(recipe: Recipe, devices: Sequence[DeviceRecord]) -> list[Assi
 
 
 def _memory(device: DeviceRecord) -> int:
-    """Bytes it allows its trainer, by its own word."""
+    """Return the bytes that the device reports as allowed for its trainer."""
     memory = json.loads(device.profile).get("memory")
     return memory if isinstance(memory, int) else 0

@@ -1,8 +1,8 @@
-"""The increments of a run's base weights at rest: one file per merged round, beside the round's checkpoint.
+"""The increments of a run's base weights on disk: one file per merged round, beside the round's checkpoint.
 
-A file tells the digests of the base before and after its round, so that a chain of files leads from one base to
-another, or is seen to be broken. Old files go once all together are larger than the base itself: then the whole base
-is what a client would be sent.
+A file contains the digests of the base weights before and after its round. The digests show whether a chain of files
+leads from one version of the base weights to another. Old files are deleted when all files together are larger than the
+base weights, because a client would then receive all base weights.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ _STEM = "increments-"
 
 
 class Logged(NamedTuple):
-    """What round ``round_number`` added: the digests of the base before and after it, and the file."""
+    """The increments of one round: the digests of the base weights before and after it, and the file."""
 
     round_number: int
     before: str
@@ -30,13 +30,13 @@ class Logged(NamedTuple):
 
     @property
     def increments(self) -> dict[str, Increment]:
-        """By the weight's name; StoreError when the file cannot be read."""
+        """The increments by the weight's name; raises StoreError if the file cannot be read."""
         steps = split_increments(StoredState(self.path))[1]
         return steps[0] if steps else {}
 
 
 class BaseLog:
-    """The files in a run's folder; one that cannot be read counts as absent."""
+    """The files in a run's folder. A file that cannot be read counts as missing."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -44,7 +44,7 @@ class BaseLog:
         self._logged = [one for one in found if one is not None]
 
     def save(self, round_number: int, before: str, after: str, increments: Increments) -> None:
-        """Keep a round's increments; the file is whole once this returns."""
+        """Save a round's increments. The file is complete when this returns."""
         self.forget(round_number)
         path = self._folder / f"{_STEM}{round_number:04d}.safetensors"
         with replace_file_atomically(path) as beside:
@@ -53,13 +53,13 @@ class BaseLog:
         self._logged.append(Logged(round_number, before, after, path))
 
     def forget(self, round_number: int) -> None:
-        """Drop round ``round_number`` and later ones: they were not committed, or were taken back."""
+        """Delete the files of ``round_number`` and later rounds, which were not committed or were rolled back."""
         for one in (one for one in self._logged if one.round_number >= round_number):
             one.path.unlink(missing_ok=True)
         self._logged = [one for one in self._logged if one.round_number < round_number]
 
     def trim(self, most: int) -> None:
-        """Drop the oldest files while the others alone have ``most`` bytes or more."""
+        """Delete the oldest files as long as the newer ones have ``most`` bytes or more."""
         total = 0
         for place in range(len(self._logged) - 1, -1, -1):
             if total >= most:
@@ -70,11 +70,11 @@ class BaseLog:
             total += self._logged[place].path.stat().st_size
 
     def get_digest_before(self, round_number: int) -> str | None:
-        """The digest of the base that round ``round_number`` began with; None where its file is not there."""
+        """Return the digest of the base weights at the start of a round; None if its file is missing."""
         return next((one.before for one in self._logged if one.round_number == round_number), None)
 
     def list_rounds_between(self, before: str, after: str) -> list[Logged] | None:
-        """The newest rounds, in order, if they lead from one base to another; None when they do not."""
+        """Return the rounds, in order, that lead from one digest to another; None if there is no such chain."""
         chain: list[Logged] = []
         wanted = after
         for one in reversed(self._logged):

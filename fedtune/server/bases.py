@@ -1,7 +1,7 @@
-"""Which base weights each client of a run holds, and what leads from them to those of a round.
+"""Track which base weights each client of a run holds, and the increments from them to those of a round.
 
-Merges of pairs and base write into the weights beside the pairs. Who trained in a merged round holds the base that the
-round began with; who has not yet, builds the run's first one from the recipe.
+Some merges of low-rank pairs also write into the base weights. A client whose update was merged in a round holds the
+base weights from the start of this round. Other clients build the first ones from the recipe.
 """
 
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ __all__ = ["Bases"]
 
 
 class Bases:
-    """Those of one run, whose increments rest in ``folder``; ``start`` is the state of round 0.
+    """The base weights of one run. ``folder`` contains the increments; ``start`` is the state of round 0.
 
-    What a client holds is told from the committed rounds alone, so that a resumed run sends what it would have sent.
+    What a client holds depends only on the committed rounds, so that a resumed run sends the same payloads.
     """
 
     def __init__(self, context: RunContext, folder: Path, start: State, done: Sequence[RoundRecord]) -> None:
@@ -38,32 +38,32 @@ class Bases:
         self._log.trim(self._bytes)
 
     def digest(self, round_number: int, state: State) -> str | None:
-        """The digest of the base in ``state``, with which a round begins; None if the base is not tracked."""
+        """Return the digest of the base weights in a round's start ``state``; None if they are not tracked."""
         if round_number not in self._digests:
             self._digests[round_number] = self._digest(state)
         return self._digests[round_number]
 
     def get_held_digest(self, client: int) -> str | None:
-        """The digest of the base that a client holds; None where that cannot be told."""
+        """Return the digest of the base weights that a client holds; None if it is unknown."""
         if not self.names:
             return None
         return self._log.get_digest_before(self._merged[client]) if client in self._merged else self._start
 
     def increments(self, held: str, base: str | None) -> list[dict[str, Increment]] | None:
-        """Round by round what leads from a base that is held to the one of now; None without a way."""
+        """Return the increments per round from the ``held`` base weights to ``base``; None if some are missing."""
         chain = None if base is None else self._log.list_rounds_between(held, base)
         return None if chain is None else [one.increments for one in chain]
 
     def record_merge(self, round_number: int, before: State, after: State, increments: Increments) -> None:
-        """Keep what a round added to the base, which is about to be committed."""
+        """Save the increments of a round before it is committed."""
         if increments:
             began, ended = self.digest(round_number, before), self._digest(after)
-            assert began is not None  # increments are of base weights, whose digest is kept
+            assert began is not None  # base weights with increments are tracked
             assert ended is not None
             self._log.save(round_number, began, ended, increments)
 
     def record_commit(self, round_number: int, records: Sequence[ClientRecord]) -> None:
-        """A round has been committed."""
+        """Record that a round was committed."""
         self._note(round_number, records)
         self._log.trim(self._bytes)
 

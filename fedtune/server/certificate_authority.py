@@ -1,4 +1,4 @@
-"""The server's own certificate authority: elliptic-curve keys, one certificate for the names devices will use."""
+"""The server's own certificate authority (CA), with elliptic-curve keys, and the server's certificate."""
 
 import hashlib
 import ipaddress
@@ -27,18 +27,18 @@ _ALWAYS = ("localhost", "127.0.0.1", "::1")
 _AUTHORITY_DAYS, _SERVER_DAYS = 3650, 397
 _SOON = timedelta(days=180)
 _BEGIN = datetime(1970, 1, 1, tzinfo=UTC)
-"""A device whose clock is behind must find the certificate valid, or it could never ask the server for the time."""
+"""The certificate is valid from this long ago. A device whose clock is behind must accept it to get the time."""
 
 
 def generate_private_key() -> bytes:
-    """A P-384 private key as PEM."""
+    """Return a new P-384 private key as PEM."""
     return ec.generate_private_key(ec.SECP384R1()).private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
 
 
 def make_ca_certificate(key: bytes) -> bytes:
-    """The certificate, as PEM, of an authority with this private key."""
+    """Return a CA certificate as PEM for this private key."""
     private = _private(key)
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedtune authority")])
     usage = x509.KeyUsage(False, False, False, False, False, True, True, False, False)
@@ -50,7 +50,7 @@ def make_ca_certificate(key: bytes) -> bytes:
 def issue_server_certificate(
     authority_key: bytes, authority_certificate: bytes, key: bytes, names: Iterable[str]
 ) -> bytes:
-    """A server certificate as PEM for host names and addresses; this machine's own names are always among them."""
+    """Return a server certificate as PEM for host names and addresses. It always contains this machine's own names."""
     issuer, private = x509.load_pem_x509_certificate(authority_certificate), _private(key)
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedtune server")])
     alternatives = x509.SubjectAlternativeName([_general(name) for name in dict.fromkeys([*names, *_ALWAYS])])
@@ -62,25 +62,25 @@ def issue_server_certificate(
 
 
 def is_certificate_valid_for(pem: bytes, names: Iterable[str], until: datetime) -> bool:
-    """Whether a certificate is good for all the names, and still will be at a moment."""
+    """Whether a certificate is valid for all the names until the given time."""
     found = x509.load_pem_x509_certificate(pem)
     known = set(found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
     return known >= {_general(name) for name in names} and found.not_valid_after_utc > until
 
 
 def ends(pem: bytes) -> datetime:
-    """When a certificate ends."""
+    """Return when a certificate expires."""
     return x509.load_pem_x509_certificate(pem).not_valid_after_utc
 
 
 def ends_soon(ca: str) -> datetime | None:
-    """When an authority ends, if that is within half a year."""
+    """Return when a CA certificate expires if this is within half a year, otherwise None."""
     until = ends(ca.encode())
     return until if until < datetime.now(UTC) + _SOON else None
 
 
 def compute_certificate_fingerprint(pem: str) -> str:
-    """SHA-256 over a certificate's DER form, in hexadecimal: what a token says of the authority."""
+    """Return the hexadecimal SHA-256 of a certificate in DER. Enrolment tokens contain that of the CA."""
     return hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem)).hexdigest()
 
 
@@ -99,7 +99,7 @@ def _general(name: str) -> x509.GeneralName:
         return x509.DNSName(name.encode("idna").decode("ascii"))
     except ValueError as error:
         raise ServerError(
-            f"{name!r} is neither a host name nor an address; give what devices will connect to"
+            f"{name!r} is neither a host name nor an address; write the one that devices connect to"
         ) from error
 
 

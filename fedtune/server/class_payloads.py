@@ -1,4 +1,4 @@
-"""What each device class is sent and asked for in a round, and how what it sends comes to fit the shared state."""
+"""The payload that each device class receives in a round, the expected update, and its padding to the shared rank."""
 
 import math
 from collections.abc import Mapping
@@ -25,12 +25,12 @@ __all__ = [
 State = Mapping[str, Tensor]
 _BYTES = {"F32": 4, "I32": 4, "I64": 8, "U8": 1, "F16": 2, "BF16": 2, "F64": 8}
 _HEADER, _HEADER_ENTRY = 1024, 256
-"""Bytes of a safetensors header: once, and per tensor beside its name, each letter of which may be an escape."""
+"""Bytes of a safetensors header: once, and per tensor besides its name, whose letters may be escaped."""
 
 
 @dataclass(frozen=True)
 class ClassPayload:
-    """One class's state as it goes down, and the shapes and forms of what must come up."""
+    """The state that a device class receives, and the shapes and types of the tensors that it must send."""
 
     wire: State
     expected_shapes: Mapping[str, tuple[int, ...]]
@@ -38,12 +38,12 @@ class ClassPayload:
 
     @property
     def values(self) -> int:
-        """How many values the deltas of an update have together."""
+        """The number of values in all deltas of an update."""
         return sum(math.prod(shape) for shape in self.expected_shapes.values())
 
     @property
     def most_bytes(self) -> int:
-        """The size that no update of this round exceeds: its tensors, and a generous header that names them."""
+        """The largest update of this round in bytes: its tensors, and a large header."""
         forms = {name: TensorSpec(shape) for name, shape in self.expected_shapes.items()} | dict(
             self.extra_payload_specs
         )
@@ -60,7 +60,7 @@ def make_class_payload(context: RunContext, part: RunContext, state: State, roun
 
 
 class RoundPayloads:
-    """What each client is sent and asked for in round ``round_number``; clients of one device class share it."""
+    """The payloads of all clients in a round. Clients of one device class share one."""
 
     def __init__(self, context: RunContext, state: State, round_number: int) -> None:
         self.round_number, self.state = round_number, state
@@ -68,7 +68,7 @@ class RoundPayloads:
         self._made: dict[int, ClassPayload] = {}
 
     def get_for_client(self, client: int) -> ClassPayload:
-        """A client's, made when the first of its class is asked for."""
+        """Return the payload of a client. It is made once per device class."""
         part = self._context.for_client(client)
         if id(part) not in self._made:
             self._made[id(part)] = make_class_payload(self._context, part, self.state, self.round_number)
@@ -76,7 +76,7 @@ class RoundPayloads:
 
 
 def list_trainable_tensors(context: RunContext, round_number: int) -> list[str]:
-    """Names of the tensors that any class trains, and so sends back, in a round."""
+    """Return the names of the tensors that any device class trains, and therefore sends, in a round."""
     named = dict.fromkeys(list_tensors_of_round(context, round_number))
     for part in context.by_device_class.values():
         named |= dict.fromkeys(list_tensors_of_round(part, round_number))
@@ -84,7 +84,7 @@ def list_trainable_tensors(context: RunContext, round_number: int) -> list[str]:
 
 
 def pad_update_to_shared_rank(context: RunContext, part: RunContext, sent: ClientUpdate) -> None:
-    """Bring the low-rank pairs of a contribution to the shared rank, in its file."""
+    """Pad the low-rank pairs of a client update to the shared rank, in its file."""
     if part is not context:
         deltas = decode_tensors(sent.path.read_bytes())
         write_bytes_atomically(

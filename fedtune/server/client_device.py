@@ -1,4 +1,4 @@
-"""What device a client of a run is."""
+"""The device of a client."""
 
 from typing import NamedTuple
 
@@ -6,12 +6,12 @@ __all__ = ["ClientDevice"]
 
 
 class ClientDevice(NamedTuple):
-    """The device class that the recipe gives a client, and the name of its device; None in a simulation."""
+    """The device class of a client in the recipe, and the name of its device, which is None in a simulation."""
 
     device_class: str
     device_name: str | None = None
 
     @property
     def label(self) -> str:
-        """The name for people: of the device, or in a simulation of its class."""
+        """The name to display: that of the device, or in a simulation that of its class."""
         return self.device_name or self.device_class

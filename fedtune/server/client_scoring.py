@@ -1,4 +1,4 @@
-"""Clients score the state a round ended with on what they hold out, whether or not the round asked them to train."""
+"""Clients score the state after a round on their held-out examples, whether or not they trained in the round."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,15 +32,15 @@ __all__ = ["ClientScoring", "draw_scorers"]
 State = Mapping[str, Tensor]
 
 _LEAST_SECONDS = 300.0
-"""Devices get so long to score where the recipe names no deadline, or as long as the round took, if that is longer.
+"""The deadline for scores on devices without a deadline in the recipe, or the seconds of the round if longer.
 
-A device that has not trained yet loads model and data first.
+A device that has not trained yet must load the model and the data first.
 """
 
 
 @dataclass(frozen=True)
 class ClientScoring:
-    """Asks the clients of one run to score a shared state on what they hold out."""
+    """Requests scores of a shared state from the clients of one run."""
 
     grid: Grid
     context: RunContext
@@ -50,10 +50,10 @@ class ClientScoring:
     def score_by_clients(
         self, clients: RunClients, state: State, round_number: int, round_seconds: float
     ) -> tuple[ClientScore, ...]:
-        """Return the scores of the clients that ``evaluation.clients`` names, after a round that took some seconds.
+        """Return the scores of the clients that ``evaluation.clients`` selects.
 
-        Devices that are away are not asked, and none is waited for after the deadline. An event names the clients
-        that sent no scores, with the reasons.
+        Devices that are offline get no request, and replies after the deadline are ignored. An event names the clients
+        that sent no scores, with the reasons. ``round_seconds`` is the duration of the round.
         """
         scorers = draw_scorers(self.context.recipe, _list_connected_clients(self.grid, clients))
         if not scorers:
@@ -74,7 +74,7 @@ class ClientScoring:
     def _request_scores(
         self, clients: RunClients, scorers: Sequence[int], payloads: RoundPayloads, deadline: float | None
     ) -> dict[int, HoldoutMetrics | str]:
-        """The score of each client, or why there is none, in client order."""
+        """Return the score of each client, or the reason why there is none, in client order."""
         found: dict[int, HoldoutMetrics | str] = dict.fromkeys(scorers, NO_REPLY_BEFORE_DEADLINE)
 
         def note_removed(client: int) -> None:
@@ -90,9 +90,10 @@ class ClientScoring:
 
 
 def draw_scorers(recipe: Recipe, among: Sequence[int]) -> list[int]:
-    """The clients that score, in ascending order: the same after each round, as long as they are there.
+    """Return the clients that score, in ascending order.
 
-    Clients are ranked by seed, and the first of those ``among`` are taken.
+    All clients are ranked by the seed, and the first ones that are in ``among`` are taken. The choice is therefore the
+    same after each round as long as these clients are online.
     """
     wanted = recipe.evaluation.clients
     if wanted is None:
@@ -105,7 +106,7 @@ def draw_scorers(recipe: Recipe, among: Sequence[int]) -> list[int]:
 
 
 def _list_connected_clients(grid: Grid, clients: RunClients) -> list[int]:
-    """The eligible clients, without devices that are away."""
+    """Return the eligible clients without those whose device is offline."""
     if not clients.deployed:
         return list(clients.eligible)
     connected = set(grid.get_node_ids())
@@ -113,18 +114,18 @@ def _list_connected_clients(grid: Grid, clients: RunClients) -> list[int]:
 
 
 def _choose_deadline(recipe: Recipe, clients: RunClients, round_seconds: float) -> float | None:
-    """Seconds to wait. None in a simulation, whose deadlines are in simulated time: every client replies."""
+    """Return the seconds to wait; None in a simulation, where every client replies."""
     if not clients.deployed:
         return None
     return recipe.federation.deadline or max(_LEAST_SECONDS, round_seconds)
 
 
 def _read(reply: Message) -> HoldoutMetrics | str:
-    """A client's score, or why there is none."""
+    """Return the score in a reply, or the reason why there is none."""
     if reply.has_error():
         return ": ".join(read_error(reply.error))
     try:
         score = read_score(reply.content.metric_records.get("report"))
     except ClientUpdateError as error:
         return f"refused: {clean_text(error)}"
-    return score or f"it holds out fewer than {FEWEST} examples"
+    return score or f"it has fewer than {FEWEST} held-out examples"

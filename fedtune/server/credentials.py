@@ -1,4 +1,4 @@
-"""One-time tokens and operator keys: random, shown once, known to the server by their hash only."""
+"""One-time tokens and operator keys. They are random and shown once; the server stores only their hash."""
 
 import base64
 import hashlib
@@ -11,16 +11,16 @@ __all__ = ["encode_token", "generate_secret", "hash_secret"]
 
 
 def generate_secret() -> str:
-    """Text of 256 random bits."""
+    """Return a text with 256 random bits."""
     return secrets.token_urlsafe(32)
 
 
 def hash_secret(secret: str) -> str:
-    """What is kept of a secret: it has too many bits to be guessed from its hash."""
+    """Return the hash to store. The secret has too many bits to be guessed from it."""
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
 def encode_token(url: str, ca: str, secret: str) -> str:
-    """What an operator hands to a device: where to go, whom to trust, the secret, as one word."""
+    """Return a token for a device as one word: the server's URL, the hash of its CA certificate, and the secret."""
     content = json.dumps({"url": url, "ca_sha256": compute_certificate_fingerprint(ca), "secret": secret}).encode()
     return base64.urlsafe_b64encode(content).rstrip(b"=").decode()

@@ -1,4 +1,4 @@
-"""How many examples a client can have trained on in a round, by the recipe and by what its device declared."""
+"""The largest number of examples that a client can train on in a round, by the recipe and its device's profile."""
 
 import json
 from collections.abc import Sequence
@@ -12,12 +12,11 @@ __all__ = ["most_examples"]
 
 
 def most_examples(context: RunContext, store: Store, run: str, client: int) -> int:
-    """The most that an honest report of client number ``client`` can count.
+    """Return the largest number of examples that an honest report of this client can contain.
 
-    With ``train.local_steps`` that is a number of the recipe: a packed row has no more texts than tokens.
-    With ``train.local_epochs`` it follows from the examples that a simulated client holds, or that a device declared in
-    its profile before it sent its update; where a device has declared none, from the largest declared by any device of
-    the run.
+    With ``train.local_steps``, it follows from the recipe: a packed row contains at most as many texts as tokens. With
+    ``train.local_epochs``, it follows from the examples of a simulated client, or from those that a device declared in
+    its profile before its update. If a device has declared none, the largest number of any device of the run is used.
     """
     recipe = context.recipe.get_client_recipe(client)
     if recipe.privacy is not None and recipe.privacy.noise_added_by == "clients":

@@ -1,4 +1,4 @@
-"""Files that keep a server up: a systemd unit, and a container file with the wheel it installs."""
+"""Write the files that run a server as a service: a systemd unit, a Dockerfile, and the wheel that it installs."""
 
 import shlex
 import sys
@@ -15,11 +15,11 @@ __all__ = ["write_deployment_files"]
 
 
 def write_deployment_files(folder: Path, user: str) -> tuple[Path, ...]:
-    """Write the files for the server of ``user``; ServerError where its home holds none."""
+    """Write the files for the server of ``user`` and return their paths; raise ServerError if there is no server."""
     place = service_home(user)
     settings_file = place / "server" / "server.yaml"
     if not settings_file.exists():
-        raise ServerError(f"there is no server in {place / 'server'}; as {user}, make one with fedtune server init")
+        raise ServerError(f"there is no server in {place / 'server'}; as {user}, create one with fedtune server init")
     settings = read_server_settings(settings_file)
     unit = service("server/fedtune-server.service", ["server", "up"], user, place)
     wheel = write_wheel(folder)
@@ -31,7 +31,7 @@ def write_deployment_files(folder: Path, user: str) -> tuple[Path, ...]:
 
 
 def _fill_container_file(settings: ServerSettings, wheel: str) -> str:
-    """The container's server has a home of its own, which is made with the names and the port of this one."""
+    """Return the Dockerfile. The server in the container has its own home, with the host names and port of this one."""
     return fill_template(
         "server/Dockerfile",
         names=" ".join(f"--hostname {shlex.quote(name)}" for name in settings.hostnames),

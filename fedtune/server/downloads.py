@@ -1,7 +1,7 @@
-"""What each client is sent of the shared state in a round: whole, or with increments of the base weights it holds.
+"""The payload of each client in a round: the whole state, or increments to the base weights that the client holds.
 
-Only devices are sent increments. In a simulation clients read the server's own state, and the bytes are counted that a
-device would be sent.
+Only devices receive increments. In a simulation, clients read the server's own state, but the bytes that a device would
+receive are counted.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ __all__ = ["Download", "Downloads"]
 
 @dataclass(frozen=True)
 class Download:
-    """A payload, or its file; the bytes it counts; and the digests of base weights, see ``TrainRequest``."""
+    """A payload or its file, its size in bytes, and the digests of base weights as in ``TrainRequest``."""
 
     payload: bytes | Path
     size: int
@@ -31,9 +31,9 @@ class Download:
 
 
 class Downloads:
-    """Of the clients of one round; those of one device class that hold the same base share a payload.
+    """The downloads of one round. Clients of one device class that hold the same base weights share one.
 
-    With ``folder``, which server and clients must both see, it is sent as the name of a file.
+    With ``folder``, which server and clients must share, the path of a file is sent instead of the payload.
     """
 
     def __init__(self, parts: RoundPayloads, bases: Bases, folder: Path | None, deployed: bool) -> None:
@@ -42,7 +42,7 @@ class Downloads:
         self._made: dict[tuple[int, str | None], Download] = {}
 
     def get_for_client(self, client: int, whole: bool = False) -> Download:
-        """A client's; ``whole`` for one that turned out not to hold the base it should."""
+        """Return the download of a client; with ``whole``, it contains all base weights."""
         part = self.parts.get_for_client(client)
         held = None if whole else self._bases.get_held_digest(client)
         key = id(part), held
@@ -56,7 +56,7 @@ class Downloads:
         return Download(payload, size, self._base() if self._deployed else None)
 
     def _smaller(self, part: ClassPayload, held: str) -> Download | None:
-        """The state with increments in place of the base, if there are any and they are fewer bytes."""
+        """Return the state with increments instead of base weights; None if this is impossible or not smaller."""
         steps = self._bases.increments(held, self._base())
         if steps is None:
             return None
@@ -74,7 +74,7 @@ class Downloads:
 
 
 def _file(wire: State, folder: Path) -> Path:
-    """The file of a state, written under its digest unless it is on disk as it is."""
+    """Return the file of a state. It is named by its digest, and written only if it is not on disk yet."""
     if isinstance(wire, StoredState):
         return wire.path
     path = folder / f"state-{checkpoint.hash_tensors(wire)}.safetensors"

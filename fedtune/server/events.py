@@ -1,4 +1,4 @@
-"""What the round loop tells whoever watches: events as they happen, a line per round unless a watcher is set."""
+"""Events of the round loop. Without a watcher, one line per round is printed."""
 
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
@@ -25,18 +25,18 @@ __all__ = [
 
 @dataclass(frozen=True)
 class RunStarted:
-    """The loop begins at ``first`` of ``rounds`` rounds."""
+    """The loop starts with ``first_round`` and ends with ``last_round``."""
 
     run: str
     first_round: int
     last_round: int
     scoring: Mapping[int, int] = field(default_factory=dict)
-    """Examples that are scored after each round from ``first`` on (and at the start, 0); empty when not known."""
+    """The number of examples that are scored after each round, with 0 for the start; empty if unknown."""
 
 
 @dataclass(frozen=True)
 class RoundStarted:
-    """Messages have gone out to ``clients`` clients."""
+    """Train requests were sent to ``num_clients`` clients."""
 
     number: int
     num_clients: int
@@ -44,7 +44,7 @@ class RoundStarted:
 
 @dataclass(frozen=True)
 class ReplyReceived:
-    """One client's reply has been dealt with."""
+    """The reply of a client was received and checked."""
 
     number: int
     client_record: ClientRecord
@@ -52,7 +52,7 @@ class ReplyReceived:
 
 @dataclass(frozen=True)
 class Scoring:
-    """``done`` of ``total`` examples of a part have been scored."""
+    """``done`` of ``total`` examples of a split are scored."""
 
     part: str
     done: int
@@ -61,7 +61,7 @@ class Scoring:
 
 @dataclass(frozen=True)
 class Unscored:
-    """Of ``asked`` clients that were to score the state after a round, some gave no figures: why, by client."""
+    """Some of ``asked`` clients sent no scores of the state after a round. ``reasons`` are by client."""
 
     number: int
     asked: int
@@ -70,7 +70,7 @@ class Unscored:
 
 @dataclass(frozen=True)
 class RoundEnded:
-    """A round has been committed; ``main_metric`` is the metric that counts."""
+    """A round was committed. ``main_metric`` is the name of the main metric."""
 
     record: RoundRecord
     main_metric: str | None = None
@@ -80,20 +80,20 @@ Event = RunStarted | RoundStarted | ReplyReceived | Scoring | Unscored | RoundEn
 
 
 _NAMED = 5
-"""So many rejected clients are named in a round's line; the store has them all."""
+"""The number of rejected clients that are named in a line. The store contains all."""
 
 
 def format_run_start(event: RunStarted) -> str:
-    """A run's first line."""
+    """Return the first line of a run."""
     return f"run {event.run}: rounds {event.first_round} to {event.last_round}"
 
 
 def format_round(record: RoundRecord, main_metric: str | None = None) -> str:
-    """A round in one line: who answered, losses, the validation figure, seconds."""
+    """Return a round in one line: number of clients, losses, validation metrics and seconds."""
     shown = {"accuracy", "perplexity", "epsilon", main_metric}
     merged = [sent for sent in record.client_records if sent.status == "merged"]
     words = [f"{len(merged)}/{len(record.client_records)} clients"] if record.client_records else ["before training"]
-    if any(sent.tells_loss for sent in merged):  # not where all withhold it
+    if any(sent.tells_loss for sent in merged):  # not if no client reports it
         words.append(f"train loss {compute_train_loss(merged):.4f}")
     words += [f"{m.split} {m.name} {m.value:.4f}" for m in record.metrics if m.name in shown and _is_newest(m)]
     rejected = [f"{sent.device} (client {sent.client})" for sent in record.client_records if sent.status == "rejected"]
@@ -103,7 +103,7 @@ def format_round(record: RoundRecord, main_metric: str | None = None) -> str:
 
 
 def describe_unscored_clients(event: Unscored) -> str:
-    """Who gave no figures, in one line."""
+    """Return one line that names the clients without scores."""
     named = [f"{client}: {reason}" for client, reason in event.reasons.items()][:_NAMED]
     more = f"; and {len(event.reasons) - _NAMED} more" if len(event.reasons) > _NAMED else ""
     many = f"{len(event.reasons)} of {event.asked} clients did not score the shared model"
@@ -111,7 +111,7 @@ def describe_unscored_clients(event: Unscored) -> str:
 
 
 def _is_newest(metric: MetricRecord) -> bool:
-    """Whether it is about all held-out examples of the round's own state."""
+    """Whether the metric is over all domains and measured on the round's own state."""
     return metric.split in ("validation", "local", "privacy") and metric.domain == "all"
 
 

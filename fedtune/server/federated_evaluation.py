@@ -1,4 +1,4 @@
-"""How good a round found the model on what clients held out: over all of them, and client by client."""
+"""Metrics of a round on the held-out examples of clients: averaged, and per client."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ __all__ = ["average_holdout_metrics", "client_scores", "list_client_scores"]
 
 
 def average_holdout_metrics(updates: Sequence[ClientUpdate], task: Task) -> tuple[MetricRecord, ...]:
-    """Means by predictions, of the model as the round began it; nothing when no client held anything out."""
+    """Return means of the received model's metrics, weighted by predictions; empty without held-out examples."""
     scores = [one.holdout_metrics for one in updates if one.holdout_metrics is not None]
     total = sum(score.num_predictions for score in scores)
     if not total:
@@ -22,9 +22,9 @@ def average_holdout_metrics(updates: Sequence[ClientUpdate], task: Task) -> tupl
 
 
 def client_scores(updates: Sequence[ClientUpdate], metrics: Sequence[str], task: Task) -> tuple[ClientScore, ...]:
-    """Each client's metrics before and after it trained; ``metrics`` are the names of those beyond loss and accuracy.
+    """Return each client's metrics before and after training; none for a client without held-out examples.
 
-    A client that held nothing out has none.
+    ``metrics`` are the names of the metrics besides loss and accuracy.
     """
     return tuple(
         figure
@@ -38,7 +38,7 @@ def client_scores(updates: Sequence[ClientUpdate], metrics: Sequence[str], task:
 def list_client_scores(
     client: int, moment: str, score: HoldoutMetrics, metrics: Sequence[str], task: Task
 ) -> list[ClientScore]:
-    """A client's metrics at one moment."""
+    """Return a client's metrics at one moment: before or after training, or of the shared state."""
     basic = {"loss": score.loss, "accuracy": score.accuracy} if task.has_accuracy else {"loss": score.loss}
     found = basic | dict(zip(metrics, score.more, strict=False))
     return [

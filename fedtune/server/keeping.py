@@ -1,4 +1,4 @@
-"""What goes on beside the door while a server is up: SuperLink, runs, certificates and audit are looked after."""
+"""The maintenance thread of a running server: it checks the SuperLink, the runs, the certificates and the audit log."""
 
 import sys
 import threading
@@ -21,13 +21,13 @@ _FLUSH_SECONDS = 10.0
 
 
 class Telling:
-    """Says a sentence in the terminal and in the server's log, once until another one is said."""
+    """Writes a sentence to the terminal and to the server's log. A repeated sentence is written only once."""
 
     def __init__(self, log: Log) -> None:
         self._log, self._said = log, ""
 
     def __call__(self, sentence: str) -> None:
-        """Say it, unless it was said last."""
+        """Write the sentence unless it equals the last one."""
         if sentence != self._said:
             self._log.write(sentence)
             with suppress(OSError):  # the terminal may be gone
@@ -35,24 +35,24 @@ class Telling:
         self._said = sentence
 
     def clear_problem(self) -> None:
-        """Whatever was said before is over; said again, it is news."""
+        """Forget the last sentence, so that it is written again if the problem returns."""
         self._said = ""
 
 
 @dataclass
 class Health:
-    """Whether what the door stands before works: ``in_order`` is how the last look ended."""
+    """The health of the server. ``in_order`` is the result of the last check."""
 
     in_order: bool = True
 
     def is_healthy(self) -> bool:
-        """How the last look ended."""
+        """Return the result of the last check."""
         return self.in_order
 
 
 @dataclass(frozen=True)
 class ServerMaintenance:
-    """Looks after the SuperLink, the runs, the certificates and the audit while the server is up."""
+    """Checks the SuperLink, the runs, the certificates and the audit log while the server is up."""
 
     superlink: SuperLink
     manager: RunManager
@@ -62,13 +62,13 @@ class ServerMaintenance:
     say: Telling
 
     def keep_going(self, over: threading.Event) -> None:
-        """Look after everything every moment; what goes wrong is said once, and tried again."""
+        """Check everything at short intervals until ``over`` is set. Errors are logged once; the next check retries."""
         while not over.wait(_TICK_SECONDS):
             try:
                 self._look()
                 self.health.in_order = True
                 self.say.clear_problem()
-            except Exception as error:  # whatever it is, the door stays open and the next tick tries again
+            except Exception as error:  # the gateway stays up, and the next check retries
                 self.health.in_order = False
                 self.say(str(error) if isinstance(error, FedtuneError) else traceback.format_exc())
 
@@ -76,7 +76,7 @@ class ServerMaintenance:
         self.certificates.look()
         if not self.superlink.is_alive():
             self.health.in_order = False
-            self.say("the SuperLink ended; it is started again")
+            self.say("the SuperLink ended; it will be restarted")
             self.superlink.stop()
             self.superlink.start()
         self.manager.tick()
@@ -86,7 +86,7 @@ class ServerMaintenance:
 
 @contextmanager
 def kept_going(keeper: ServerMaintenance) -> Iterator[None]:
-    """Look after everything in a thread of its own until the block ends; then write what the audit counted."""
+    """Run the maintenance in a thread until the block ends. Then write the counts of the audit log."""
     over = threading.Event()
     thread = threading.Thread(target=keeper.keep_going, args=(over,), name="keeper")
     thread.start()

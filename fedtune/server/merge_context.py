@@ -46,7 +46,7 @@ def make_merge_context(
 
 
 def _validation(context: RunContext, request: CalibrationRequest) -> list[dict[str, Tensor]]:
-    """Inputs without labels, the same in every round."""
+    """Return validation inputs without labels. They are the same in every round."""
     chosen = sample_rows(
         np.arange(len(context.validation)), request.calibration_examples, derive_seed(context.recipe.seed, "activity")
     )

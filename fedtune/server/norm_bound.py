@@ -1,18 +1,19 @@
-"""No single update may be out of all proportion: its size is compared with the median of the cohort's.
+"""Refuse client updates that are much larger than the median of their cohort.
 
-What: an update's size is the root mean square of its values, so that device classes that train more or fewer tensors,
-adapters of different ranks and masked weights compare. One above ``federation.norm_bound`` times the yardstick is
-refused. The yardstick is the median size of the round, or of an earlier round where that was larger: once most clients
-have little left to learn, the one that still has may send what all sent at the start. Updates of zeros do not count,
-and of fewer than three updates the median is no yardstick; while there is none, an update is refused only where its
-size is above 10,000, which no weight of a network reaches. Each round's median is in the store (split ``updates``,
-name ``median_rms``), so that a resumed run compares with the same.
-The default, 50: honest clients of logistic regression whose data differ 450 to 1 in size, one epoch of SGD, reached 33.
-Use when: always. A generous factor leaves honest updates alone, whose bits it does not touch.
-Avoid when: the recipe asks for privacy, whose clip bounds each update; there it is off, since whether one client counts
-would depend on the others.
-Source: the median of the norms as a yardstick is that of FLAME (Nguyen et al., arXiv 2101.02281), which scales updates
-down to it; a threshold for norms is norm thresholding (Sun et al., arXiv 1911.07963).
+What: the size of an update is the root mean square of its values. It is therefore comparable between device classes
+that train different tensors, between adapters of different ranks, and for masked weights. An update is refused if its
+size is above ``federation.norm_bound`` times the reference size. The reference size is the median size of the round, or
+that of an earlier round if it was larger: late in a run, most updates are small, but a new client may send one as large
+as those at the start. Updates of zeros do not count. With fewer than three updates, the median is not used. While there
+is no reference size, only updates above 10,000 are refused, which no weight of a network reaches. The median of each
+round is in the store (split ``updates``, name ``median_rms``), so that a resumed run uses the same reference sizes.
+The default is 50. Honest clients of a logistic regression, whose data sizes differ by a factor of 450, sent updates of
+at most 33 times the median after one epoch of SGD.
+Use when: always. With a large factor, honest updates pass, and their bits do not change.
+Avoid when: the recipe has privacy. The clipping norm bounds each update then. This bound is off, because it would make
+the weight of a client depend on the others.
+Source: FLAME (Nguyen et al., arXiv 2101.02281) also uses the median of the norms, and scales larger updates down to it.
+A threshold for norms is norm thresholding (Sun et al., arXiv 1911.07963).
 """
 
 import math
@@ -27,28 +28,28 @@ from fedtune.wire.client_update import ClientUpdate
 __all__ = ["NormBound", "median_size", "yardstick"]
 
 _COHORT = 3
-"""Of fewer updates the median is no yardstick."""
+"""The smallest number of updates whose median is used."""
 _LARGEST = 1e4
-"""Above this an update's size is no weight's, whatever it is compared with."""
+"""The largest size of an update without a reference size."""
 _SPLIT, _NAME = "updates", "median_rms"
 
 
 def median_size(sizes: Iterable[float]) -> float:
-    """The median of the sizes that are not zero; 0 where there are none."""
+    """Return the median of the sizes that are not zero; 0 if there are none."""
     return median([size for size in sizes if size > 0] or [0.0])
 
 
 def yardstick(sizes: Sequence[float], earlier: float) -> float:
-    """What the ``sizes`` of a round's updates are measured by; infinite where there is nothing to measure by.
+    """Return the reference size for the ``sizes`` of a round's updates; infinite if there is none.
 
-    ``earlier`` is the largest median of the rounds before, 0 where there was none.
+    ``earlier`` is the largest median of earlier rounds, or 0.
     """
     now = median_size(sizes) if sum(size > 0 for size in sizes) >= _COHORT else 0.0
     return max(now, earlier) or math.inf
 
 
 class NormBound:
-    """The bound of one run; ``done`` are its committed rounds."""
+    """The norm bound of one run. ``done`` are its committed rounds."""
 
     def __init__(self, recipe: Recipe, done: Sequence[RoundRecord]) -> None:
         self._factor = recipe.federation.norm_bound if recipe.privacy is None else None
@@ -62,7 +63,10 @@ class NormBound:
         contributions: Sequence[ClientUpdate],
         values: Callable[[int], int],
     ) -> tuple[list[ClientRecord], list[ClientUpdate]]:
-        """The records and contributions of a round, those beyond the bound refused; ``values`` counts a client's."""
+        """Return the records and the client updates of a round. Updates above the bound are refused.
+
+        ``values`` returns the number of values in a client's update.
+        """
         if self._factor is None:
             return list(records), list(contributions)
         sizes = {one.client: _size(one.update_norm, values(one.client)) for one in records if one.status == "merged"}
@@ -74,7 +78,7 @@ class NormBound:
         return told, [sent for sent in contributions if sent.client not in refused]
 
     def record_median_norm(self) -> tuple[MetricRecord, ...]:
-        """The round's median size, once its updates are merged; rounds to come compare with it too."""
+        """Return the round's median size as a metric, and use it as a reference size in later rounds."""
         if not self._median:
             return ()
         self._earlier = max(self._earlier, self._median)
@@ -83,10 +87,10 @@ class NormBound:
     def _why(self, size: float, unit: float) -> str:
         if unit < math.inf and size > unit * (self._factor or math.inf):
             return (
-                f"its values are {size / unit:.3g} times as large as the median of the cohort's, and "
-                f"federation.norm_bound allows {self._factor:g} times; check the device, or raise the bound"
+                f"its values are {size / unit:.3g} times as large as the median of the cohort, but "
+                f"federation.norm_bound allows a factor of {self._factor:g}; check the device, or raise the bound"
             )
-        return f"its values are {size:.3g} on average, which no weights are; check the device and its learning rate"
+        return f"its values are {size:.3g} on average, too large for weights; check the device and its learning rate"
 
 
 def _refused(record: ClientRecord, refused: Mapping[int, str]) -> ClientRecord:

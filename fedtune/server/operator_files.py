@@ -1,4 +1,4 @@
-"""Operators: what each role may do, and their files: where the server is, its authority, a key only the file holds."""
+"""The roles of operators, and operator files: the server's URL, its CA certificate, and the operator's key."""
 
 from pathlib import Path
 from typing import Literal, get_args
@@ -13,21 +13,21 @@ from fedtune.untrusted import require_clean
 __all__ = ["ROLES", "Role", "allows", "write_operator_file"]
 
 Role = Literal["read", "submit", "admin"]
-"""Look at everything; also submit, stop and resume runs; also let devices and operators in and out."""
+"""read: list everything. submit: also submit, stop and resume runs. admin: also manage devices and operators."""
 ROLES: tuple[str, ...] = get_args(Role)
-"""Each may do what the ones before it may."""
+"""In ascending order: each role includes the earlier ones."""
 _NAME_LENGTH = 64
 
 
 def allows(role: str, needed: Role) -> bool:
-    """Whether an operator of a role may do what needs one."""
+    """Whether a role includes the needed one."""
     return role in ROLES and ROLES.index(role) >= ROLES.index(needed)
 
 
 def write_operator_file(place: ServerHome, access: Access, name: str, output: Path, role: str = "admin") -> None:
-    """Write an operator's file, readable by its owner only; an earlier key of that name is worthless then."""
+    """Write an operator file that only its owner can read. An earlier key of this operator is no longer valid."""
     if not require_clean(name, "an operator's name", _NAME_LENGTH).strip():
-        raise ServerError("an operator needs a name; give one of letters and digits")
+        raise ServerError("an operator needs a name; write one of letters and digits")
     key = generate_secret()
     write_bytes_atomically(output, place.encode_operator_file(key))
     access.set_operator(name, hash_secret(key), role)

@@ -1,8 +1,8 @@
-"""Which devices are there: Flower believes so, and they have been heard of late.
+"""Find out which devices are connected: those that are online on the SuperLink and have called recently.
 
-A device tells Flower that it will be there for two minutes, so that a line that is cut for less costs nothing; a dead
-one would be given a place in a new run for as long. Devices knock every few seconds while they wait and beat every 15 s
-while they work: who has been silent for three beats is away until it is heard again.
+A heartbeat counts for two minutes on the SuperLink, so that a short network failure has no effect. A device that died
+would therefore still be assigned to new runs. Devices poll every few seconds while they wait, and send a heartbeat
+every 15 s while they train. A device without a call for three heartbeats counts as offline until its next call.
 """
 
 import math
@@ -17,18 +17,18 @@ _SILENT_SECONDS = 45.0
 
 
 class Presence:
-    """``online`` gives the nodes that are there in Flower's eyes; ``clock`` gives seconds."""
+    """``online`` returns the node ids that are online on the SuperLink; ``clock`` returns seconds."""
 
     def __init__(self, online: Callable[[], set[int]], clock: Callable[[], float] = time.monotonic) -> None:
         self._online, self._clock = online, clock
         self._heard: dict[str, float] = {}
 
     def record_contact(self, device: str) -> None:
-        """The SuperLink has accepted a call of the device with this name."""
+        """Record that the SuperLink accepted a call of this device."""
         self._heard[device] = self._clock()
 
     def list_connected_devices(self, devices: Iterable[DeviceRecord]) -> list[DeviceRecord]:
-        """Those of the devices that are, in the same order."""
+        """Return the connected ones of these devices, in the same order."""
         online, now = self._online(), self._clock()
         return [
             device

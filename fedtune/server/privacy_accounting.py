@@ -1,8 +1,8 @@
-"""What a run has told of any one client so far: epsilon at the recipe's delta, by Flower's accountant.
+"""The privacy loss of a run so far: epsilon at the recipe's delta, computed by Flower's accountant.
 
-Clients are drawn by the recipe's seed, which every device knows: a known sample hides nobody, so none of the gain that
-secret sampling has (Poisson, or a fixed number without replacement) may be claimed. Each client is charged a whole
-Gaussian release for every round it was asked in; a run is charged what its most often asked client is.
+Clients are sampled with the recipe's seed, which every device knows. The sampling is therefore not secret, and there is
+no amplification by subsampling (Poisson, or a fixed number without replacement). Each client is charged a full Gaussian
+release for every round in which it was selected. The run's epsilon is that of the client selected most often.
 """
 
 from collections import Counter
@@ -19,17 +19,17 @@ __all__ = ["RoundOutcome", "Spending", "compute_epsilon", "require_privacy_accou
 
 
 RoundOutcome = tuple[str, Sequence[ClientRecord]]
-"""A round's status, completed or failed, and what became of those it asked."""
+"""The status of a round, completed or failed, and the records of its clients."""
 
 
 def require_privacy_accountant(recipe: Recipe) -> None:
-    """RecipeError when a recipe asks for privacy and what the accountant is made of is not installed."""
+    """Raise RecipeError if the recipe has privacy and the accountant's package is not installed."""
     if recipe.privacy is not None and find_spec("dp_accounting") is None:
-        raise RecipeError("privacy: its accountant is not installed; pip install 'fedtune[privacy]', or drop privacy")
+        raise RecipeError("privacy: its accountant is not installed; pip install 'fedtune[privacy]', or remove privacy")
 
 
 class Spending:
-    """What a run has told of its clients, round after round; ``done`` are the rounds it has committed."""
+    """The privacy loss of a run, round by round. ``done`` are its committed rounds."""
 
     def __init__(self, recipe: Recipe, done: Iterable[RoundRecord]) -> None:
         self._recipe = recipe
@@ -38,7 +38,7 @@ class Spending:
             self._charge((record.status, record.client_records))
 
     def compute_epsilon_after_round(self, asked: RoundOutcome) -> tuple[MetricRecord, ...]:
-        """Epsilon with one more round, which is about to be committed; nothing without privacy."""
+        """Return epsilon including a round that is about to be committed; empty without privacy."""
         if self._recipe.privacy is None:
             return ()
         self._charge(asked)
@@ -51,11 +51,11 @@ class Spending:
 
 
 def select_charged_clients(privacy: PrivacySettings, asked: RoundOutcome) -> Counter[int]:
-    """The clients that one round charges with a release.
+    """Return the clients that are charged with a release in one round.
 
-    With the server's noise a round releases its new weights, and a failed one nothing. With the clients' own, what was
-    sent is out, whatever became of the round, and of clients that fell silent it must be assumed; only those that
-    declined before they trained are not charged.
+    If the server adds the noise, a completed round releases its new weights, and a failed round releases nothing. If
+    clients add it, an update is released when it is sent, even if the round fails. Clients without a reply may have
+    sent one, so only clients that declined before training are not charged.
     """
     status, contributions = asked
     return Counter(one.client for one in contributions if _out(privacy, status, one))
@@ -66,12 +66,12 @@ def _out(privacy: PrivacySettings, status: str, sent: ClientRecord) -> bool:
 
 
 def compute_epsilon(recipe: Recipe, count: int) -> float:
-    """Epsilon at the recipe's delta of so many releases.
+    """Return epsilon at the recipe's delta after ``count`` releases.
 
-    With the server's noise for a client's contribution in place of zero, which changes a sum by ``clip`` at most; who
-    took part counts as known, so that the number of summands does not tell anything new.
-    With a client's own noise for any two data sets it may hold: one contribution in place of another changes what is
-    sent by 2 clip, so that the noise counts as half of its multiplier.
+    If the server adds the noise, neighbouring inputs differ by one client update or zeros in its place, which changes
+    the sum by at most the clipping norm. The set of clients counts as known, so the number of summands reveals nothing.
+    If clients add it, neighbouring inputs are any two data sets of a client. Two updates differ by at most twice the
+    clipping norm, so the noise multiplier counts half.
     """
     from flwr.serverapp import RdpAccountant
 

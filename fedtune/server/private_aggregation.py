@@ -1,4 +1,4 @@
-"""What a server does where the recipe asks for privacy: believe no norm, weigh all alike, add noise to the mean."""
+"""Aggregation with privacy: the server checks the norm of each update, weights all equally, and adds noise."""
 
 import hashlib
 import math
@@ -21,7 +21,7 @@ __all__ = ["append_noise_step", "get_norm_limit", "weight_clients_equally"]
 
 
 def get_norm_limit(recipe: Recipe, shapes: Iterable[tuple[int, ...]]) -> NormLimit:
-    """The norm above which an update of these shapes is refused."""
+    """Return the norm above which an update with these shapes is refused."""
     if recipe.privacy is None:
         return NormLimit(recipe.federation.max_update_norm, "federation.max_update_norm")
     largest = compute_max_update_norm(recipe.privacy, sum(math.prod(shape) for shape in shapes))
@@ -29,14 +29,14 @@ def get_norm_limit(recipe: Recipe, shapes: Iterable[tuple[int, ...]]) -> NormLim
 
 
 def weight_clients_equally(recipe: Recipe, contributions: Sequence[ClientUpdate]) -> list[ClientUpdate]:
-    """With privacy every contribution counts the same: weights by examples would tell, and would not be bounded."""
+    """Return the updates with equal weights if the recipe has privacy. Example counts are private and not bounded."""
     if recipe.privacy is None:
         return list(contributions)
     return [replace(one, num_examples=1) for one in contributions]
 
 
 class NoiseStep(RelaxStep):
-    """The last step of a merge: noise on the merged delta, before any rounding to the weights it is added to."""
+    """The last step of a merge adds noise to the merged delta, before it is rounded to the data type of the weights."""
 
     name: ClassVar[str] = "noise"
     noise_std: float
@@ -44,7 +44,7 @@ class NoiseStep(RelaxStep):
     purpose: tuple[int | str, ...]
 
     def relax(self, name: str, start: int, delta: Tensor, evidence: MergeContext) -> Tensor:
-        """The rows with noise of their own."""
+        """Return the rows with noise."""
         width = delta[0].numel() if delta.dim() else 1
         return NormalStream(self.secret, *self.purpose, name).add_noise(delta, start * width, self.noise_std)
 
@@ -52,10 +52,10 @@ class NoiseStep(RelaxStep):
 def append_noise_step(
     recipe: Recipe, pipeline: MergePipeline, run: str, round_number: int, contributions: Sequence[ClientUpdate]
 ) -> MergePipeline:
-    """The merge, with noise for the mean of these contributions at its end where the server is to add it.
+    """Return the pipeline with a noise step for the mean of these updates, if the server adds noise.
 
-    It comes from the run's secret, which stays in the run's folder, and from what is merged: a resumed round has the
-    same bits, and no two different sums ever have the same noise.
+    The noise depends on the run's secret, which stays in the run's folder, and on the merged updates. A resumed round
+    therefore has the same bits, and different sums never get the same noise.
     """
     if recipe.privacy is None or recipe.privacy.noise_added_by == "clients":
         return pipeline

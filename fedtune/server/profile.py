@@ -1,4 +1,4 @@
-"""What a device may say of itself: counts and sizes within plausible bounds, and names that are safe to show."""
+"""Check the profile of a device: counts and sizes within plausible bounds, and names that are safe to print."""
 
 import json
 from typing import Annotated, Any
@@ -17,7 +17,7 @@ _Count = Annotated[int, Field(ge=0, le=1 << 40, strict=True)]
 
 
 class _Profile(BaseModel):
-    """A device's own word; what a later fedtune says beside it is left out."""
+    """The profile as a device sends it. Fields of later versions of fedtune are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -29,14 +29,14 @@ class _Profile(BaseModel):
 
 
 def read_profile(sent: Any, who: str) -> str:
-    """A device's profile as JSON to be stored; RequestRefusedError (400) that names the field which does not hold."""
+    """Return the profile as JSON for the store; raise RequestRefusedError (400) that names an invalid field."""
     try:
         profile = _Profile.model_validate(sent)
     except ValidationError as error:
         first = error.errors()[0]
         where = clean_text(".".join(map(str, first["loc"])) or "it", _LONGEST_NAME)
         raise RequestRefusedError(
-            400, f"the profile does not hold: {where}: {first['msg']}; update fedtune", who
+            400, f"the profile is not valid: {where}: {first['msg']}; update fedtune", who
         ) from error
     told = json.dumps(profile.model_dump(exclude_unset=True))
     if len(told) > _PROFILE_BYTES:

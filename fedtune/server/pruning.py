@@ -1,4 +1,4 @@
-"""Checkpoints of a run that need not stay once its newest round is committed."""
+"""Delete checkpoints that a run no longer needs after its newest round is committed."""
 
 from fedtune.recipe.schema import Recipe
 from fedtune.tracking import Store
@@ -8,7 +8,7 @@ __all__ = ["prune_checkpoints"]
 
 
 def prune_checkpoints(store: Store, run: str, recipe: Recipe) -> None:
-    """Remove checkpoints that need not stay; those that late answers may still begin with must."""
+    """Delete the checkpoints that are not needed. Start states of updates that may still arrive are kept."""
     keep, late = recipe.checkpoints.keep, recipe.federation.asynchronous
     if keep == "all":
         return

@@ -1,8 +1,8 @@
-"""Devices whose updates are refused again and again are asked no more until an operator releases them.
+"""Devices whose updates are refused several times in a row get no train requests until an operator releases them.
 
-What counts is a row of refusals within a run; an update that could be used ends the row. A device that was released is
-on probation: until then one more refusal is enough. Errors, silence and declined orders are no fault of this kind. A
-simulation has no devices, and so no quarantine. Whom a round may ask is for the roster to say.
+Only consecutive refusals within a run count, and a usable update resets the count. A released device is on probation:
+one more refusal before a usable update quarantines it again. Errors, missing replies and declined requests do not
+count. A simulation has no devices and no quarantine. The roster decides which clients a round may select.
 """
 
 from collections import Counter
@@ -13,11 +13,11 @@ from fedtune.tracking import Access, ClientRecord, RoundRecord
 __all__ = ["REFUSALS", "Quarantine"]
 
 REFUSALS = 3
-"""So many updates rejected in a row, and a device is quarantined."""
+"""The number of consecutive rejected updates after which a device is quarantined."""
 
 
 class Quarantine:
-    """The devices of one run; ``done`` are its committed rounds."""
+    """The quarantine of one run's devices. ``done`` are its committed rounds."""
 
     def __init__(self, access: Access, run: str, done: Sequence[RoundRecord]) -> None:
         self._access, self._run = access, run
@@ -26,7 +26,7 @@ class Quarantine:
             self._count(record.client_records)
 
     def judge(self, records: Sequence[ClientRecord]) -> None:
-        """Quarantine the devices for which a committed round made the last drop."""
+        """Quarantine the devices that reached the limit in a committed round."""
         faulty = [record for record in self._count(records) if self._refused[record.client] >= REFUSALS]
         devices = (
             {assignment.client: assignment.device_name for assignment in self._access.list_assignments(self._run)}
@@ -38,7 +38,7 @@ class Quarantine:
                 self._access.quarantine_device(devices[record.client], f"{REFUSALS} rejected in a row: {record.reason}")
 
     def _count(self, records: Sequence[ClientRecord]) -> list[ClientRecord]:
-        """Go on with the rows; the records that lengthen one."""
+        """Update the counts of consecutive refusals; return the records of refused updates."""
         for record in records:
             if record.status in ("merged", "unused"):
                 self._refused[record.client] = 0

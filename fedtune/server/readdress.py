@@ -1,4 +1,4 @@
-"""A server that moved: other names or another port in its settings, a certificate for them; all else stays."""
+"""Change the host names or the port of a server: in its settings and in its certificate. All else stays the same."""
 
 import json
 from collections.abc import Mapping
@@ -17,9 +17,9 @@ __all__ = ["readdress"]
 
 
 def readdress(hostnames: list[str], listen: str | None) -> str:
-    """Put the names before those the server has, change where it listens, and return its new URL.
+    """Add host names before the existing ones, change the listening address, and return the new URL.
 
-    The earlier names stay in the certificate, so that devices can still reach the server by them.
+    The earlier names stay in the certificate, so that devices can still connect by them.
     """
     place = open_server_home()
     before = place.settings
@@ -31,18 +31,18 @@ def readdress(hostnames: list[str], listen: str | None) -> str:
     moved = replace(place, settings=check_server_settings(told, "the options"))
     path = place.folder / "server.yaml"
     text = _rewritten(path, wanted)
-    if not _says(text, moved.settings):  # an anchor that something else refers to, for one
+    if not _says(text, moved.settings):  # e.g. because of a YAML anchor
         raise ServerError(
-            f"{path} is written in a way that cannot be changed in place; change listen and hostnames in it"
+            f"{path} has YAML that cannot be changed automatically; change listen and hostnames in it yourself"
         )
-    moved.renew_certificate()  # refuses what is no name, before anything else is written
+    moved.renew_certificate()  # raises for an invalid name before anything is written
     write_bytes_atomically(path, text.encode())
     _rename(moved)
     return moved.settings.get_public_url()
 
 
 def _rewritten(path: Path, wanted: Mapping[str, object]) -> str:
-    """The text of a YAML file with other values and present names of keys; the rest, comments too, is as it was."""
+    """Return the text of a YAML file with new values and with renamed keys; the rest and all comments stay the same."""
     text = path.read_text(encoding="utf-8")
     root = yaml.compose(text)
     if not isinstance(root, yaml.MappingNode):
@@ -57,7 +57,7 @@ def _rewritten(path: Path, wanted: Mapping[str, object]) -> str:
 
 
 def _says(text: str, settings: ServerSettings) -> bool:
-    """Whether a YAML text means just these settings."""
+    """Whether a YAML text contains exactly these settings."""
     try:
         return check_server_settings(load(text), "server.yaml") == settings
     except (YamlError, ServerError):
@@ -65,19 +65,19 @@ def _says(text: str, settings: ServerSettings) -> bool:
 
 
 def _span(node: yaml.Node) -> tuple[int, int]:
-    """Where a key or a value stands in its text."""
+    """Return the start and the end of a key or a value in the text."""
     return node.start_mark.index, _end(node)
 
 
 def _end(node: yaml.Node) -> int:
-    """Where a value ends: a list with a dash before each item ends with its last one, not at the next key."""
+    """Return the end of a value. A list in block style ends after its last item, not at the next key."""
     if isinstance(node, yaml.SequenceNode) and not node.flow_style and node.value:
         return _end(node.value[-1])
     return int(node.end_mark.index)
 
 
 def _rename(place: ServerHome) -> None:
-    """Let the operator's file of this machine name the new address; its key stays."""
+    """Write the new address to the operator file of this machine. The key stays the same."""
     if place.operator_file.exists():
         told = json.loads(place.operator_file.read_text(encoding="utf-8"))
         write_bytes_atomically(place.operator_file, place.encode_operator_file(str(told["key"])))

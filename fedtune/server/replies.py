@@ -20,7 +20,7 @@ from fedtune.wire.protocol_codes import parse_problem
 from fedtune.wire.update_checks import NO_NORM_LIMIT, NormLimit, check_client_update
 
 _LONGEST_REASON = 400
-"""Characters that are kept of why an update is refused: it may quote names that its device chose."""
+"""The number of characters of a refusal's reason that are stored. It may quote names that the device chose."""
 
 __all__ = ["ExpectedReply", "make_missing_record", "read_error", "receive_update", "scale_by_staleness"]
 
@@ -103,7 +103,7 @@ def read_error(error: Error) -> tuple[str, str]:
 
 
 def make_missing_record(client: int, device: ClientDevice, bytes_down: int, reason: str) -> ClientRecord:
-    """The record of a client that sent no reply in time."""
+    """Return the record of a client that sent no reply in time."""
     return _make_empty_record(client, device, "missing", reason, bytes_down)
 
 

@@ -1,4 +1,4 @@
-"""A client's report of its round, checked field by field before anything of it is stored or believed."""
+"""Check every field of a client's report before it is stored or used."""
 
 import math
 from typing import Annotated, Any
@@ -14,7 +14,7 @@ from fedtune.wire.client_update import ClientReport, HoldoutMetrics
 __all__ = ["MOST_EXAMPLES", "read_report", "read_score"]
 
 MOST_EXAMPLES = 10**9
-"""No device trains on more examples in a round: at a million a second that would take a quarter of an hour."""
+"""The largest number of examples in a round. At a million per second, this takes a quarter of an hour."""
 _MOST_BYTES = 2**50
 _MOST_SECONDS = 10.0**7
 _MOST_LOSS = 1e30
@@ -32,7 +32,7 @@ _Bytes = Annotated[int, Field(ge=0, le=_MOST_BYTES)]
 
 
 class _Bounded(BaseModel):
-    """The fields of :class:`ClientReport` with what is plausible for each; NaN only for a loss that is not told."""
+    """The fields of :class:`ClientReport` with plausible bounds. Only a loss may be NaN, if it is not reported."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
@@ -52,20 +52,20 @@ class _Bounded(BaseModel):
     @classmethod
     def _whole(cls, figures: list[float]) -> list[float]:
         if len(figures) == 1:
-            raise ValueError("it holds a loss and an accuracy at least, or nothing")
+            raise ValueError("it must be empty, or begin with a loss and an accuracy")
         return figures
 
 
 class _OfScoring(_Bounded):
-    """The report of a client that was asked only to score, and so has trained on nothing."""
+    """The report of a client that only scored and did not train."""
 
     num_examples: int = Field(ge=0, le=0)
 
 
 def read_report(record: MetricRecord | None, most_examples: int = MOST_EXAMPLES) -> ClientReport:
-    """The report in a reply; ClientUpdateError unless it has every field, each in its bounds.
+    """Return the report in a reply; raise ClientUpdateError if a field is missing or out of bounds.
 
-    ``most_examples`` is what the client can have trained on in the round.
+    ``most_examples`` is the largest number of examples that the client can have trained on in the round.
     """
     bounded = _checked(record, _Bounded)
     if bounded.num_examples > most_examples:
@@ -77,7 +77,7 @@ def read_report(record: MetricRecord | None, most_examples: int = MOST_EXAMPLES)
 
 
 def read_score(record: MetricRecord | None) -> HoldoutMetrics | None:
-    """Return the score in the reply of a client that was asked only to score; None if it holds out too few examples.
+    """Return the score in the reply of a client that only scored; None if it has too few held-out examples.
 
     Raise ClientUpdateError as ``read_report`` does.
     """

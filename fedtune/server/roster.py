@@ -1,8 +1,8 @@
-"""Who of a deployed run's devices is enrolled while it goes on: some are removed, and some are enrolled again.
+"""Track which devices of a run are enrolled, because devices may be removed and enrolled again while it is running.
 
-A device that is enrolled again under its name takes the place it had. Rounds ask nobody who was removed; where too few
-are enrolled or connected for a round's quorum, the run waits and says what to do, so that no round is spent on what
-cannot succeed: Flower answers at once for a device that is away.
+A device that enrols again under its name continues as the same client. Rounds never select removed devices. If too few
+devices are enrolled or connected for the quorum, the run waits and explains what to do. Otherwise rounds would fail
+immediately, because Flower replies with an error at once for an offline device.
 """
 
 import time
@@ -23,7 +23,7 @@ _NAMED = 5
 
 
 class Roster:
-    """The places of ``run``; a simulation has none, and all its clients are there."""
+    """The devices of ``run``. A simulation has none, and all of its clients are available."""
 
     def __init__(self, store: Store, run: str, recipe: Recipe, grid: Grid) -> None:
         self._store, self._run, self._recipe, self._grid = store, run, recipe, grid
@@ -42,7 +42,7 @@ class Roster:
         )
 
     def list_removed_clients(self) -> list[int]:
-        """The clients whose device is not enrolled now."""
+        """Return the clients whose device is not enrolled now."""
         there = {(device.name, device.node_id) for device in self._store.access.list_devices()}
         return [
             assignment.client
@@ -51,7 +51,7 @@ class Roster:
         ]
 
     def _quarantined(self) -> set[int]:
-        """The clients whose device gets no train requests until an operator releases it."""
+        """Return the clients whose device gets no train requests until an operator releases it."""
         out = {device.name for device in self._store.access.list_devices() if device.quarantine_reason}
         return {assignment.client for assignment in self._list_assignments() if assignment.device_name in out}
 
@@ -73,7 +73,7 @@ class Roster:
             time.sleep(_LOOK_SECONDS)
 
     def refresh_devices(self, clients: RunClients, scheduler: RoundScheduler) -> RunClients:
-        """Return the clients with the devices as they are enrolled now; tell the scheduler which are eligible."""
+        """Return the clients with their current devices, and pass the eligible clients to the scheduler."""
         if not self.has_devices:
             return clients
         there = self.wait()
@@ -89,12 +89,12 @@ class Roster:
     def _lacking(
         self, there: Sequence[Assignment], gone: Sequence[Assignment], quarantined: Sequence[Assignment]
     ) -> str | None:
-        """Why no round can succeed now, and the mend; None when one can."""
+        """Return why no round can succeed now, and how to fix it; None if a round can succeed."""
         if len(there) < self._quorum and quarantined:
             return (
                 f"waits: {_names(quarantined, 'is', 'are')} quarantined, and too few devices are left for "
-                f"federation.quorum {self._quorum}; see fedtune server devices, mend it, then fedtune server release "
-                f"{quarantined[0].device_name}"
+                f"federation.quorum {self._quorum}; see fedtune server devices, fix the cause, then run fedtune server "
+                f"release {quarantined[0].device_name}"
             )
         if len(there) < self._quorum:
             return (
@@ -110,7 +110,7 @@ class Roster:
 
 
 def _names(assignments: Sequence[Assignment], one: str, many: str) -> str:
-    """Some of the devices and the verb for one of them or for many."""
+    """Return the names of some devices, followed by the verb in singular or plural."""
     names = ", ".join(assignment.device_name for assignment in assignments[:_NAMED]) + (
         ", ..." if len(assignments) > _NAMED else ""
     )

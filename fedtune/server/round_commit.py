@@ -45,5 +45,5 @@ def commit_round(store: Store, run_id: str, round_number: int, result: RoundResu
 
 
 def get_checkpoint_path(run_id: str, round_number: int) -> str:
-    """The path of a round's checkpoint in the folder of runs."""
+    """Return the path of a round's checkpoint in the folder of runs."""
     return f"{run_id}/round-{round_number:04d}.safetensors"

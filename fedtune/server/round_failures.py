@@ -1,4 +1,4 @@
-"""A round that fails leaves the state as it was: too few updates, or a merge that cannot be used."""
+"""Reasons for failed rounds, which leave the state unchanged: too few updates, or a merge that failed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,11 +13,11 @@ from fedtune.tracking import ClientRecord
 __all__ = ["MERGE_ERRORS", "explain_shortage", "mark_updates_unused", "require_finite", "with_refusals"]
 
 MERGE_ERRORS = (ArithmeticError, ClientUpdateError, RecipeError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
-"""Updates that do not hold, too few for the merge, or values it cannot compute with. Other errors end the run."""
+"""Invalid updates, too few updates for the merge, or numerical errors. Other errors end the run."""
 
 
 def require_finite(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The state; ClientUpdateError when a value of it is not finite."""
+    """Return the state; raise ClientUpdateError if a value is not finite."""
     for name, tensor in state.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise ClientUpdateError(f"it gave values in {name} that are not finite; the state stays as it was")
@@ -25,15 +25,15 @@ def require_finite(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def explain_shortage(records: Sequence[ClientRecord], recipe: Recipe) -> str | None:
-    """Why a round has too few updates; None if it has enough."""
+    """Return why a round has too few updates; None if it has enough."""
     usable = sum(record.status == "merged" for record in records)
     if usable >= recipe.federation.quorum:
         return None
-    return with_refusals(f"{usable} usable contributions, quorum {recipe.federation.quorum}", records)
+    return with_refusals(f"{usable} usable client updates, quorum {recipe.federation.quorum}", records)
 
 
 def mark_updates_unused(records: Sequence[ClientRecord]) -> list[ClientRecord]:
-    """The records of a failed round: what could have been merged was not."""
+    """Return the records of a failed round, with usable updates marked as unused."""
     return [
         replace(record, status="unused", reason="the round failed") if record.status == "merged" else record
         for record in records
@@ -41,6 +41,6 @@ def mark_updates_unused(records: Sequence[ClientRecord]) -> list[ClientRecord]:
 
 
 def with_refusals(failure: str, records: Sequence[ClientRecord]) -> str:
-    """Why a round failed, with the first reasons why updates are missing from it."""
+    """Return why a round failed, with the first reasons why updates are missing."""
     reasons = sorted({f"{record.status}: {record.reason}" for record in records if record.status != "merged"})
     return "; ".join([failure, *reasons[:3]])

@@ -1,7 +1,7 @@
-"""The round loop: sample, exchange, check, merge, evaluate, checkpoint, commit. No step looks back.
+"""The round loop: sample, exchange, check, merge, evaluate, checkpoint, commit, in this order.
 
-A round is committed once, after its checkpoint is on disk; what came before can be lost without harm, because every
-random number is derived from the seed and the place it is used.
+A round is committed once, after its checkpoint is on disk. If the process dies before, the round is repeated with the
+same result, because every random number is derived from the seed and its purpose.
 """
 
 import time
@@ -56,7 +56,7 @@ SharedState = Mapping[str, Tensor]
 
 
 def run_rounds(grid: Grid, context: RunContext, store: Store, run_id: str) -> None:
-    """Carry a run from its last committed round to its end; raise RunError if no round at all was completed."""
+    """Execute a run from its last committed round to its end; raise RunError if no round was completed."""
     recipe = context.recipe
     done = store.rounds(run_id)
     first = done[-1].number + 1 if done else 1
@@ -84,11 +84,11 @@ def run_rounds(grid: Grid, context: RunContext, store: Store, run_id: str) -> No
         state = ended
         prune_checkpoints(store, run_id, recipe)
     if not any(record.status == "completed" and record.number for record in store.rounds(run_id)):
-        raise RunError("no round got enough usable contributions; see the reasons in: fedtune runs show " + run_id)
+        raise RunError("no round got enough usable client updates; see the reasons in: fedtune runs show " + run_id)
 
 
 def _read_last_state(run_id: str, done: Sequence[RoundRecord]) -> SharedState:
-    """The state of the last checkpoint among the committed rounds, verified."""
+    """Return the state of the last checkpoint of the committed rounds, and verify its digest."""
     last = find_checkpointed_round(run_id, done).checkpoint
     assert last is not None
     checkpoint.read_checkpoint(paths.get_runs_folder() / last.path, last.sha256)
@@ -150,7 +150,7 @@ def _simulated_seconds(seconds: float | None) -> tuple[MetricRecord, ...]:
 def _merged(
     context: RunContext, state: SharedState, run_id: str, round_number: int, updates: Sequence[ClientUpdate]
 ) -> tuple[merging.Merged, tuple[MetricRecord, ...]]:
-    """Merge a round's updates and let techniques revise the result; return the next state and figures of the merge."""
+    """Merge a round's updates and apply the techniques' changes; return the next state and metrics of the merge."""
     pipeline = append_noise_step(
         context.recipe, merging.build_pipeline(context.recipe.merge), run_id, round_number, updates
     )
@@ -224,12 +224,12 @@ def _gather_updates(
 
 
 def _read_start_state(run_id: str, round_number: int) -> SharedState:
-    """The state that a round began with."""
+    """Return the start state of a round."""
     return StoredState(paths.get_runs_folder() / get_checkpoint_path(run_id, round_number - 1))
 
 
 def _evaluate(context: RunContext, state: SharedState, run_id: str, round_number: int) -> tuple[MetricRecord, ...]:
-    """Validation every so many rounds; after the last one the test part too, for the start and for the end."""
+    """Return validation metrics of the rounds that are scored; after the last, also test metrics of start and end."""
     metrics = scoring.validation(context, state, round_number) if scoring.scored_after(context, round_number) else ()
     if round_number == context.recipe.federation.rounds:
         start = StoredState(paths.get_runs_folder() / get_checkpoint_path(run_id, 0))

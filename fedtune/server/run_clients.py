@@ -1,4 +1,4 @@
-"""The clients of a run are all nodes of a simulation, or the devices that were assigned when it began."""
+"""The clients of a run: all nodes of a simulation, or the devices that were assigned at its start."""
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -17,23 +17,23 @@ from fedtune.tracking import Assignment
 __all__ = ["RunClients", "wait_for_clients"]
 
 _PATIENCE = 120.0
-"""Seconds until too few devices for a round are given up."""
+"""Seconds to wait for enough devices for a round."""
 _PATIENCE_FOR_ALL = 30.0
-"""Seconds until a round may begin without devices that are away."""
+"""Seconds after which a round may start without devices that are offline."""
 _LOOK_SECONDS = 0.2
 _REMOTE_POLL_SECONDS = 0.2
 
 
 def _any_size(most: int) -> None:
-    """A grid inside this process holds replies in memory already; they are measured when they are received."""
+    """Do nothing: a grid inside this process has replies in memory already, and their size is checked later."""
 
 
 @dataclass(frozen=True)
 class RunClients:
-    """Node and device of each client, by its number, and seconds between two looks for replies.
+    """The node and the device of each client, by number. ``poll`` is the number of seconds between polls for replies.
 
-    With ``shares_disk`` clients read the server's files: they are processes of one simulation. ``deployed`` ones are
-    devices. ``expect`` is told the most bytes that a reply may have.
+    With ``shares_disk``, clients are processes of a simulation and read the server's files. With ``deployed``, they are
+    devices. ``expect`` is called with the largest number of bytes of a reply.
     """
 
     node_ids: Sequence[int]
@@ -41,16 +41,16 @@ class RunClients:
     poll: float = 0.01
     shares_disk: bool = False
     removed: Callable[[], Collection[int]] = tuple
-    """Clients whose device is shut out now; asked where a round misses answers."""
+    """Returns the clients whose device is removed now. Called if replies are missing."""
     deployed: bool = False
     eligible: Sequence[int] = ()
-    """Clients that may be asked: a simulation's that the recipe selects, devices that are neither removed nor
+    """The clients that may be selected. In a simulation, the recipe decides; devices must be neither removed nor
     quarantined.
     """
     expect: Callable[[int], None] = _any_size
 
     def explain_missing_clients(self, silent: Mapping[int, str]) -> dict[int, str]:
-        """Why clients are missing, by client: a device that was removed meanwhile is not merely late."""
+        """Return why clients are missing, by client. For a removed device, this is the reason."""
         gone = set(self.removed()) if silent else set()
         return {client: DEVICE_REMOVED if client in gone else reason for client, reason in silent.items()}
 
@@ -64,7 +64,7 @@ def wait_for_clients(
 ) -> RunClients:
     """Return the clients once they are connected; raise RunError if too few are after ``patience`` seconds.
 
-    Without assignments, every node of the grid is a client. With them, devices that are away join when they come back.
+    Without assignments, every node of the grid is a client. With them, offline devices join when they reconnect.
     Devices of the clients that ``removed`` returns are not waited for.
     """
     classes = [recipe.get_device_class(client).name for client in range(recipe.num_clients)]
@@ -87,7 +87,7 @@ def wait_for_clients(
 
 
 def _wait(grid: Grid, among: set[int] | None, wanted: int, enough: int, patience: float) -> list[int]:
-    """Node numbers, sorted: ``wanted`` of them, or after a while ``enough``."""
+    """Return sorted node ids: ``wanted`` of them, or ``enough`` after some time."""
     begun = time.monotonic()
     while True:
         found = sorted(node for node in grid.get_node_ids() if among is None or node in among)

@@ -1,4 +1,4 @@
-"""Carries submitted runs to their end, one at a time: started when devices are there, started again when they die."""
+"""Executes submitted runs, one at a time. A run starts when its devices are connected, and restarts if it dies."""
 
 import time
 from dataclasses import dataclass, field
@@ -17,15 +17,15 @@ __all__ = ["DEVICE_ENGINE", "RunManager"]
 
 DEVICE_ENGINE = "devices"
 _PENDING_SECONDS = 30.0
-"""A run that is pending for longer will stay so: the process that would start it is there and does not."""
+"""Seconds after which a pending run counts as stuck, because SuperExec is running but does not start it."""
 _ATTEMPTS = 8
-"""So many starts without a new round, and a run has failed."""
+"""The number of starts without a new round after which a run fails."""
 _LONGEST_REST = 60.0
 
 
 @dataclass
 class _Attempt:
-    """A run as it is carried out now: its number on the SuperLink, and of which start of the SuperLink."""
+    """The current execution of a run: its run id on the SuperLink, and the SuperLink's start count."""
 
     run: str
     flower_run_id: int
@@ -36,7 +36,7 @@ class _Attempt:
 
 @dataclass
 class _Trouble:
-    """Starts of a run since its last new round, and when the next one may be made."""
+    """The starts of a run since its last new round, and the earliest time of the next start."""
 
     rounds: int
     starts: int = 0
@@ -44,7 +44,7 @@ class _Trouble:
 
 
 class RunManager:
-    """Runs of the store on a SuperLink; the store alone knows what is to be done, so nothing is lost by a crash."""
+    """Executes the runs of the store on a SuperLink. All state is in the store, so a crash loses nothing."""
 
     def __init__(self, store: Store, superlink: SuperLink, presence: Presence, home: Path, deadline: float) -> None:
         self._store, self._superlink, self._presence = store, superlink, presence
@@ -53,7 +53,7 @@ class RunManager:
         self._trouble: dict[str, _Trouble] = {}
 
     def submit_run(self, recipe: Recipe) -> str:
-        """Queue a run of a recipe; every round of it has a deadline. RecipeError when too few devices qualify."""
+        """Queue a run and return its id. Every round has a deadline. Raise RecipeError if too few devices qualify."""
         check_enough_enrolled_devices(recipe, self._store.access.list_devices())
         federation = recipe.federation
         bounded = federation.model_copy(update={"deadline": federation.deadline or self._deadline})
@@ -70,7 +70,7 @@ class RunManager:
         return run
 
     def stop_run(self, reference: str) -> str:
-        """End a run for now; its committed rounds stay."""
+        """Stop a run and return its id. Committed rounds are kept."""
         run = self._own(reference)
         if run.status not in ("queued", "running"):
             raise StoreError(f"run {run.id} is {run.status}; there is nothing to stop")
@@ -78,15 +78,15 @@ class RunManager:
         return run.id
 
     def resume_run(self, reference: str) -> str:
-        """Queue a run again that did not complete."""
+        """Queue a run again that is not completed; return its id."""
         run = self._own(reference)
         if run.status in ("queued", "running"):
             raise StoreError(f"run {run.id} is {run.status} already; follow it with fedtune runs watch {run.id}")
-        self._store.reopen(run.id, "queued")  # the next tick sees it; what it counts is its own
+        self._store.reopen(run.id, "queued")  # the next tick starts it
         return run.id
 
     def rollback(self, reference: str, round_number: int) -> tuple[str, int]:
-        """Take a run back to a round; its id, and how many rounds are gone. StoreError while it is carried on."""
+        """Roll a run back to a round; return its id and the number of removed rounds. StoreError if it is running."""
         run = self._own(reference)
         if run.status in ("queued", "running"):
             raise StoreError(f"run {run.id} is {run.status}; stop it first: fedtune runs stop {run.id}")
@@ -95,25 +95,25 @@ class RunManager:
         return run.id, removed
 
     def get_recorded_run(self, run: RunRecord) -> RunRecord:
-        """A run as it is recorded: one between two starts is running, not interrupted."""
+        """Return a run with its recorded status, which is running between two starts, not interrupted."""
         return next((found for found in self._store.list_unfinished_runs(DEVICE_ENGINE) if found.id == run.id), run)
 
     def run_of(self, flower_run_id: int) -> str | None:
-        """The run that is carried out now under a number of the SuperLink's."""
+        """Return the running run with this id on the SuperLink, or None."""
         attempt = self._attempt
         return attempt.run if attempt is not None and attempt.flower_run_id == flower_run_id else None
 
     def tick(self) -> None:
-        """Look after the run that is carried out, or begin the next; to be called every moment."""
+        """Check the current run, or start the next one. Must be called regularly."""
         if self._attempt is None and not self._superlink.is_superexec_alive():
-            self._superlink.stop()  # whoever keeps it starts it again
+            self._superlink.stop()  # the maintenance restarts it
             return
         self._attempt = self._begin() if self._attempt is None else self._follow(self._attempt)
 
     def _own(self, reference: str) -> RunRecord:
         run = self._store.run(reference)
         if run.engine != DEVICE_ENGINE:
-            raise StoreError(f"run {run.id} is a simulation of this machine; only submitted runs can be asked for here")
+            raise StoreError(f"run {run.id} is a simulation of this machine; name a submitted run")
         return self.get_recorded_run(run)
 
     def _begin(self) -> _Attempt | None:
@@ -128,11 +128,11 @@ class RunManager:
         return None
 
     def _resting(self, run: RunRecord) -> bool:
-        waits = run.status == "running" and run.id in self._trouble  # an operator who queues it again waits no longer
+        waits = run.status == "running" and run.id in self._trouble  # a run that is queued again does not wait
         return waits and time.monotonic() < self._trouble[run.id].rest_until
 
     def _assign_devices(self, run: RunRecord) -> str | None:
-        """Assign devices to a run; return what is lacking, None if nothing is."""
+        """Assign devices to a run; return what is missing, or None."""
         if self._store.access.list_assignments(run.id):
             return None
         recipe = Recipe.model_validate_json(run.recipe)
@@ -153,12 +153,14 @@ class RunManager:
         return _Attempt(run.id, flower_run_id, self._superlink.start_count)
 
     def _begin_anew(self, run: RunRecord) -> None:
-        """A queued run is a running one from now on, and its earlier failures are forgotten."""
+        """Set a queued run to running, and forget its earlier failures."""
         self._store.reopen(run.id)
         self._trouble.pop(run.id, None)
 
     def _follow(self, attempt: _Attempt) -> _Attempt | None:
-        working = is_run_active(attempt.run)  # before the store is asked: an end is recorded before the lock is let go
+        working = is_run_active(
+            attempt.run
+        )  # before the store is read: a run records its end before it releases the lock
         run = next(
             (found for found in self._store.list_unfinished_runs(DEVICE_ENGINE) if found.id == attempt.run), None
         )
@@ -167,9 +169,7 @@ class RunManager:
                 self._superlink.get_control_client().stop_run(attempt.flower_run_id)
             self._trouble.pop(attempt.run, None)
             return None
-        if (
-            run.status == "queued"
-        ):  # stopped and resumed since the last tick: its process never heard of it, and goes on
+        if run.status == "queued":  # stopped and resumed since the last tick; its process continues
             self._begin_anew(run)
         cause = self._explain_loss(attempt, working=working)
         if cause is None:
@@ -179,7 +179,7 @@ class RunManager:
         return None
 
     def _explain_loss(self, attempt: _Attempt, *, working: bool) -> str | None:
-        """Why an attempt is lost; None while it is not."""
+        """Return why an attempt failed; None if it did not."""
         if attempt.generation != self._superlink.start_count:
             return "the SuperLink died"
         found = self._superlink.get_control_client().get_run_status(attempt.flower_run_id)
@@ -197,8 +197,8 @@ class RunManager:
         trouble = self._trouble.get(run.id, _Trouble(run.rounds_completed))
         starts = 1 if run.rounds_completed > trouble.rounds else trouble.starts + 1
         if starts >= _ATTEMPTS:
-            self._store.finish(run.id, "failed", f"{cause}; no round came of {_ATTEMPTS} starts")
+            self._store.finish(run.id, "failed", f"{cause}; {_ATTEMPTS} starts completed no round")
         else:
-            self._store.set_run_reason(run.id, f"{cause}; goes on at round {run.rounds_completed + 1}")
-        rest = min(_LONGEST_REST, 2.0 ** (starts - 1))  # counted last: a store that cannot be written is asked again
+            self._store.set_run_reason(run.id, f"{cause}; continues at round {run.rounds_completed + 1}")
+        rest = min(_LONGEST_REST, 2.0 ** (starts - 1))  # last, because writing to the store may fail
         self._trouble[run.id] = _Trouble(run.rounds_completed, starts, time.monotonic() + rest)

@@ -1,4 +1,4 @@
-"""What keeps one client from harming a run, or from being harmed: bounds, quarantine, and what was told so far."""
+"""Protection of a run against single clients, and of clients: bounds, quarantine and privacy accounting."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ __all__ = ["Safeguards"]
 
 
 class Safeguards:
-    """Those of one run; ``done`` are its committed rounds, which a resumed run goes on from."""
+    """The safeguards of one run. ``done`` are its committed rounds."""
 
     def __init__(self, context: RunContext, store: Store, run: str, done: Sequence[RoundRecord]) -> None:
         self._context, self._store, self._run = context, store, run
@@ -22,9 +22,9 @@ class Safeguards:
         self._quarantine = Quarantine(store.access, run, done)
 
     def examples(self, client: int) -> int:
-        """The most examples that a client's report may count."""
+        """Return the largest number of examples that a client may report."""
         return most_examples(self._context, self._store, self._run, client)
 
     def record_commit(self, records: Sequence[ClientRecord]) -> None:
-        """A round has been committed."""
+        """Record that a round was committed."""
         self._quarantine.judge(records)

@@ -1,4 +1,4 @@
-"""What is scored when: validation examples, some or all, every so many rounds; all, and the test part, at the end."""
+"""Decide what is scored when: the validation split, or a sample of it, in some rounds; the test split at the end."""
 
 from collections.abc import Mapping
 
@@ -16,15 +16,15 @@ State = Mapping[str, Tensor]
 
 
 def scored_after(context: RunContext, round_number: int) -> bool:
-    """Whether the validation part is scored after a round; after the last one it is, and whole."""
+    """Whether the validation split is scored after a round. After the last round, it always is."""
     return (
         round_number % context.recipe.evaluation.every_n_rounds == 0 or round_number == context.recipe.federation.rounds
     )
 
 
 def to_score(context: RunContext, first: int) -> dict[int, int]:
-    """How many examples are scored after each round from ``first`` on; 0 stands for the start."""
-    if context.local_tensors:  # the state alone is no model
+    """Return the number of examples that are scored after each round from ``first`` on; round 0 is the start."""
+    if context.local_tensors:  # the state alone is not a whole model
         return {}
     rounds, whole = context.recipe.federation.rounds, len(context.validation)
     some = whole if (rows := _some(context)) is None else len(rows)
@@ -33,18 +33,18 @@ def to_score(context: RunContext, first: int) -> dict[int, int]:
 
 
 def validation(context: RunContext, state: State, round_number: int) -> tuple[MetricRecord, ...]:
-    """Scores on the validation part: before the last round on as many examples as the recipe names."""
+    """Return scores on the validation split; before the last round, on at most ``evaluation.max_examples``."""
     rows = None if round_number == context.recipe.federation.rounds else _some(context)
     return _scores(context, state, "validation", "validation", rows)
 
 
 def test(context: RunContext, start: State, state: State) -> tuple[MetricRecord, ...]:
-    """Scores on all of the test part, for the start and for the end."""
+    """Return scores on the whole test split, of the start state and of the last state."""
     return _scores(context, start, "test", "test-before", None) + _scores(context, state, "test", "test", None)
 
 
 def _some(context: RunContext) -> list[int] | None:
-    """The same validation examples each time, drawn from the seed; None for all."""
+    """Return the rows of the sampled validation examples, which are the same in every round; None for all."""
     wanted, held = context.recipe.evaluation.max_examples, len(context.validation)
     if wanted is None or wanted >= held:
         return None

@@ -1,4 +1,4 @@
-"""Who may take part in a run, and whom a round asks: a function of the recipe, the round and committed rounds alone."""
+"""Select the eligible clients of a run and the cohort of a round, from the recipe and the committed rounds only."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -25,7 +25,7 @@ __all__ = [
 
 
 def is_eligible(select: ClientSelection, name: str, tags: Collection[str], memory: int) -> bool:
-    """Whether a device of that name, tags and memory in bytes may take part."""
+    """Whether a device with this name, these tags and this memory in bytes may take part."""
     named = not select.device_names or any(fnmatchcase(name, pattern) for pattern in select.device_names)
     return named and set(select.tags) <= set(tags) and memory >= select.min_memory
 
@@ -42,19 +42,19 @@ def is_device_eligible(select: ClientSelection, device: DeviceRecord) -> bool:
 
 
 def list_eligible_clients(recipe: Recipe) -> list[int]:
-    """The clients of a simulation whose device class may take part, in order."""
+    """Return the clients of a simulation whose device class may take part, in order."""
     classes = enumerate(recipe.get_device_class(client) for client in range(recipe.num_clients))
     select = recipe.federation.selection
     return [client for client, one in classes if is_eligible(select, one.name, one.tags, one.memory)]
 
 
 def count_cohort(recipe: Recipe, among: Sequence[int]) -> int:
-    """How many of the clients ``among`` a round asks."""
+    """Return the number of the clients ``among`` that a round selects."""
     return recipe.federation.clients_per_round or max(1, round(len(among) * recipe.federation.fraction_train))
 
 
 def check_enough_eligible_clients(recipe: Recipe) -> None:
-    """RecipeError when too few clients of a simulation qualify for its rounds."""
+    """Raise RecipeError if too few clients of a simulation qualify for its rounds."""
     among, federation = list_eligible_clients(recipe), recipe.federation
     needed = max(
         federation.clients_per_round or 1,
@@ -64,7 +64,7 @@ def check_enough_eligible_clients(recipe: Recipe) -> None:
     if count_cohort(recipe, among) < federation.quorum or len(among) < needed:
         raise RecipeError(
             f"federation.selection: {len(among)} of the {recipe.num_clients} clients in devices qualify, but a round "
-            f"needs {needed}; ask less of them, or give their device class the name, tags or memory"
+            f"needs {needed}; relax the selection, or add the name, tags or memory to their device class"
         )
 
 
@@ -95,10 +95,10 @@ def sample_cohort(
     last: Mapping[int, int] = {},
     asked: int | None = None,
 ) -> list[int]:
-    """The clients of round ``round_number`` in ascending order, ``among`` those that qualify, by default all.
+    """Return the clients of a round in ascending order, sampled from ``among``, which defaults to all clients.
 
-    ``last`` says for each client which round last asked it; only ``sampling: least-recent`` looks at it. ``asked`` is
-    how many, by default as the recipe says.
+    ``last`` is the last round that selected each client, for ``sampling: least-recent``. ``asked`` is the number of
+    clients; the default is that of the recipe.
     """
     there = range(recipe.num_clients) if among is None else among
     count = count_cohort(recipe, there) if asked is None else asked
@@ -109,9 +109,9 @@ def sample_cohort(
 
 
 def rank_clients(recipe: Recipe, round_number: int, among: Sequence[int], last: Mapping[int, int]) -> list[int]:
-    """All clients ``among`` in the order in which round ``round_number`` would rather have them."""
+    """Return all clients ``among`` in the order in which a round prefers them."""
     random = np.random.default_rng(derive_seed(recipe.seed, round_number, "order"))
     drawn = [among[place] for place in random.permutation(len(among))]
     if recipe.federation.selection.sampling == "random":
         return drawn
-    return sorted(drawn, key=lambda client: last.get(client, 0))  # those that were never asked first
+    return sorted(drawn, key=lambda client: last.get(client, 0))  # those that were never selected first

@@ -1,4 +1,4 @@
-"""The messages of a run's rounds, and how many bytes each client has been sent for the answer that is to come."""
+"""The messages of a run's rounds, and the bytes that each client was sent for its next reply."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -19,7 +19,7 @@ __all__ = ["Sending"]
 
 
 class Sending:
-    """Of one run."""
+    """The messages of one run."""
 
     def __init__(self, context: RunContext, run: str, bases: Bases) -> None:
         self.bases, self._run = bases, run
@@ -29,9 +29,9 @@ class Sending:
         self._asked: dict[int, tuple[int, int]] = {}
 
     def messages(self, clients: Sequence[int], run_clients: RunClients, downloads: Downloads) -> dict[int, Message]:
-        """A message to each client, in client order; all that are sent the same share one copy of it.
+        """Return a message for each client, in client order. Equal payloads share one copy.
 
-        Who is asked for the same round again is sent the whole state.
+        A client that gets a second request for the same round receives the whole state.
         """
         self._expect(clients, run_clients, downloads)
         shared: dict[int, tuple[Download, list[int]]] = {}
@@ -43,7 +43,7 @@ class Sending:
     def scoring_messages(
         self, clients: Sequence[int], run_clients: RunClients, downloads: Downloads
     ) -> dict[int, Message]:
-        """The state whole to each client, which is to score it and not to train; no base is kept of it."""
+        """Return messages with the whole state for clients that score it. They do not save its base weights."""
         self._expect(clients, run_clients, downloads)
         shared: dict[int, tuple[Download, list[int]]] = {}
         for client in clients:
@@ -52,7 +52,7 @@ class Sending:
         return _made(replace(self._request, scoring=True), run_clients, shared.values(), downloads.round_number)
 
     def _download(self, client: int, downloads: Downloads) -> Download:
-        """What a client is sent now, whose bytes count from here on."""
+        """Return the download of a client, and count its bytes."""
         begun, before = self._asked.get(client, (0, 0))
         again = begun == downloads.round_number
         download = downloads.get_for_client(client, whole=again)
@@ -60,14 +60,14 @@ class Sending:
         return download
 
     def _expect(self, clients: Sequence[int], run_clients: RunClients, downloads: Downloads) -> None:
-        """Let the answers be as large as they may."""
+        """Set the size limit of the replies."""
         most = max((downloads.parts.get_for_client(client).most_bytes for client in clients), default=0)
         run_clients.expect(most)
         if run_clients.deployed:
             raise_reply_limit(paths.get_runs_folder() / self._run, most + OVERHEAD)
 
     def count_bytes_sent(self, client: int, downloads: Downloads) -> int:
-        """Bytes a client was sent, as its answer is recorded; who was sent nothing counts what it would have been."""
+        """Return the bytes sent to a client when its reply is recorded; without a request, those it would have been."""
         _, sent = self._asked.pop(client, (0, 0))
         return sent or downloads.get_for_client(client).size
 
@@ -75,7 +75,7 @@ class Sending:
 def _made(
     request: TrainRequest, run_clients: RunClients, shared: Iterable[tuple[Download, Sequence[int]]], round_number: int
 ) -> dict[int, Message]:
-    """The request of round ``round_number`` to each client, with the download it shares."""
+    """Return a message with the train request and the shared download for each client."""
     found: dict[int, Message] = {}
     for download, own in shared:
         one = replace(request, round=round_number, base_digest=download.base_digest, held_digest=download.held_digest)

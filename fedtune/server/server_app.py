@@ -1,4 +1,4 @@
-"""The Flower ServerApp: opens the run a context names and carries it to its end."""
+"""The Flower ServerApp: it opens the run that its context names, and executes it."""
 
 import os
 from contextlib import nullcontext
@@ -26,7 +26,7 @@ def main(grid: Grid, context: Context) -> None:
     os.environ["FEDTUNE_HOME"] = config["home"]
     exit_when_parent_dies()
     with claim_run(config["run"]), Store.open(config["store"]) as store:
-        # A simulation assigns no devices; its process has a terminal of its own.
+        # A simulation has no assigned devices, and its process has its own terminal.
         deployed = bool(store.access.list_assignments(config["run"]))
         with record_output(config["run"]) if deployed else nullcontext():
             run_to_completion(guard_grid(grid), store, config["run"])
@@ -42,7 +42,7 @@ def run_to_completion(grid: Grid, store: Store, run: str) -> None:
         store.finish(run, "interrupted", "stopped by the user")
         raise
     except FedtuneError as error:
-        # A server goes on when the disk or the database is well again.
+        # A server continues the run when the disk or the database works again.
         if not (isinstance(error, StoreError) and store.access.list_assignments(run)):
             store.finish(run, "failed", str(error))
         raise

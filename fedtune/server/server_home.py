@@ -1,4 +1,4 @@
-"""A server's home: ``$FEDTUNE_HOME/server`` with its authority, certificate, keys, settings and Flower's own state."""
+"""The home of a server, ``$FEDTUNE_HOME/server``: its CA, certificate, keys, settings and Flower's state."""
 
 import json
 from dataclasses import dataclass
@@ -15,24 +15,24 @@ from fedtune.shipped import fill_template
 __all__ = ["ServerHome", "create_server_home", "exists", "open_server_home"]
 
 _RENEW = timedelta(days=60)
-"""Before the end of the server's certificate: a server that is up renews it then, and one that is down has time."""
+"""How long before it expires the server's certificate is renewed. A server that is down has time, too."""
 
 
 @dataclass(frozen=True)
 class ServerHome:
-    """Where everything is; files are made with mode 0600."""
+    """The files of a server. They have mode 0600."""
 
     folder: Path
     settings: ServerSettings
 
     @property
     def ca_file(self) -> Path:
-        """The authority's certificate, which is public."""
+        """The CA certificate, which is public."""
         return self.folder / "ca.pem"
 
     @property
     def ca_key_file(self) -> Path:
-        """The authority's private key."""
+        """The CA's private key."""
         return self.folder / "ca.key"
 
     @property
@@ -47,27 +47,27 @@ class ServerHome:
 
     @property
     def flower_home(self) -> Path:
-        """Flower's own home, its database among it."""
+        """Flower's home, which contains its database."""
         return self.folder / "flower"
 
     @property
     def operator_file(self) -> Path:
-        """How the operator of this machine reaches the server: address, authority and key as JSON."""
+        """The operator file of this machine: URL, CA certificate and key as JSON."""
         return self.folder / "operator.json"
 
     @property
     def lock_file(self) -> Path:
-        """Held while the server is up."""
+        """The file that is locked while the server is up."""
         return self.folder / "lock"
 
     def encode_operator_file(self, key: str) -> bytes:
-        """The content of an operator's file."""
+        """Return the content of an operator file."""
         return json.dumps(
             {"url": self.settings.get_public_url(), "ca": self.ca_file.read_text(), "key": key}, indent=2
         ).encode()
 
     def renew_certificate(self, *, force: bool = False) -> bool:
-        """Make the server's certificate anew where it ends soon or is for other names; whether that was so."""
+        """Renew the server's certificate if it expires soon or has other names; return whether it was renewed."""
         soon = min(
             datetime.now(UTC) + _RENEW, certificate_authority.ends(self.ca_file.read_bytes()) - timedelta(seconds=1)
         )
@@ -86,12 +86,12 @@ class ServerHome:
 
 
 def exists() -> bool:
-    """Whether there is a server home on this machine."""
+    """Whether this machine has a server home."""
     return (paths.get_home_folder() / "server" / "server.yaml").exists()
 
 
 def create_server_home(hostnames: list[str], listen: str) -> ServerHome:
-    """A new server home; ServerError when there is one already."""
+    """Create a server home and return it; raise ServerError if there is one already."""
     folder = paths.get_home_folder() / "server"
     if exists():
         raise ServerError(
@@ -111,6 +111,6 @@ def create_server_home(hostnames: list[str], listen: str) -> ServerHome:
 
 
 def open_server_home() -> ServerHome:
-    """The server home of this machine; ServerError when there is none or its settings do not hold."""
+    """Return the server home of this machine; raise ServerError if there is none or a setting is invalid."""
     folder = paths.get_home_folder() / "server"
     return ServerHome(folder, read_server_settings(folder / "server.yaml"))

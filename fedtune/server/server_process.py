@@ -1,4 +1,4 @@
-"""``fedtune server up``: one process keeps the SuperLink, the gateway and the runs going until it is told to end."""
+"""``fedtune server up``: one process runs the SuperLink, the gateway and the runs until a signal."""
 
 import gc
 import os
@@ -37,18 +37,18 @@ from fedtune.tracking.run_lock import hold_file_lock
 __all__ = ["run_server"]
 
 _GARBAGE = 2000, 10, 10
-"""Cut connections are cycles that hold their buffers; a command that ends soon may leave them for longer."""
+"""Thresholds of the garbage collector. Closed connections are reference cycles that keep their buffers."""
 
 
 def run_server(home: ServerHome) -> None:
-    """Serve until a signal; ServerError when it cannot begin."""
+    """Serve until a signal; raise ServerError if the server cannot start."""
     if home.settings.store:
-        os.environ["FEDTUNE_STORE"] = home.settings.store  # in the environment, since arguments are seen by everybody
+        os.environ["FEDTUNE_STORE"] = home.settings.store  # not an argument, which every user can see
     gc.set_threshold(*_GARBAGE)
     small_buffers()
-    # uvicorn ends well on a signal and then raises it again: both must come as an exception, or nothing else ends well.
+    # uvicorn shuts down on a signal and raises it again. As an exception, it lets the rest shut down too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the terminal it was started in may go; the server stays
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the server continues when its terminal closes
     lock = hold_file_lock(home.lock_file, 0.5, f"the server in {home.folder} is up already")
     with suppress(KeyboardInterrupt), lock, Log(home.folder / "server.log") as log:
         home.renew_certificate()
@@ -57,7 +57,7 @@ def run_server(home: ServerHome) -> None:
 
 @dataclass(frozen=True)
 class _ServerParts:
-    """What runs while a server is up."""
+    """The parts of a running server."""
 
     home: ServerHome
     store: Store
@@ -132,6 +132,6 @@ def _make_services(parts: _ServerParts) -> GatewayServices:
 
 
 def _reply_limit(manager: RunManager, otherwise: int, flower_run_id: int) -> int:
-    """Bytes a reply may have in the run that has a number on the SuperLink."""
+    """Return the largest reply in bytes of the run with this id on the SuperLink."""
     run = manager.run_of(flower_run_id)
     return (read_reply_limit(paths.get_runs_folder() / run) if run else None) or otherwise

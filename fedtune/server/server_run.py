@@ -1,4 +1,4 @@
-"""What every round of one run uses."""
+"""The objects that every round of a run uses."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ __all__ = ["ServerRun"]
 
 @dataclass(frozen=True)
 class ServerRun:
-    """A run as its server carries it out: the run context, the store, and what rounds share."""
+    """A run on its server: the run context, the store, and the objects that rounds share."""
 
     run_id: str
     context: RunContext

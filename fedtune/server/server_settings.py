@@ -14,11 +14,11 @@ from fedtune.recipe.yaml_text import YamlError, load
 __all__ = ["RENAMED_KEYS", "ServerSettings", "check_server_settings", "read_server_settings", "translate_keys"]
 
 RENAMED_KEYS = {"names": "hostnames", "deadline": "default_deadline"}
-"""The name of each key that an earlier server.yaml calls otherwise, by its old name."""
+"""The new name of each renamed key, by its old name."""
 
 
 class ServerSettings(BaseModel):
-    """What server.yaml says."""
+    """The settings in server.yaml."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -36,7 +36,7 @@ class ServerSettings(BaseModel):
         return host.strip("[]"), int(port)
 
     def get_public_url(self) -> str:
-        """What devices and operators connect to."""
+        """Return the URL that devices and operators connect to."""
         first = self.hostnames[0]
         return f"https://{f'[{first}]' if ':' in first else first}:{self.address[1]}"
 
@@ -49,7 +49,7 @@ def read_server_settings(path: Path) -> ServerSettings:
     try:
         read = load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ServerError(f"there is no server in {path.parent}; make one with fedtune server init") from error
+        raise ServerError(f"there is no server in {path.parent}; create one with fedtune server init") from error
     except UnicodeDecodeError as error:
         raise ServerError(f"{path} is not UTF-8 text; write it again in UTF-8") from error
     except YamlError as error:
@@ -71,6 +71,6 @@ def check_server_settings(values: Mapping[str, Any], origin: str) -> ServerSetti
 
 
 def translate_keys(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings under their present names; a key that has both names keeps both, so that the old one is refused."""
+    """Return the settings with new key names. If both names of a key are present, both stay: the old one is refused."""
     present = {old: new for old, new in RENAMED_KEYS.items() if new not in values}
     return {present.get(key, key): value for key, value in values.items()}

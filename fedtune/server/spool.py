@@ -1,4 +1,4 @@
-"""Where a round's updates rest on disk until they are merged."""
+"""The folder for a round's updates on disk until they are merged."""
 
 import shutil
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ __all__ = ["open_spool", "sweep"]
 
 
 def sweep(run_id: str) -> None:
-    """Remove what a killed process left of its round: updates, and files that were not written to the end."""
+    """Delete the updates and incomplete files of a killed process."""
     for spool in (paths.get_runs_folder() / run_id).glob("*.spool"):
         shutil.rmtree(spool)
     for beside in (paths.get_runs_folder() / run_id).rglob(".*.part"):
@@ -20,7 +20,7 @@ def sweep(run_id: str) -> None:
 
 @contextmanager
 def open_spool(run_id: str, round_number: int) -> Iterator[Path]:
-    """A folder for the updates of a round, gone when the block ends, however it does."""
+    """Yield a folder for the updates of a round. It is deleted when the block ends, also after an error."""
     folder = paths.get_runs_folder() / run_id / f"round-{round_number:04d}.spool"
     try:
         yield folder

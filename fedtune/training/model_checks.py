@@ -18,7 +18,7 @@ def check_privacy_settings(recipe: Recipe, pipeline: merging.MergePipeline) -> N
         return
     if recipe.federation.max_update_norm is not None:
         raise RecipeError(
-            "federation.max_update_norm: privacy.clipping_norm bounds every contribution already; drop max_update_norm"
+            "federation.max_update_norm: privacy.clipping_norm bounds every client update already; drop max_update_norm"
         )
     if recipe.federation.asynchronous is not None:
         raise RecipeError(
@@ -54,7 +54,7 @@ def _check_sum(pipeline: merging.MergePipeline) -> None:
         unbounded.append(pipeline.combine.name)
     if unbounded:
         raise RecipeError(
-            f"merge: {unbounded[0]} is no mean of contributions, so one client could move the result by more than "
+            f"merge: {unbounded[0]} is not a mean of client updates, so one client could move the result by more than "
             "privacy's noise covers; merge by mean or linear, or let the clients add the noise: "
             "privacy.noise_added_by=clients"
         )

@@ -110,7 +110,7 @@ def _require_side(model: nn.Module, examples: EncodedDataset, recipe: Recipe) ->
         return
     if (why := _reads(model, {"pixel_values": pixels.to(next(model.parameters()).dtype)})) is not None:
         raise ModelError(
-            f"{recipe.model.source} reads no pictures of {pixels.shape[-1]} pixels ({why}); mend train.image_size"
+            f"{recipe.model.source} cannot read images of {pixels.shape[-1]} pixels ({why}); change train.image_size"
         )
 
 

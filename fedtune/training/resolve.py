@@ -121,7 +121,7 @@ def _check_own(chosen: Sequence[Technique], pipeline: merging.MergePipeline, eva
     unfit = [step.name for step in pipeline.steps if step.needs or step in (*pipeline.align, *pipeline.renormalise)]
     if unfit:
         raise RecipeError(
-            f"merge: {unfit[0]} needs a whole model, of which {keeping} leaves a part on devices; drop one"
+            f"merge: {unfit[0]} needs a whole model, but {keeping} keeps some tensors on devices; drop one"
         )
 
 
@@ -131,7 +131,7 @@ def _check_late(chosen: Sequence[Technique], pipeline: merging.MergePipeline, ev
     if moving is not None:
         mend = "; set trained_factors: b-only" if moving in ("lora", "qlora") else "; drop one"
         raise RecipeError(
-            f"federation.asynchronous: {moving} trains something else each round, which late answers miss{mend}"
+            f"federation.asynchronous: {moving} trains other tensors each round, which stale updates lack{mend}"
         )
     if evaluation.local_holdout:
         raise RecipeError(

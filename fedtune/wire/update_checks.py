@@ -76,7 +76,7 @@ def _check_extra(file: Any, name: str, form: TensorSpec) -> None:
     if not tensor.is_floating_point() and any(not 0 <= number < form.upper_bound for number in _range(tensor)):
         raise ClientUpdateError(f"{name} holds numbers outside 0 to {form.upper_bound - 1}")
     if form.required_sum is not None and int(tensor.sum()) != form.required_sum:
-        raise ClientUpdateError(f"{name} adds up to {int(tensor.sum())} in place of {form.required_sum}")
+        raise ClientUpdateError(f"{name} adds up to {int(tensor.sum())} instead of {form.required_sum}")
 
 
 def _range(tensor: Tensor) -> list[int]:
@@ -86,6 +86,6 @@ def _range(tensor: Tensor) -> list[int]:
 
 def _check_form(tensor: Any, name: str, form: TensorSpec) -> None:
     if tuple(tensor.get_shape()) != form.shape:
-        raise ClientUpdateError(f"{name} has shape {list(tensor.get_shape())} in place of {list(form.shape)}")
+        raise ClientUpdateError(f"{name} has shape {list(tensor.get_shape())} instead of {list(form.shape)}")
     if tensor.get_dtype() != form.dtype:
-        raise ClientUpdateError(f"{name} is {tensor.get_dtype()} in place of {form.dtype}")
+        raise ClientUpdateError(f"{name} is {tensor.get_dtype()} instead of {form.dtype}")

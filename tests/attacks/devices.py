@@ -74,7 +74,7 @@ def _profile(scene: Scene) -> str:
     assert scene.hostile.signed("/fedtune/device/profile", json=named).status_code == 200
     shown = subprocess.run([*FEDTUNE, "server", "devices"], capture_output=True, text=True, check=True).stdout
     assert all(character.isprintable() or character == "\n" for character in shown)
-    return "400 the profile does not hold"
+    return "400 the profile is not valid"
 
 
 def _json(profile: object) -> bytes:
@@ -167,11 +167,11 @@ ATTACKS = [
     Attack("an old signature, replayed", _replayed, "by this server's clock"),
     Attack("a device that was removed", _removed, "this device is not enrolled here"),
     Attack("a token used twice", _token_twice, "this token has been used already"),
-    Attack("a profile of markup and figures beyond all measure", _profile, "the profile does not hold"),
+    Attack("a profile of markup and figures beyond all measure", _profile, "the profile is not valid"),
     Attack("a device's key where an operator's belongs", _operators_routes, "needs an operator's key"),
     Attack("a reader who submits, a recipe that does not hold", _reader_submits, "has the role read"),
-    Attack("600 MB in 5 MB", _bomb, "too many for its round|its round asks for"),
+    Attack("600 MB in 5 MB", _bomb, "too many for its round|the limit of the round is"),
     Attack("20 MB of reason", _reason, "push-messages: the request is larger"),
-    Attack("objects of no answer", _unannounced, "of no answer that was announced"),
+    Attack("objects of no answer", _unannounced, "belongs to no announced reply"),
     Attack("an empty fedtune-held header", _empty_held, ""),
 ]

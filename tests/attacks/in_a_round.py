@@ -118,5 +118,7 @@ def _claimed(fleet: FleetClient) -> bytes:
 
 ATTACKS = [
     Attack("10**18 examples claimed, and deltas that are not finite", _destructive, ""),
-    Attack("an answer a hundred times as large as its round asks for", _large_answer, r"asks for \d{6} at most"),
+    Attack(
+        "an answer a hundred times as large as its round asks for", _large_answer, r"the limit of the round is \d{6}"
+    ),
 ]

@@ -86,7 +86,7 @@ def _plain(scene: Scene) -> str:
         plain.sendall(b"GET /fedtune/ca HTTP/1.1\r\nHost: localhost\r\n\r\n")
         with suppress(OSError):
             assert b"200" not in plain.recv(100)
-    return "no TLS connection came about"
+    return "the TLS connection failed"
 
 
 def _guesses(scene: Scene) -> str:
@@ -184,11 +184,11 @@ def _not_on_linux() -> str:
 ATTACKS = [
     Attack("a stranger calls Flower's Control API", _control, "POST /v1/control/start-run"),
     Attack("markup and terminal codes in paths", _terminal, r"\[/nope\]"),
-    Attack("JSON that is deep, endless or not finite", _json, "lists or objects more than"),
+    Attack("JSON that is deep, endless or not finite", _json, "lists or objects nested more than"),
     Attack("20 MB where a kilobyte belongs", _large, "is larger than the"),
-    Attack("headers without end", _headers, "no HTTP request, or headers too large"),
-    Attack("plain HTTP on the TLS port", _plain, r"127\.0\.0\.1 no TLS connection came about"),
-    Attack("guessed keys and tokens", _guesses, "a key that is not known"),
+    Attack("headers without end", _headers, "invalid HTTP request, or headers that are too large"),
+    Attack("plain HTTP on the TLS port", _plain, r"127\.0\.0\.1 the TLS connection failed"),
+    Attack("guessed keys and tokens", _guesses, "an unknown key"),
     Attack("an audit flooded by a stranger", _flush, "flush-"),
     Attack(
         "a thousand connections that say nothing", _unfinished, "too many connections|more requests within a minute"

@@ -28,7 +28,7 @@ __all__ = ["AdapterModelReader", "read_base_model_name"]
 _MAGNITUDE = ".lora_magnitude_vector"
 _BELOW = ".base_layer."
 _ASIDE = ".original_module."
-"""What PEFT keeps of a module that the adapter has its own copy of."""
+"""The names under which PEFT stores modules that the adapter has its own copy of."""
 
 
 def read_base_model_name(folder: Path) -> str:

@@ -13,14 +13,14 @@ from fedtune.offline_merge.readers.safetensors_folder import SafetensorsModelRea
 __all__ = ["RunExporter", "open_base", "open_model", "refuse_runs"]
 
 RunExporter = Callable[[str], Path]
-"""Writes what a run of fedtune learned, named by id, to a folder of safetensors."""
+"""Writes the result of a run, given by id, to a folder of safetensors and returns the folder."""
 
 _KINDS = ("hub", "path", "gguf", "sample", "run")
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.spm", "*.codes"]
 
 
 def refuse_runs(reference: str) -> Path:
-    """Refuse run:ID, for callers without a run store."""
+    """Raise SourceError for run:ID. For callers without a run store."""
     raise SourceError(f"run:{reference} needs a run store; export the run first")
 
 

@@ -1,4 +1,4 @@
-"""What admins ask: tokens that let devices in, operators and their keys, the audit."""
+"""Requests of admins: enrolment tokens, operators and the audit log."""
 
 import re
 from dataclasses import asdict, dataclass
@@ -19,13 +19,13 @@ __all__ = ["AccessApi", "read_tags"]
 _HOURS, _LONGEST_HOURS = 24.0, 24 * 365
 _TAGS: TypeAdapter[list[Tag]] = TypeAdapter(list[Tag])
 _SHOWN_OF_HASH = 12
-"""Characters of a secret's hash by which a token is named: enough to tell tokens apart, of no use to an enrolment."""
+"""The number of characters of a secret's hash that name a token. They are unique, but do not allow an enrolment."""
 _LINES, _MOST_LINES = 100, 1000
 
 
 @dataclass(frozen=True)
 class AccessApi:
-    """The part of the door for admins; ``who`` is the name of an operator that was let in."""
+    """The gateway's API for admins. ``who`` is the name of the authenticated operator."""
 
     access: Access
     audit: AuditLog
@@ -33,7 +33,7 @@ class AccessApi:
     ca: str
 
     def token(self, who: str, _: Request, sent: Any) -> dict[str, Any]:
-        """A one-time enrolment token."""
+        """Create a one-time enrolment token."""
         name, hours, tags = _token_request(sent)
         secret = generate_secret()
         self.access.add_token(hash_secret(secret), name or None, hours, tags)
@@ -44,11 +44,11 @@ class AccessApi:
         return {"token": encode_token(self.url, self.ca, secret)}
 
     def tokens(self, _: str, __: Request, ___: Any) -> dict[str, Any]:
-        """Tokens that were not used, newest first."""
+        """Return the unused tokens, newest first."""
         return {"tokens": [_token_document(found) for found in self.access.list_unused_tokens()]}
 
     def remove_token(self, who: str, request: Request, _: Any) -> dict[str, Any]:
-        """Make a token worthless that was not used."""
+        """Remove an unused token."""
         found = self.access.remove_token(request.path_params["token"])
         self.audit.record_action(
             who, f"token {found.sha256[:_SHOWN_OF_HASH]} for {found.device_name or 'any device'} removed"
@@ -56,18 +56,18 @@ class AccessApi:
         return {"token": found.sha256[:_SHOWN_OF_HASH]}
 
     def operators(self, _: str, __: Request, ___: Any) -> dict[str, Any]:
-        """Operators and their roles."""
+        """Return the operators with their roles."""
         return {"operators": [_operator_document(found) for found in self.access.list_operators()]}
 
     def remove_operator(self, who: str, request: Request, _: Any) -> dict[str, Any]:
-        """Make an operator's key worthless."""
+        """Remove an operator. The operator's key is no longer valid."""
         name = request.path_params["operator"]
         self.access.remove_operator(name)
         self.audit.record_action(who, f"operator {name} removed")
         return {"operator": name}
 
     def lines(self, _: str, request: Request, __: Any) -> dict[str, Any]:
-        """Lines of the audit, newest first: ``limit`` of them, since a moment, numbered below ``before``."""
+        """Return up to ``limit`` lines of the audit log, newest first, since a time and below the number ``before``."""
         self.audit.flush()
         limit = min(_MOST_LINES, _whole(request, "limit", _LINES))
         before = _whole(request, "before", 0) if "before" in request.query_params else None
@@ -76,12 +76,12 @@ class AccessApi:
 
 
 def read_tags(sent: Any) -> list[str]:
-    """Tags as an operator sent them; RefusedError when they are none."""
+    """Return the tags that an operator sent; raise RequestRefusedError if they are invalid."""
     try:
         return _TAGS.validate_python(sent)
     except ValidationError as error:
         raise RequestRefusedError(
-            400, f"{str(sent)[:100]} are no tags; use small letters, digits, '.', '_' and '-', 32 at most"
+            400, f"{str(sent)[:100]} is not a list of tags; use small letters, digits, '.', '_' and '-', 32 at most"
         ) from error
 
 
@@ -114,14 +114,14 @@ def _line_document(line: AuditRecord) -> dict[str, Any]:
 
 
 def _operator_document(found: OperatorRecord) -> dict[str, Any]:
-    """An operator without the hash of their key."""
+    """Return an operator without the hash of the key."""
     return {"name": found.name, "role": found.role, "created_at": found.created_at.isoformat()}
 
 
 def _whole(request: Request, key: str, otherwise: int) -> int:
     text = request.query_params.get(key, str(otherwise))
     if not re.fullmatch(r"[1-9]\d{0,8}", text, re.ASCII):
-        raise RequestRefusedError(400, f"{key}={text[:40]} is no whole number from 1 on")
+        raise RequestRefusedError(400, f"{key}={text[:40]} is not a positive whole number")
     return int(text)
 
 
@@ -132,5 +132,7 @@ def _since(request: Request) -> datetime | None:
     try:
         moment = datetime.fromisoformat(text)
     except ValueError as error:
-        raise RequestRefusedError(400, f"since={text[:40]} is no time; write e.g. 2026-05-04T12:00:00+00:00") from error
+        raise RequestRefusedError(
+            400, f"since={text[:40]} is not a time; write e.g. 2026-05-04T12:00:00+00:00"
+        ) from error
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)

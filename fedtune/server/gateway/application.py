@@ -36,12 +36,12 @@ OperatorHandler = Callable[[str, Request, Any], dict[str, Any]]
 _BODY = 1 << 20
 _SENTENCE = 2000
 _STARTING = 503
-"""What is told while the server itself is not ready; nothing was refused then, so the audit tells nothing."""
+"""The status while the server is not ready. Nothing is refused then, so the audit log gets no line."""
 
 
 @dataclass(frozen=True)
 class GatewayServices:
-    """What the gateway serves, and what it asks; ``sweep_connections`` is called every second."""
+    """The services behind the gateway. ``sweep_connections`` is called every second."""
 
     authenticator: Authenticator
     audit: AuditLog
@@ -86,7 +86,7 @@ async def _call_every_second(sweep: Callable[[], None]) -> None:
 
 
 def _respond_health(*, is_healthy: bool) -> Response:
-    """The reply to a health check needs no key, so it gives no reason; the log does."""
+    """Reply to a health check. It needs no key, so the reply gives no reason; the log does."""
     return _json({"status": "ok"} if is_healthy else {"status": "starting"}, 200 if is_healthy else 503)
 
 
@@ -131,7 +131,7 @@ def _for_devices(handle: JsonHandler) -> Endpoint:
 
 
 def _for_operators(authenticator: Authenticator, role: Role, handle: OperatorHandler) -> Endpoint:
-    """The key is checked before the body is read."""
+    """Return an endpoint that checks the operator's key before it reads the body."""
 
     async def endpoint(request: Request) -> Response:
         operator = await run_in_threadpool(authenticator.authenticate_operator, request, role)
@@ -142,7 +142,7 @@ def _for_operators(authenticator: Authenticator, role: Role, handle: OperatorHan
 
 
 async def _read_json_body(request: Request) -> Any:
-    """The JSON a request carries, or None."""
+    """Return the JSON in the body of a request, or None."""
     return read_json(b"".join([chunk async for chunk in stream_limited_body(request, _BODY)]))
 
 
@@ -159,7 +159,7 @@ def _refusing(audit: AuditLog) -> Callable[[Request, Exception], Awaitable[Respo
 
 
 def _explain_error(request: Request, error: Exception) -> tuple[int, str]:
-    """Status and sentence for an error that a request raised."""
+    """Return the HTTP status and the sentence for an error that a request raised."""
     match error:
         case RequestRefusedError():
             return error.status, error.message
@@ -172,7 +172,7 @@ def _explain_error(request: Request, error: Exception) -> tuple[int, str]:
         case _:
             return (
                 500,
-                f"the server could not deal with this ({type(error).__name__}); its operator finds why in its log",
+                f"the server failed ({type(error).__name__}); the operator finds the reason in its log",
             )
 
 

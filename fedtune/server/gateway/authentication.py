@@ -1,4 +1,4 @@
-"""Who a request comes from: an operator with a key, an enrolled device that signs, or nobody."""
+"""Authenticate the sender of a request: an operator by a key, or an enrolled device by a signature."""
 
 import hmac
 from base64 import b64decode
@@ -25,7 +25,7 @@ _BEARER = "Bearer "
 
 
 class Authenticator:
-    """Tells operators and devices from everybody else."""
+    """Authenticates operators and devices."""
 
     def __init__(self, access: Access) -> None:
         self._access = access
@@ -33,14 +33,18 @@ class Authenticator:
         self._keys: dict[str, str] = {}
 
     def authenticate_operator(self, request: Request, needed: Role) -> str:
-        """The name of the operator whose key a request shows; RefusedError otherwise, or when their role is less."""
+        """Return the name of the operator whose key is in a request.
+
+        Raise RequestRefusedError if the key is unknown or the operator's role does not allow the request.
+        """
         header = request.headers.get("authorization", "")
         shown = hash_secret(header.removeprefix(_BEARER)) if header.startswith(_BEARER) else ""
         found = [one for one in self._access.list_operators() if hmac.compare_digest(one.key_sha256, shown)]
         if not found:
-            claim = "a key that is not known" if shown else "no operator key"
+            claim = "an unknown key" if shown else "no operator key"
             raise RequestRefusedError(
-                401, f"{request.url.path} needs an operator's key and got {claim}; see fedtune submit --help"
+                401,
+                f"{request.url.path} needs an operator's key, but the request has {claim}; see fedtune submit --help",
             )
         if not allows(found[0].role, needed):
             raise RequestRefusedError(
@@ -52,9 +56,9 @@ class Authenticator:
         return found[0].name
 
     def identify_device(self, request: Request) -> str:
-        """The name of the enrolled device whose key a request names; RefusedError otherwise.
+        """Return the name of the enrolled device whose key a request names; raise RequestRefusedError if there is none.
 
-        Whether the request is signed with that key is checked by the SuperLink, or by ``signed_device`` here.
+        This does not check the signature. The SuperLink checks it, or ``authenticate_device`` here.
         """
         key = _key(request)
         with self._lock:
@@ -68,7 +72,10 @@ class Authenticator:
         return name
 
     def authenticate_device(self, request: Request) -> str:
-        """The name of the enrolled device that signed a request within the last minutes; RefusedError otherwise."""
+        """Return the name of the enrolled device that signed a request within the last minutes.
+
+        Raise RequestRefusedError if the signature is wrong or too old.
+        """
         name = self.identify_device(request)
         try:
             moment = request.headers[TIMESTAMP_HEADER]
@@ -91,13 +98,13 @@ class Authenticator:
         return name
 
     def clear_device_cache(self) -> None:
-        """Ask the store anew who is enrolled."""
+        """Read the enrolled devices from the store again at the next request."""
         with self._lock:
             self._keys = {}
 
 
 def get_remote_address(request: Request) -> str:
-    """Where a request comes from, for the audit."""
+    """Return the address that a request comes from, for the audit log."""
     return request.client.host if request.client else "unknown"
 
 

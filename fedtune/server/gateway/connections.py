@@ -1,7 +1,7 @@
-"""Connections to the door: how many there may be, from one address and in all, and how long each may take.
+"""Limits on the connections to the gateway: their number per address and in total, and the time that each may take.
 
-Whoever opens connections and says nothing on them, or dribbles, would otherwise keep everybody else out. Where there
-are too many, the oldest goes that never brought a whole request: an honest device brings one at once.
+Without limits, a client that opens many connections and sends nothing, or sends slowly, would block all others. If
+there are too many connections, the oldest one without a complete request is closed. An honest device sends one at once.
 """
 
 import socket
@@ -16,17 +16,17 @@ from fedtune.server.gateway.refusal import source_of
 __all__ = ["AT_A_TIME", "Connection", "Connections", "Listener", "peer"]
 
 peer: ContextVar[str] = ContextVar("peer", default="unknown")
-"""The address of the connection at hand: asyncio calls whatever is about it in the context it was taken in."""
+"""The address of the current connection. asyncio runs its callbacks in the context in which it was accepted."""
 _REQUEST_SECONDS = 15.0
-"""From the beginning of a connection, or the first byte of a later request, to the end of a request's headers."""
+"""Seconds from the start of a connection, or the first byte of a later request, to the end of the headers."""
 AT_A_TIME, _WAITING = 16, 1024
-"""Connections accepted at a time, and those that wait: a flood taken in at once would push out whoever is among it."""
+"""Connections accepted at a time, and connections that wait. Accepting a flood at once would close honest ones."""
 _TOO_MANY = "too many connections"
 
 
 @dataclass(eq=False)
 class Connection:
-    """One connection; unless it is further by ``due``, it is cut, since it has done ``why``. None means no limit."""
+    """One connection. It is closed with the reason ``why`` if nothing changes by ``due``; None means no limit."""
 
     socket: socket.socket
     address: str
@@ -35,17 +35,18 @@ class Connection:
     why: str
     proven: bool = False
     abort: Callable[[], None] | None = None
-    """Ends it at once, once there is a transport that may be asked to."""
+    """Closes the connection at once; set when there is a transport."""
 
     def wait(self, due: float | None, why: str = "") -> None:
-        """Wait for something else from now on."""
+        """Set a new time limit and its reason."""
         self.due, self.why = due, why
 
 
 class Connections:
-    """At most ``each`` of one address and ``total`` in all; ``tell`` hears of an address and why it was cut off.
+    """At most ``each`` connections per address and ``total`` in all.
 
-    For one thread, which is that of the event loop; ``clock`` gives seconds.
+    ``tell`` is called with the address of a closed connection and the reason. ``clock`` returns seconds. All methods
+    must be called in the thread of the event loop.
     """
 
     def __init__(
@@ -55,7 +56,10 @@ class Connections:
         self._open: dict[int, Connection] = {}
 
     def admit(self, accepted: socket.socket, address: str) -> bool:
-        """Count a new connection, in place of one that has brought nothing where there are too many; or refuse it."""
+        """Add a new connection; return whether it is accepted.
+
+        If there are too many, a connection without a complete request is closed for it.
+        """
         source = source_of(address)
         its = [one for one in self._open.values() if one.source == source]
         if len(its) >= self._each and not self._make_room(its):
@@ -70,25 +74,25 @@ class Connections:
         return True
 
     def find(self, number: int) -> Connection | None:
-        """The connection with this file descriptor."""
+        """Return the connection with this file descriptor, or None."""
         return self._open.get(number)
 
     def release(self, number: int) -> None:
-        """A connection is closed."""
+        """Remove a connection that was closed."""
         self._open.pop(number, None)
 
     def expect_request(self, connection: Connection) -> None:
-        """The headers of a request have to be whole soon."""
-        connection.wait(self.clock() + _REQUEST_SECONDS, f"sent no whole request within {_REQUEST_SECONDS:.0f} s")
+        """Set the time limit for the headers of the next request."""
+        connection.wait(self.clock() + _REQUEST_SECONDS, f"sent no complete request within {_REQUEST_SECONDS:.0f} s")
 
     def sweep(self) -> None:
-        """Cut what is overdue; to be called every moment."""
+        """Close all connections that exceeded their time limit. Must be called regularly."""
         now = self.clock()
         for connection in [one for one in self._open.values() if one.due is not None and one.due < now]:
             self.cut(connection, connection.why)
 
     def cut(self, connection: Connection, why: str) -> None:
-        """End a connection, unless it has ended; asyncio finds out, and closes the socket."""
+        """Shut down a connection unless it is closed already. asyncio notices this and closes the socket."""
         if self._open.get(connection.socket.fileno()) is not connection:
             return
         del self._open[connection.socket.fileno()]
@@ -102,21 +106,21 @@ class Connections:
     def _make_room(self, among: Iterable[Connection]) -> bool:
         oldest = next((one for one in among if not one.proven), None)
         if oldest is not None:
-            self.cut(oldest, f"{_TOO_MANY}, of which this one had brought nothing")
+            self.cut(oldest, f"{_TOO_MANY}, and this one sent no complete request")
         return oldest is not None
 
 
 class Listener(socket.socket):
-    """A listening socket whose connections are counted; asyncio accepts and closes them as it does others."""
+    """A listening socket that counts its connections. asyncio accepts and closes them as usual."""
 
     connections: Connections
 
     def listen(self, backlog: int = 0) -> None:
-        """Let many callers wait, however few are accepted at a time: those accepted get on between two times."""
+        """Listen with a long queue. Few connections are accepted at a time, so that these make progress in between."""
         super().listen(max(backlog, _WAITING))
 
     def accept(self) -> tuple[socket.socket, tuple[str, int]]:
-        """The next connection that is admitted, and its address; BlockingIOError when there is none."""
+        """Return the next admitted connection and its address; raise BlockingIOError if none is waiting."""
         while True:
             accepted, address = super().accept()
             counted = _Counted(self.connections, accepted)

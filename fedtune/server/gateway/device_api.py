@@ -1,4 +1,4 @@
-"""What devices ask fedtune's server itself: to be enrolled, what time it is, and to keep their profile."""
+"""Requests of devices to fedtune itself: enrolment, the server's time, and their profile."""
 
 import re
 import time
@@ -27,7 +27,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 @dataclass(frozen=True)
 class DeviceApi:
-    """Lets devices in; ``control`` gives a connection to the SuperLink."""
+    """The gateway's API for devices. ``control`` returns a connection to the SuperLink."""
 
     access: Access
     guard: Authenticator
@@ -36,11 +36,11 @@ class DeviceApi:
     ca: str
 
     def get_server_time(self, _: Request, __: Any) -> dict[str, Any]:
-        """This server's clock, in seconds: devices sign by it."""
+        """Return the server's time in seconds. Devices use it in their signatures."""
         return {"unix": time.time()}
 
     def enrol_device(self, request: Request, sent: Any) -> dict[str, Any]:
-        """Spend a token and register the device's key; RefusedError when one or the other does not hold."""
+        """Use a token and register the device's key; raise RequestRefusedError if one of them is invalid."""
         secret, name, public_key = (_text(sent, field) for field in ("secret", "name", "public_key"))
         key = _pem(public_key)
         try:
@@ -59,7 +59,7 @@ class DeviceApi:
         check_name(name)
         if self.access.find_device(name) is not None:
             raise RequestRefusedError(
-                409, f"there is a device {name!r} already; choose another name or have it removed"
+                409, f"there is a device {name!r} already; choose another name, or ask the operator to remove it"
             )
         node = self.control().register_node(key.encode(), name)
         self.access.add_device(name=name, node_id=str(node), public_key=key, tags=tags)
@@ -67,32 +67,32 @@ class DeviceApi:
         return node
 
     def save_profile(self, request: Request, sent: Any) -> dict[str, Any]:
-        """Keep what a device says of itself: counts and sizes, never examples."""
+        """Save the profile of a device: counts and sizes, never examples."""
         name = self.guard.authenticate_device(request)
         self.access.save_device_profile(name, read_profile(sent, name))
         return {"name": name}
 
 
 def check_name(name: str) -> None:
-    """RefusedError for a name that no device can have."""
+    """Raise RequestRefusedError for an invalid device name."""
     if not _NAME.fullmatch(name):
         rule = "use at most 64 small letters, digits, '.', '_' and '-', beginning with a letter or a digit"
-        raise RequestRefusedError(400, f"{clean_text(name)!r} is no name for a device; {rule}")
+        raise RequestRefusedError(400, f"{clean_text(name)!r} is not a valid device name; {rule}")
 
 
 def _text(sent: Any, field: str) -> str:
     value = sent.get(field) if isinstance(sent, dict) else None
     if not isinstance(value, str) or len(value) > 4096:
-        raise RequestRefusedError(400, f"the request has no {field!r} of text; update the device's fedtune")
+        raise RequestRefusedError(400, f"the request has no text field {field!r}; update the device's fedtune")
     return value
 
 
 def _pem(text: str) -> str:
-    """A public key in OpenSSH's form, as the PEM text the SuperLink knows it by."""
+    """Convert a public key from OpenSSH format to PEM, which the SuperLink uses."""
     try:
         key = serialization.load_ssh_public_key(text.encode())
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise RequestRefusedError(400, "the device's key is no OpenSSH public key; enroll again") from error
+        raise RequestRefusedError(400, "the device's key is not an OpenSSH public key; enroll again") from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
         raise RequestRefusedError(
             400, "the device's key is not an EC P-384 key; enroll again with fedtune device enrol"

@@ -1,6 +1,6 @@
-"""HTTP on a connection that is watched: headers, bodies and the reading of answers each have to get on.
+"""HTTP with time limits on headers, bodies and responses.
 
-uvicorn limits the size of headers and the rest between requests, but not how long a request may take to arrive.
+uvicorn limits the size of headers and the time between requests, but not the time of a request.
 """
 
 import asyncio
@@ -14,15 +14,15 @@ from fedtune.server.gateway.connections import Connection, Connections
 __all__ = ["make_watched_protocol"]
 
 _BODY_SECONDS, _BYTES_A_SECOND = 30.0, 1000.0
-"""A body may take so long, and longer the more of it has come: that fast at least, on the whole."""
+"""A body may take so many seconds, plus the time of its received bytes at this minimum rate."""
 _OURS_SECONDS = 60.0
-"""While this server has not yet taken what came, or the other side what it was sent."""
+"""The time limit while this server has not read received bytes, or the client has not read the response."""
 _REFUSED_SECONDS, _REFUSED_BYTES = 5.0, 4 << 20
-"""What is still read of a body after its answer: who sends it all before reading would else never see the answer."""
+"""Limits for reading a body after its response. Clients that send all before they read would miss the response."""
 
 
 class _Watched(H11Protocol):
-    """Tells the connections what each of them is to be waited for."""
+    """Sets the time limit of each connection."""
 
     lines: ClassVar[Connections]
     _line: Connection | None = None
@@ -40,7 +40,7 @@ class _Watched(H11Protocol):
         self._look(len(data))
 
     def _look(self, came: int) -> None:
-        """See what is to be waited for now that so many bytes came, or that something of ours was done."""
+        """Set the time limit after ``came`` bytes were received, or after this server made progress."""
         if self._line is None or self.flow.write_paused or self.transport.is_closing():
             return
         if self.cycle is None or self.cycle.response_complete:
@@ -52,7 +52,7 @@ class _Watched(H11Protocol):
         if self.conn.their_state is h11.SEND_BODY:
             self._received += came
             if self._received > _REFUSED_BYTES:
-                self.lines.cut(line, "went on sending a body that was refused")
+                self.lines.cut(line, "continued to send a refused body")
         elif not self.conn.trailing_data[0]:
             if line.proven:
                 line.wait(None)
@@ -72,7 +72,7 @@ class _Watched(H11Protocol):
     def pause_writing(self) -> None:
         super().pause_writing()
         if self._line is not None:
-            self._line.wait(self.lines.clock() + _OURS_SECONDS, "did not read its answer")
+            self._line.wait(self.lines.clock() + _OURS_SECONDS, "did not read the response")
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -84,17 +84,17 @@ class _Watched(H11Protocol):
         if self._line is not None and not self.flow.write_paused:
             refused = self.conn.their_state is h11.SEND_BODY
             due = self.lines.clock() + _REFUSED_SECONDS if refused else None
-            self._line.wait(due, "went on sending a body that was refused")
+            self._line.wait(due, "continued to send a refused body")
             self._received = 0
-        super().on_response_complete()  # the next request may have begun to come behind the last one
+        super().on_response_complete()  # the next request may have started to arrive
         self._look(0)
 
     def send_400_response(self, msg: str) -> None:
         if self._line is not None:
-            self.lines.tell(self._line.address, "sent something that is no HTTP request, or headers too large")
+            self.lines.tell(self._line.address, "sent an invalid HTTP request, or headers that are too large")
         super().send_400_response(msg)
 
 
 def make_watched_protocol(connections: Connections) -> type[H11Protocol]:
-    """A protocol for uvicorn, whose connections are those."""
+    """Return a protocol class for uvicorn that sets the time limits of these connections."""
     return type("Watched", (_Watched,), {"lines": connections})

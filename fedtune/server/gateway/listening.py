@@ -1,4 +1,4 @@
-"""Where the door listens: its socket, its protocol, and how many files and connections there may be."""
+"""The gateway's listening socket, its HTTP protocol, and its limits of files and connections."""
 
 import asyncio
 import resource
@@ -19,15 +19,15 @@ from fedtune.server.server_home import ServerHome
 __all__ = ["config_of", "connections_of", "open_listening_socket"]
 
 _MOST_FILES, _OWN_FILES = 1 << 16, 256
-"""Open files that are asked for, and those that are not connections."""
+"""The requested limit of open files, and the number of files that are not connections."""
 _MOST_CONNECTIONS = 2048
-"""A TLS connection holds about 100 kB."""
+"""The largest number of connections. A TLS connection needs about 100 kB."""
 _REST_SECONDS = 75
 
 
 @contextmanager
 def open_listening_socket(place: ServerHome) -> Iterator[Listener]:
-    """The socket; ServerError where nobody can listen."""
+    """Yield the listening socket; raise ServerError if the address is not available."""
     host, port = place.settings.address
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -40,16 +40,16 @@ def open_listening_socket(place: ServerHome) -> Iterator[Listener]:
 
 
 def connections_of(place: ServerHome, audit: AuditLog) -> Connections:
-    """As many connections as the settings and the system allow; each has a line to the SuperLink beside it."""
+    """Return limits from the settings and the system. Each connection needs a second one to the SuperLink."""
     total = min(_MOST_CONNECTIONS, (_raise_file_limit() - _OWN_FILES) // 2)
     return Connections(place.settings.connections, total, _in_background(audit))
 
 
 def config_of(app: Starlette, place: ServerHome, audit: AuditLog, connections: Connections) -> uvicorn.Config:
-    """How uvicorn serves the door; failed TLS connections are told to the audit with their address."""
+    """Return uvicorn's configuration. Failed TLS connections are written to the audit log with their address."""
     config = uvicorn.Config(
         app,
-        loop="asyncio",  # its transports close the sockets they are given, which are counted
+        loop="asyncio",  # its transports close the counted sockets themselves
         http=make_watched_protocol(connections),
         backlog=AT_A_TIME,
         log_config=None,
@@ -65,13 +65,13 @@ def config_of(app: Starlette, place: ServerHome, audit: AuditLog, connections: C
     assert config.ssl is not None
     tell = _in_background(audit)
     config.ssl.sslobject_class = make_reporting_ssl_class(
-        lambda error: tell(peer.get(), f"no TLS connection came about: {error.reason or error}")
+        lambda error: tell(peer.get(), f"the TLS connection failed: {error.reason or error}")
     )
     return config
 
 
 def _in_background(audit: AuditLog) -> Callable[[str, str], None]:
-    """Connections are made and cut in the event loop, which must not wait for the store."""
+    """Return a function that writes to the audit log in another thread, because the event loop must not block."""
 
     def tell(address: str, sentence: str) -> None:
         asyncio.get_running_loop().run_in_executor(None, audit.record_refusal, address, sentence)
@@ -80,7 +80,7 @@ def _in_background(audit: AuditLog) -> Callable[[str, str], None]:
 
 
 def _raise_file_limit() -> int:
-    """Let this process and its children have as many files open as the system allows them; how many that are."""
+    """Raise the limit of open files for this process and its children; return the new limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
     if soft == resource.RLIM_INFINITY or soft >= most:

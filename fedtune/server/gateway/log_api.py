@@ -1,4 +1,4 @@
-"""What operators read from afar: the log of the server, and of the process that coordinates a run."""
+"""The logs for operators: of the server, and of the process that coordinates a run."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -19,7 +19,7 @@ _LINES, _MOST_LINES = 200, 5000
 
 
 def log_routes(for_operators: Callable[[LogHandler], Endpoint], store: Store, logs: Logs) -> list[Route]:
-    """The routes; ``for_operators`` lets nobody else in."""
+    """Return the routes. ``for_operators`` wraps a handler so that only operators can call it."""
 
     def of_server(who: str, request: Request, _: Any) -> dict[str, Any]:
         return {"lines": logs.server(_count(who, request))}

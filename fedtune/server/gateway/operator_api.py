@@ -1,4 +1,4 @@
-"""What operators ask: runs submitted, listed, followed, stopped, resumed; devices seen, tagged, removed."""
+"""Requests of operators: submit, list, follow, stop and resume runs; list, tag and remove devices."""
 
 import json
 import re
@@ -27,7 +27,7 @@ __all__ = ["OperatorApi", "device_to_json"]
 
 @dataclass(frozen=True)
 class OperatorApi:
-    """The operator's side of the door; ``who`` is the name of an operator that was let in."""
+    """The gateway's API for operators. ``who`` is the name of the authenticated operator."""
 
     store: Store
     manager: RunManager
@@ -38,7 +38,7 @@ class OperatorApi:
     check: RecipeCheckProcess
 
     def submit_run(self, who: str, _: Request, sent: Any) -> dict[str, Any]:
-        """Queue a run of a recipe, which is settings only: no code is taken from anybody."""
+        """Queue a run of a recipe. A recipe contains only settings, never code."""
         try:
             recipe = Recipe.model_validate(sent.get("recipe") if isinstance(sent, dict) else None)
         except ValidationError as error:
@@ -50,11 +50,11 @@ class OperatorApi:
         return {"run": run}
 
     def list_runs(self, _: str, __: Request, ___: Any) -> dict[str, Any]:
-        """All runs, newest first, without their rounds."""
+        """Return all runs, newest first, without their rounds."""
         return {"runs": [make_run_document(self._as_planned(run), ()) for run in self.store.runs()]}
 
     def get_run(self, _: str, request: Request, __: Any) -> dict[str, Any]:
-        """One run with its rounds after number ``after``, and which device is which client."""
+        """Return a run with its rounds after number ``after``, and the device of each client."""
         run = self.store.run(request.path_params["run"])
         after = _number(request.query_params.get("after", "-1"))
         rounds = self.store.rounds(run.id, after)
@@ -62,43 +62,43 @@ class OperatorApi:
         return make_run_document(self._as_planned(run), rounds, detailed=True) | {"assignments": assignments}
 
     def stop_run(self, who: str, request: Request, _: Any) -> dict[str, Any]:
-        """End a run that is queued or running."""
+        """Stop a queued or running run."""
         run = self.manager.stop_run(request.path_params["run"])
         self.audit.record_action(who, f"run {run} stopped")
         return {"run": run}
 
     def rollback(self, who: str, request: Request, sent: Any) -> dict[str, Any]:
-        """Take a run back to one of its rounds."""
+        """Roll a run back to one of its rounds."""
         round_number = sent.get("round") if isinstance(sent, dict) else None
         if not isinstance(round_number, int) or isinstance(round_number, bool) or not 0 <= round_number < 2**31:
-            raise RequestRefusedError(400, "a rollback needs the number of a round, 0 or more", who)
+            raise RequestRefusedError(400, "a rollback needs a round number, 0 or larger", who)
         run, removed = self.manager.rollback(request.path_params["run"], round_number)
         self.audit.record_action(who, f"run {run} rolled back to round {round_number}; {removed} rounds removed")
         return {"run": run, "round": round_number, "removed": removed}
 
     def resume_run(self, who: str, request: Request, _: Any) -> dict[str, Any]:
-        """Queue a run again that was stopped or failed."""
+        """Queue a stopped or failed run again."""
         run = self.manager.resume_run(request.path_params["run"])
         self.audit.record_action(who, f"run {run} resumed")
         return {"run": run}
 
     def list_devices(self, _: str, __: Request, ___: Any) -> dict[str, Any]:
-        """Enrolled devices, and whether they are connected."""
+        """Return the enrolled devices, and whether they are connected."""
         devices = self.store.access.list_devices()
         there = {found.name for found in self.presence.list_connected_devices(devices)}
         return {"devices": [device_to_json(found, online=found.name in there) for found in devices]}
 
     def change_device_tags(self, who: str, request: Request, sent: Any) -> dict[str, Any]:
-        """Give a device tags and take others from it."""
+        """Add tags to a device and remove others."""
         name, given = request.path_params["device"], sent if isinstance(sent, dict) else {}
         tags = self.store.access.change_device_tags(
             name, read_tags(given.get("add", [])), read_tags(given.get("remove", []))
         )
-        self.audit.record_action(who, f"device {name} is tagged {', '.join(tags) or 'with nothing'}")
+        self.audit.record_action(who, f"tags of device {name}: {', '.join(tags) or 'none'}")
         return {"device": name, "tags": tags}
 
     def release(self, who: str, request: Request, _: Any) -> dict[str, Any]:
-        """End a device's quarantine."""
+        """Release a device from quarantine."""
         name = request.path_params["device"]
         released = self.store.access.release_device(name)
         if released:
@@ -106,7 +106,7 @@ class OperatorApi:
         return {"device": name, "released": released}
 
     def remove_device(self, who: str, request: Request, _: Any) -> dict[str, Any]:
-        """Shut a device out for good; its key is worthless from now on."""
+        """Remove a device. Its key is no longer valid."""
         found = self.store.access.find_device(request.path_params["device"])
         if found is None:
             raise RequestRefusedError(
@@ -119,12 +119,12 @@ class OperatorApi:
         return {"device": found.name}
 
     def _as_planned(self, run: RunRecord) -> RunRecord:
-        """A run between two attempts is not interrupted: this server carries it on."""
+        """Return a run with the status running while it waits for its next attempt."""
         return self.manager.get_recorded_run(run)
 
 
 def device_to_json(found: DeviceRecord, *, online: bool) -> dict[str, Any]:
-    """A device as JSON, without its key."""
+    """Return a device as JSON, without its key."""
     return {
         "name": found.name,
         "online": online,
@@ -139,6 +139,6 @@ def device_to_json(found: DeviceRecord, *, online: bool) -> dict[str, Any]:
 def _number(text: str) -> int:
     if not re.fullmatch(r"-?\d{1,9}", text, re.ASCII):
         raise RequestRefusedError(
-            400, f"after={text[:40]} is not a round's number; leave it out, or give a whole number"
+            400, f"after={text[:40]} is not a round number; leave it out, or write a whole number"
         )
     return int(text)

@@ -1,4 +1,4 @@
-"""A request that is turned down: one JSON sentence for whoever sent it, one line in the audit for the operator."""
+"""A refused request: one sentence as JSON for the sender, and one line in the audit log for the operator."""
 
 import ipaddress
 import time
@@ -12,18 +12,18 @@ from fedtune.tracking import Access
 __all__ = ["AuditLog", "RequestRefusedError", "source_of"]
 
 _LINES, _LINES_OF_ALL = 60, 600
-"""Lines a minute that one source may fill, and all of them; more are counted, so that nobody fills the disk."""
+"""The limits of lines per minute, for one source and for all. Further refusals are only counted, to save disk space."""
 _NAMED = 10
-"""Sources whose count is told, of those that sent more than that; the others are told in one line."""
+"""The number of sources above the limit that get a line each. All others share one line."""
 _MINUTE, _TOGETHER = 60.0, 3600.0
-"""Seconds within which lines are counted, and within which the same refusal is one line."""
+"""The period of the limits, and the time in which equal refusals share a line, in seconds."""
 _WRITTEN_EVERY = 10.0
 _REMEMBERED = 1024
-"""Refusals that are remembered, to be counted when they come again."""
+"""The number of refusals that are remembered, to count their repetitions."""
 
 
 class RequestRefusedError(Exception):
-    """Raised where a request is turned down; the sentence says what is wrong and the mend."""
+    """A request is refused. The sentence explains what is wrong and how to fix it."""
 
     def __init__(self, status: int, sentence: str, actor: str = "") -> None:
         super().__init__(sentence)
@@ -32,7 +32,7 @@ class RequestRefusedError(Exception):
 
 @dataclass
 class _Line:
-    """A refusal that was written down, and how often it came again since that was."""
+    """A refusal in the log, and the number of its repetitions since then."""
 
     number: int
     begun: float
@@ -41,7 +41,7 @@ class _Line:
 
 
 class AuditLog:
-    """Writes the audit, for many threads at once; ``clock`` gives seconds."""
+    """Writes the audit log. It is safe to use from several threads. ``clock`` returns seconds."""
 
     def __init__(self, access: Access, clock: Callable[[], float] = time.monotonic) -> None:
         self._log, self._clock = access.audit, clock
@@ -51,11 +51,11 @@ class AuditLog:
         self._recent: OrderedDict[tuple[str, str], _Line] = OrderedDict()
 
     def record_action(self, who: str, what: str) -> None:
-        """Something an operator or a device was allowed to do."""
+        """Record a successful request of an operator or a device."""
         self._log.write_line("done", who, what)
 
     def record_refusal(self, address: str, what: str, who: str = "") -> None:
-        """Something that was turned down; ``who`` is the operator or the device that was known, if one was."""
+        """Record a refused request. ``who`` is the operator or the device, if it is known."""
         with self._lock:
             shown, source = f"{who} at {address}" if who else address, source_of(address)
             if self._counted((shown, what)) or not self._within_limits(source):
@@ -66,7 +66,7 @@ class AuditLog:
                 self._write(self._recent.popitem(last=False)[1])
 
     def flush(self, every: float = 0.0) -> None:
-        """Write down what was counted, and what the last minute left out; once in ``every`` seconds."""
+        """Write the counts of repetitions, and the refusals above the limits; at most once in ``every`` seconds."""
         with self._lock:
             if self._clock() - self._flushed >= every:
                 self._flushed = self._clock()
@@ -75,7 +75,7 @@ class AuditLog:
                     self._write(line)
 
     def _counted(self, refusal: tuple[str, str]) -> bool:
-        """Whether the same was written down of late; then it is counted there."""
+        """Whether an equal refusal was written recently. If so, the repetition is counted there."""
         line, now = self._recent.get(refusal), self._clock()
         if line is None or now - line.begun > _TOGETHER:
             return False
@@ -98,7 +98,7 @@ class AuditLog:
         return True
 
     def _turn(self) -> None:
-        """Begin a new minute when it has come, and tell what was left out of the last one."""
+        """Start a new minute if the last one is over, and write its counts of refusals above the limits."""
         minute = int(self._clock() // _MINUTE)
         if minute == self._minute:
             return
@@ -114,7 +114,7 @@ class AuditLog:
 
 
 def source_of(address: str) -> str:
-    """What a refusal is blamed on: an address, or with IPv6 the /64 network, of which one machine has every address."""
+    """Return the source of a refusal: the address, or with IPv6 its /64 network, which may be one machine."""
     try:
         found = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:

@@ -1,4 +1,4 @@
-"""Devices' way to the SuperLink: the fleet paths and nothing else, byte for byte, signed headers untouched."""
+"""Forward the calls of devices to the SuperLink: only Flower's fleet paths, bodies and signed headers unchanged."""
 
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
@@ -36,7 +36,7 @@ _PATHS = frozenset(
 _PULL, _PUSH, _PUSH_OBJECT = "/v1/fleet/pull-messages", "/v1/fleet/push-messages", "/v1/fleet/push-object"
 _PROTOBUF = "application/protobuf"
 _SMALL, _ANNOUNCED, _OBJECT = 1 << 16, 1 << 20, 6 << 20
-"""Bytes of a call that carries nothing, of one that announces an answer, of one that carries a piece of 5 MiB."""
+"""The largest body in bytes of a small call, of a call that announces a reply, and of a call with a 5 MiB chunk."""
 _OF_THE_CONNECTION = frozenset(
     {
         *("connection", "content-length", "expect", "host", "keep-alive", "proxy-authorization", "te", "trailer"),
@@ -44,13 +44,13 @@ _OF_THE_CONNECTION = frozenset(
     }
 )
 _IDLE_SECONDS = 2.0
-"""The SuperLink hangs up on a line that is idle for 5 s; a call sent at that moment would fail."""
+"""The SuperLink closes a connection after 5 idle seconds, and a call sent at this moment would fail."""
 _DIGITS = 16
 _PATIENCE = httpx.Timeout(60.0, connect=5.0, pool=30.0)
 
 
 class ReverseProxy:
-    """Passes an enrolled device's fleet calls on to the SuperLink that listens on ``socket``."""
+    """Forwards the fleet calls of enrolled devices to the SuperLink on ``socket``."""
 
     def __init__(
         self, guard: Authenticator, audit: AuditLog, presence: Presence, uploads: Uploads, socket: Path, body_limit: int
@@ -63,11 +63,11 @@ class ReverseProxy:
         self._client = httpx.AsyncClient(transport=transport, timeout=_PATIENCE)
 
     async def close(self) -> None:
-        """Let go of the connections."""
+        """Close the connections."""
         await self._client.aclose()
 
     async def forward_request(self, request: Request) -> Response:
-        """One call there and back."""
+        """Forward a call and return the response."""
         path = request.url.path
         if path not in _PATHS:
             raise RequestRefusedError(404, f"{path} is not for devices; only Flower's fleet paths are")
@@ -85,17 +85,17 @@ class ReverseProxy:
         except ClientDisconnect:
             return Response(status_code=400)
         except httpx.TransportError:
-            return JSONResponse({"error": "the server behind this door is starting; try again shortly"}, 503)
+            return JSONResponse({"error": "the server is starting; try again shortly"}, 503)
         if answer.status_code in (401, 403):
             what = f"at {path}: the SuperLink does not accept its signature"
             await run_in_threadpool(self._audit.record_refusal, get_remote_address(request), what, name)
         return await self._answered(request, name, answer)
 
     async def _taken(self, request: Request, path: str) -> bytes:
-        """The body of a call, which is no larger than such a call may be; what is part of an answer is counted."""
+        """Return the body of a call within its size limit. Objects of a reply count towards the round's limit."""
         if path not in (_PUSH, _PUSH_OBJECT):
             return await _whole(request, min(_SMALL, self._body_limit))
-        name = await run_in_threadpool(self._guard.authenticate_device, request)  # before anything large is held for it
+        name = await run_in_threadpool(self._guard.authenticate_device, request)  # before a large body is read
         if path == _PUSH:
             body = await _whole(request, min(_ANNOUNCED, self._body_limit))
             await run_in_threadpool(self._uploads.begin, name, body)
@@ -105,7 +105,7 @@ class ReverseProxy:
         return body
 
     async def _answered(self, request: Request, name: str, answer: httpx.Response) -> Response:
-        """The SuperLink's answer on its way to the device."""
+        """Return the SuperLink's response for the device."""
         if answer.is_success:
             self._presence.record_contact(name)
         if request.url.path == _PULL and answer.is_success:
@@ -115,7 +115,7 @@ class ReverseProxy:
         return StreamingResponse(_body(answer), answer.status_code, _kept(answer.headers))
 
     async def _handed(self, name: str, answer: httpx.Response) -> Response:
-        """An answer that may hold a message, remembered before it is passed on; it is small."""
+        """Remember a response that may contain a message, and return it. It is small."""
         body = b"".join([chunk async for chunk in _body(answer)])
         self._handout.remember_message(name, body)
         return Response(body, answer.status_code, _kept(answer.headers))
@@ -130,7 +130,7 @@ async def _whole(request: Request, limit: int) -> bytes:
 
 
 async def stream_limited_body(request: Request, limit: int) -> AsyncIterator[bytes]:
-    """The body of a request as it comes; RefusedError once it is longer than ``limit`` bytes, or says it will be."""
+    """Yield the body of a request; raise RequestRefusedError if it is, or is declared to be, over ``limit`` bytes."""
     declared = request.headers.get("content-length", "0")
     if not declared.isdecimal() or len(declared) > _DIGITS or int(declared) > limit:
         raise _too_large(limit)
@@ -143,7 +143,7 @@ async def stream_limited_body(request: Request, limit: int) -> AsyncIterator[byt
 
 
 def _too_large(limit: int) -> RequestRefusedError:
-    return RequestRefusedError(413, f"the request is larger than the {limit} bytes this server takes")
+    return RequestRefusedError(413, f"the request is larger than the limit of {limit} bytes")
 
 
 async def _body(answer: httpx.Response) -> AsyncIterator[bytes]:

@@ -1,4 +1,4 @@
-"""Failed TLS connections, which no web framework tells of: plain HTTP, old protocols, an authority nobody trusts."""
+"""Report failed TLS connections, which web frameworks ignore: plain HTTP, old protocols, an untrusted CA."""
 
 import ssl
 from asyncio.sslproto import SSLProtocol
@@ -12,12 +12,12 @@ _BUFFER = 1 << 16
 
 
 def small_buffers() -> None:
-    """Let each TLS connection hold a buffer of 64 KiB, where asyncio gives it 256: thousands may be open at a time."""
+    """Use a buffer of 64 KiB per TLS connection instead of asyncio's 256 KiB, because thousands may be open."""
     SSLProtocol.max_size = _BUFFER
 
 
 def make_reporting_ssl_class(tell: Callable[[ssl.SSLError], None]) -> type[ssl.SSLObject]:
-    """A class for ``SSLContext.sslobject_class`` that passes on errors of a handshake, or of the alert after it."""
+    """Return a class for ``SSLContext.sslobject_class`` that reports errors of a handshake or of a later alert."""
 
     @contextmanager
     def told() -> Iterator[None]:

@@ -1,7 +1,7 @@
-"""The asynchronous mode in a simulation: who would answer when is drawn first, then trained round by round.
+"""Asynchronous rounds in a simulation: the times of all replies are drawn first, then clients train round by round.
 
-The order of arrival is a function of the seed, the clients' examples and the speeds of their device classes, so that a
-run repeats bit for bit, whatever the machine does, and a resumed run too: late answers begin with checkpoints on disk.
+The order of replies is a function of the seed, the clients' examples and the speeds of their device classes. A run is
+therefore reproducible bit for bit on any machine. A resumed run is too, because stale updates start from checkpoints.
 """
 
 import heapq
@@ -38,8 +38,8 @@ def make_simulated_schedule(
 ) -> Iterator[ScheduledRound]:
     """Yield the rounds of a run whose clients hold ``sizes`` examples.
 
-    No client fails here: only training can show that. A client that drops out counts as in training until it is given
-    up. The deadline holds where a device class names its speed; without one seconds have no meaning.
+    Failures are not part of the schedule, because only training shows them. A client that drops out counts as in
+    training until it is given up. The deadline applies only if a device class has ``examples_per_second``.
     """
     tracker, working, now = InFlightTracker(recipe, among, asynchronous), list[tuple[float, int, int]](), 0.0
     last_selected: dict[int, int] = {}
@@ -93,5 +93,5 @@ class SimulatedAsynchronousScheduler(RoundScheduler):
         return self._now.round_number - self._now.start_rounds[client]
 
     def seconds(self) -> float | None:
-        """From the end of the round before to this one's."""
+        """The seconds from the end of the previous round to the end of this one."""
         return self._now.end_seconds - self._now.begins

@@ -27,9 +27,10 @@ __all__ = ["RoundPlan", "Simulated", "drops_out", "duration", "plan_round"]
 
 
 def duration(recipe: Recipe, size: int, client: int, round_number: int) -> float:
-    """Simulated seconds a client with ``size`` examples trains for round ``round_number``.
+    """Return the simulated seconds that a client with ``size`` examples trains in a round.
 
-    Examples over the class's ``speed`` (one a second where it names none), times a log-normal draw of its ``spread``.
+    This is the number of examples divided by the class's ``examples_per_second`` (1 by default), times a log-normal
+    random number whose logarithm has the standard deviation ``spread``.
     """
     train, device = recipe.train, recipe.get_device_class(client)
     examples = (
@@ -57,9 +58,10 @@ class RoundPlan(NamedTuple):
 
 
 def plan_round(recipe: Recipe, clients: Sequence[int], sizes: Sequence[int], round_number: int) -> RoundPlan:
-    """What time does to ``clients`` in round ``round_number``; ``sizes`` are the examples of every client of the run.
+    """Return which clients reply in time; ``sizes`` are the numbers of examples of all clients of the run.
 
-    A class that names no ``speed`` is never late; in the race to be among the first it does one example a second.
+    Clients of a class without ``examples_per_second`` are never late. For ``take_first``, they train on one example per
+    second.
     """
     deadline = recipe.federation.deadline
     seconds = {client: duration(recipe, sizes[client], client, round_number) for client in clients}
@@ -100,7 +102,7 @@ class Simulated(RoundScheduler):
         self._enough = False
 
     def begin_round(self, round_number: int) -> int:
-        """Sample the round's clients, and draw what time does to them."""
+        """Sample the round's clients, and draw their durations and dropouts."""
         last = self._last() if self._recipe.federation.selection.sampling == "least-recent" else {}
         clients = sample_cohort(self._recipe, round_number, self._among, last)
         self._number, self._plan = round_number, plan_round(self._recipe, clients, self._sizes, round_number)
@@ -127,7 +129,7 @@ class Simulated(RoundScheduler):
         return {**self._plan.absent, **dict.fromkeys(unneeded, NOT_NEEDED)}
 
     def seconds(self) -> float | None:
-        """Until the last answer that was waited for, or the deadline; None where a class names no speed."""
+        """The seconds until the last needed reply or the deadline; None if a class has no ``examples_per_second``."""
         if any(device.examples_per_second is None for device in self._recipe.devices):
             return None
         if self._plan.absent and not self._enough and self._recipe.federation.deadline is not None:
