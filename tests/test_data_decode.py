@@ -98,3 +98,47 @@ def test_sixteen_bit_arrays_are_scaled_too() -> None:
         found, a_recipe("task=image-classification"), Preprocessor(side=3, resample="nearest")
     )
     assert torch.equal(batch.pixels[0, 0], torch.tensor([[0, 3, 200], [0, 1, 255]], dtype=torch.uint8))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_of_a_camera_is_turned_upright(orientation: int) -> None:
+    """The oracle undoes the rotations and mirrorings of the EXIF standard by array operations."""
+    upright = np.arange(48, dtype=np.uint8).reshape(2, 8, 3)
+    stored_as = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright, 1),
+        7: upright.transpose(1, 0, 2)[::-1, ::-1],
+        8: np.rot90(upright, -1),
+    }
+    exif = Picture.Exif()
+    exif[0x0112] = orientation
+    content = io.BytesIO()
+    Picture.fromarray(np.ascontiguousarray(stored_as[orientation])).save(content, "PNG", exif=exif)
+    assert (decode({"bytes": content.getvalue(), "path": None}, "x") == upright).all()
+
+
+def test_a_palette_with_transparency_keeps_its_colours_without_a_warning() -> None:
+    image = Picture.new("P", (2, 1))
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putdata([0, 1])
+    for transparency in (1, bytes([255, 0])):
+        content = io.BytesIO()
+        image.save(content, "PNG", transparency=transparency)
+        found = decode({"bytes": content.getvalue(), "path": None}, "x")
+        assert found.tolist() == [[[255, 0, 0], [0, 0, 255]]]
+
+
+def test_a_print_jpeg_is_not_a_negative() -> None:
+    """Adobe stores the four inks of a JPEG inverted."""
+    image = Picture.new("RGB", (16, 16), (200, 30, 60)).convert("CMYK")
+    found = decode(stored(image, "JPEG"), "x")
+    assert np.abs(found.astype(int) - [200, 30, 60]).max() <= 3
+
+
+def test_sixteen_bit_greys_with_the_largest_byte_first_are_read_alike() -> None:
+    image = Picture.frombytes("I;16B", (3, 2), LEVELS.astype(">u2").tobytes())
+    assert decode(stored(image, "TIFF"), "x")[..., 0].tolist() == [[0, 3, 200], [0, 1, 255]]

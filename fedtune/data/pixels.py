@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fedtune.data.decode import decode, describe_picture
 from fedtune.data.table import Pictures, Table
-from fedtune.recipe.preprocessor_settings import Preprocessor
+from fedtune.recipe.preprocessor_settings import Preprocessor, Resample
 
 __all__ = ["EncodedPictures", "encode_pictures"]
 
@@ -67,7 +67,22 @@ def _read_pixels(table: Table, preprocessor: Preprocessor) -> tuple[Tensor, bool
 
 def _rounded(image: Tensor, preprocessor: Preprocessor) -> Tensor:
     """Fit an image to the input size: uint8 [c, h, w] -> uint8 [c, side, side]."""
+    if preprocessor.resample != "bilinear":
+        resized = _resize_by_pillow(image, _shape_before_crop(image, preprocessor), preprocessor.resample)
+        return _middle(resized[None], preprocessor.side)[0]
     return _fit(image[None].float(), preprocessor)[0].round().byte()
+
+
+def _resize_by_pillow(image: Tensor, shape: tuple[int, int], resample: Resample) -> Tensor:
+    """Resize an image uint8 [c, h, w] by a filter of Pillow.
+
+    torch clips the overshoots of ``bicubic`` in another order and picks other pixels for ``nearest``.
+    """
+    import PIL.Image  # imported here: data without encoded images does not need Pillow
+
+    picture = PIL.Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    resized = np.array(picture.resize(shape[::-1], PIL.Image.Resampling[resample.upper()]))
+    return torch.from_numpy(resized).permute(2, 0, 1)
 
 
 def _arrays(table: Table) -> Tensor:
@@ -78,10 +93,15 @@ def _arrays(table: Table) -> Tensor:
 
 def _fit(images: Tensor, preprocessor: Preprocessor) -> Tensor:
     """Resize and centre-crop float images: [n, c, h, w] in 0..255 -> [n, c, side, side]."""
+    shape = _shape_before_crop(images, preprocessor)
+    return _middle(_resize(images, shape, preprocessor), preprocessor.side)
+
+
+def _shape_before_crop(images: Tensor, preprocessor: Preprocessor) -> tuple[int, int]:
+    """Return the height and width that images [..., h, w] are resized to."""
     height, width = images.shape[-2:]
     edge = preprocessor.edge or preprocessor.side
-    shape = (edge, edge) if preprocessor.resize == "both" else _shortest(height, width, edge)
-    return _middle(_resize(images, shape, preprocessor), preprocessor.side)
+    return (edge, edge) if preprocessor.resize == "both" else _shortest(height, width, edge)
 
 
 def _shortest(height: int, width: int, edge: int) -> tuple[int, int]:

@@ -29,6 +29,7 @@ def from_settings(settings: Settings, source: str) -> Preprocessor:
     Raises ModelError for sizes that are not square and for unknown resizing rules.
     """
     kind = str(settings.get("image_processor_type", "")).removesuffix("Pil").removesuffix("Fast")
+    _check_steps(settings, kind, source)
     scale, offset = _scale(settings)
     mean, std = _normal(settings, kind)
     found = {
@@ -63,6 +64,34 @@ _KNOWN = frozenset(
     for name in ("Beit", "ConvNext", "EfficientNet", "Levit", "MobileNetV2", "MobileViT", "PoolFormer", "Segformer")
 )
 """Image processors whose own steps are supported here, or affect only label images."""
+
+
+_STEP_SETTINGS = frozenset(
+    ("do_center_crop", "do_convert_rgb", "do_normalize", "do_reduce_labels", "do_rescale", "do_resize")
+)
+"""The steps of all image processors; ``do_reduce_labels`` affects only label images."""
+_OWN_SETTINGS = {
+    "ConvNextImageProcessor": {"crop_pct"},
+    "EfficientNetImageProcessor": {"include_top", "rescale_offset"},
+    "MobileViTImageProcessor": {"do_flip_channel_order"},
+    "PoolFormerImageProcessor": {"crop_pct"},
+}
+"""Settings that one image processor has, and others ignore."""
+_WITHOUT_CROP = ("SegformerImageProcessor",)
+
+
+def _check_steps(settings: Settings, kind: str, source: str) -> None:
+    """Raise ModelError for a step that is switched on but not supported here, or not one of this image processor."""
+    own = _OWN_SETTINGS.get(kind, set())
+    others = set().union(*_OWN_SETTINGS.values()) - own
+    steps = {name for name, value in settings.items() if value and (name.startswith("do_") or name in others)}
+    unknown = sorted(steps - _STEP_SETTINGS - own)
+    if settings.get("do_center_crop") and kind in _WITHOUT_CROP:
+        unknown.append("do_center_crop")
+    if unknown:
+        ignored = unknown[0] in {*others, "do_center_crop"}
+        reason = f"but {kind or 'its image processor'} ignores it" if ignored else "which is not supported"
+        raise ModelError(f"{source}, {FILE}: {unknown[0]} is set, {reason}; {_MEND}")
 
 
 def _owner(kind: type, step: str) -> str:
@@ -140,11 +169,17 @@ def _normal(settings: Settings, kind: str) -> tuple[Any, Any]:
     MobileViT's processor never normalises; EfficientNet's may normalise twice.
     """
     normalises = bool(settings.get("do_normalize")) and kind != "MobileViTImageProcessor"
-    mean, std = settings.get("image_mean") or _BLACK, settings.get("image_std") or _ONE
+    mean = _per_channel(settings.get("image_mean"), _BLACK)
+    std = _per_channel(settings.get("image_std"), _ONE)
     first = (mean, std) if normalises else (_BLACK, _ONE)
     if kind != "EfficientNetImageProcessor" or not settings.get("include_top"):
         return first
     return first[0], [one * other for one, other in zip(first[1], std, strict=True)]
+
+
+def _per_channel(value: Any, default: tuple[float, ...]) -> Any:
+    """Return one value per channel; a single number is that of all channels."""
+    return [value] * 3 if isinstance(value, int | float) else value or default
 
 
 def _triple(values: Any, source: str) -> tuple[float, float, float]:
