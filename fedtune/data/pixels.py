@@ -12,7 +12,7 @@ from fedtune.data.decode import decode, describe_picture
 from fedtune.data.table import Pictures, Table
 from fedtune.recipe.preprocessor_settings import Preprocessor, Resample
 
-__all__ = ["EncodedPictures", "encode_pictures"]
+__all__ = ["EncodedPictures", "encode_pictures", "resize"]
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,17 @@ class EncodedPictures:
 
     def make_batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Return pixel_values float32 [k, 3, side, side], normalised by the preprocessor, and labels [k]."""
-        rows = torch.as_tensor(indices)
-        chosen = self.pixels[rows].float()
-        sized = chosen if self.fitted else _fit(chosen, self.preprocessor)
-        return {"pixel_values": _normal(sized, self.preprocessor), "labels": self.labels[rows]}
+        return self.normalise(self.make_images(indices), indices)
+
+    def make_images(self, indices: Sequence[int]) -> Tensor:
+        """Return images of the model's input size, float32 [k, 1 or 3, side, side] in 0..255."""
+        chosen = self.pixels[torch.as_tensor(indices)].float()
+        return chosen if self.fitted else _fit(chosen, self.preprocessor)
+
+    def normalise(self, images: Tensor, indices: Sequence[int]) -> dict[str, Tensor]:
+        """Return the batch of images that have the model's input size."""
+        labels = self.labels[torch.as_tensor(indices)]
+        return {"pixel_values": _normal(images, self.preprocessor), "labels": labels}
 
 
 def encode_pictures(table: Table, preprocessor: Preprocessor, labels: Tensor) -> EncodedPictures:
@@ -94,7 +101,7 @@ def _arrays(table: Table) -> Tensor:
 def _fit(images: Tensor, preprocessor: Preprocessor) -> Tensor:
     """Resize and centre-crop float images: [n, c, h, w] in 0..255 -> [n, c, side, side]."""
     shape = _shape_before_crop(images, preprocessor)
-    return _middle(_resize(images, shape, preprocessor), preprocessor.side)
+    return _middle(resize(images, shape, preprocessor), preprocessor.side)
 
 
 def _shape_before_crop(images: Tensor, preprocessor: Preprocessor) -> tuple[int, int]:
@@ -111,7 +118,8 @@ def _shortest(height: int, width: int, edge: int) -> tuple[int, int]:
     return max(1, edge * height // width), edge
 
 
-def _resize(images: Tensor, shape: tuple[int, int], preprocessor: Preprocessor) -> Tensor:
+def resize(images: Tensor, shape: tuple[int, int], preprocessor: Preprocessor) -> Tensor:
+    """Resize float images [n, c, h, w] in 0..255 by the preprocessor's filter."""
     if images.shape[-2:] == shape:
         return images
     if preprocessor.resample == "nearest":

@@ -97,7 +97,7 @@ def _mastered(model: nn.Module) -> int:
 
 def _training_rows(context: RunContext, rows: NDArray[np.int64]) -> TrainingRows:
     """Return the rows that batches consist of. The lengths of packed rows do not depend on the seed."""
-    return make_training_rows(context.train, rows, context.recipe.train, seed=0)
+    return make_training_rows(context.train, rows, context.recipe.train, lambda _: 0)
 
 
 def _longest(data: TrainingRows, count: int) -> list[int]:

@@ -5,6 +5,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_serializer, model_validator
 
+from fedtune.recipe.augmentation_settings import Augmentation
 from fedtune.recipe.settings_model import SettingsModel
 from fedtune.recipe.versions import translate_unit
 
@@ -73,6 +74,7 @@ class Train(SettingsModel):
     image_size: int | None = Field(
         None, ge=8, description="side in pixels that images are resized to; default: the model's"
     )
+    augmentation: Augmentation | None = Field(None, description="random changes to training images; default: none")
     local_steps: int | None = Field(None, ge=1)
     local_epochs: int | None = Field(None, ge=1)
     threads: int = Field(

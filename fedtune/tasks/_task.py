@@ -48,6 +48,11 @@ class Task(NamedUnit):
         return False
 
     @property
+    def can_augment(self) -> bool:
+        """Whether its examples are images, which ``train.augmentation`` changes."""
+        return False
+
+    @property
     def has_accuracy(self) -> bool:
         """Whether a prediction can be correct, so that accuracy is one of its metrics."""
         return True

@@ -46,6 +46,11 @@ class ImageClassification(Classification):
         return ("image", self.problem.label_column)
 
     @property
+    def can_augment(self) -> bool:
+        """Return True."""
+        return True
+
+    @property
     def head_problem(self) -> str | None:
         """What the head predicts."""
         return self.problem_type

@@ -139,7 +139,7 @@ def _run_steps(client: ClientRound, rows: IntArray, masters: Mapping[str, nn.Par
     Return the mean loss, the bytes kept for backward in the first step, and the examples seen.
     """
     model, recipe, settings = client.model, client.recipe, client.recipe.train
-    data = make_training_rows(client.examples, rows, settings, client.derive_seed("packing"))
+    data = make_training_rows(client.examples, rows, settings, client.derive_seed)
     steps = total_steps(len(data.rows), recipe)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.zero_grad()  # a client that failed earlier may have left gradients
@@ -150,7 +150,7 @@ def _run_steps(client: ClientRound, rows: IntArray, masters: Mapping[str, nn.Par
     order = batches(data.rows, settings.batch_size, steps, client.derive_seed("order"), lengths)
     for step, chosen in enumerate(order):
         progress = ((client.number - 1) + step / steps) / recipe.federation.rounds
-        parts = _make_micro_batches(client, data.examples, chosen)
+        parts = _make_micro_batches(client, data.at_step(step), chosen)
         loss, kept = _run_step(client, parts, progress, metered=step == 0)
         saved_bytes = max(saved_bytes, kept)
         info = StepInfo(client.number, step, steps, settings.lr, settings.lr * compute_lr_factor(settings, progress))

@@ -26,6 +26,8 @@ _MEND: dict[UpdateKind, str] = {
 def resolve_recipe(recipe: Recipe) -> Recipe:
     """Return the recipe as it is stored with a run; RecipeError for invalid techniques or merge steps."""
     task = tasks.get_task(recipe.task).read_files()
+    if recipe.train.augmentation is not None and not task.can_augment:
+        raise RecipeError(f"train.augmentation: {task.name} has no images to change; drop augmentation")
     chosen = techniques.build_techniques(recipe.train.techniques)
     train = recipe.train.model_copy(update={"techniques": _written_out(chosen)})
     pipeline = merging.build_pipeline(recipe.merge)

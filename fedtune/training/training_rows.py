@@ -1,13 +1,16 @@
-"""What a client's batches are made of in a round: its examples, or rows of packed texts."""
+"""What a client's batches are made of in a round: its examples, changed at random or not, or rows of packed texts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedtune.data import EncodedDataset
+from fedtune.data.augmentation import AugmentedPictures
 from fedtune.data.packed_texts import PackedTexts, pack_texts
+from fedtune.data.pixels import EncodedPictures
+from fedtune.recipe.augmentation_settings import Augmentation
 from fedtune.recipe.schema import Train
 
 __all__ = ["TrainingRows", "make_training_rows"]
@@ -19,15 +22,29 @@ class TrainingRows:
 
     examples: EncodedDataset
     rows: NDArray[np.int64]
+    augmentation: Augmentation | None = None
+    seed: int = 0
+    """That of the random changes."""
+
+    def at_step(self, step: int) -> EncodedDataset:
+        """The examples as one step sees them."""
+        if self.augmentation is None:
+            return self.examples
+        assert isinstance(self.examples, EncodedPictures), "only tasks with images accept augmentation"
+        return AugmentedPictures(self.examples, self.augmentation, self.seed, step)
 
     def count_examples(self, chosen: Sequence[int]) -> int:
         """The client's examples in some rows, which weigh it in a merge."""
         return self.examples.count_texts(chosen) if isinstance(self.examples, PackedTexts) else len(chosen)
 
 
-def make_training_rows(examples: EncodedDataset, rows: NDArray[np.int64], settings: Train, seed: int) -> TrainingRows:
-    """The client's examples as they are, or packed as ``train.packing`` says."""
+def make_training_rows(
+    examples: EncodedDataset, rows: NDArray[np.int64], settings: Train, derive_seed: Callable[[str], int]
+) -> TrainingRows:
+    """The client's examples as they are, changed by ``train.augmentation``, or packed as ``train.packing`` says."""
+    if settings.augmentation is not None:
+        return TrainingRows(examples, rows, settings.augmentation, derive_seed("augmentation"))
     if settings.packing == "none":
         return TrainingRows(examples, rows)
-    packed = pack_texts(examples, rows, settings.max_length, seed)
+    packed = pack_texts(examples, rows, settings.max_length, derive_seed("packing"))
     return TrainingRows(packed, np.arange(len(packed)))
