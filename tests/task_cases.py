@@ -1,6 +1,7 @@
 """A tiny recipe for each way that a task can be set, with data that can be learned."""
 
 import json
+import wave
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,23 @@ from tokenizers.models import WordPiece
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import (
+    ASTConfig,
+    ASTFeatureExtractor,
+    ASTForAudioClassification,
     BertConfig,
     BertForMaskedLM,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
+    Wav2Vec2Config,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForSequenceClassification,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForAudioClassification,
 )
 
 from fedtune.models.image_model_files import save_image_model
@@ -28,7 +39,7 @@ from fedtune.recipe.schema import Recipe
 from fedtune.recipe.yaml_file import parse_recipe
 from fedtune.simulation import resolve_recipe
 
-__all__ = ["CASES", "save_encoder", "task_recipe"]
+__all__ = ["AUDIO_MODELS", "CASES", "save_audio_model", "save_encoder", "save_tone", "task_recipe"]
 
 _WORDS = ("red", "green", "blue", "cat", "dog", "cow", "runs", "sits", "to", "in", "rome", "oslo", "lima", "ann", "bob")
 _NUMBERS = tuple(f"n{number}" for number in range(60))
@@ -112,6 +123,95 @@ def _save_images(folder: Path, rows: int) -> None:
         Image.fromarray(pixels).save(folder / f"{row}.png")
 
 
+_RATE, _TONES = 16000, {"high": 2000, "low": 500}
+
+
+def save_tone(file: Path, hertz: float, seconds: float, *, rate: int = _RATE) -> None:
+    """A wav file of 16 bits with a tone and a little noise."""
+    time = np.arange(round(seconds * rate)) / rate
+    noise = np.random.default_rng(len(time)).normal(0, 0.02, len(time))
+    samples = np.round((0.3 * np.sin(2 * np.pi * hertz * time) + noise) * 32767).astype("<i2")
+    with wave.open(str(file), "wb") as written:
+        written.setnchannels(1)
+        written.setsampwidth(2)
+        written.setframerate(rate)
+        written.writeframes(samples.tobytes())
+
+
+def _recording(row: int) -> dict[str, Any]:
+    """A high or a low tone; ``_save_recordings`` writes its file."""
+    return {"audio": f"{row}.wav", "label": sorted(_TONES)[row % 2]}
+
+
+def _save_recordings(folder: Path, rows: int) -> None:
+    for row in range(rows):
+        hertz = _TONES[_recording(row)["label"]] * (1 + row % 7 / 50)
+        save_tone(folder / f"{row}.wav", hertz, 0.1 + row % 5 / 40)
+
+
+AUDIO_MODELS = ("ast", "wav2vec2", "whisper")
+_AUDIO_SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+}
+
+
+def save_audio_model(folder: Path, kind: str = "ast") -> None:
+    """A model of recordings with random weights, and its feature extractor."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, extractor = _AUDIO_BUILDERS[kind]()
+        model.save_pretrained(folder)
+    extractor.save_pretrained(folder)
+
+
+def _build_ast() -> tuple[PreTrainedModel, Any]:
+    config = ASTConfig(**_AUDIO_SIZES, max_length=24, num_mel_bins=32)
+    return ASTForAudioClassification(config), ASTFeatureExtractor(max_length=24, num_mel_bins=32)
+
+
+def _build_wav2vec2() -> tuple[PreTrainedModel, Any]:
+    config = Wav2Vec2Config(
+        **_AUDIO_SIZES,
+        conv_dim=(16, 16),
+        conv_stride=(10, 8),
+        conv_kernel=(20, 16),
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=4,
+        feat_extract_norm="layer",
+        classifier_proj_size=16,
+    )
+    return Wav2Vec2ForSequenceClassification(config), Wav2Vec2FeatureExtractor(return_attention_mask=True)
+
+
+def _build_whisper() -> tuple[PreTrainedModel, Any]:
+    config = WhisperConfig(
+        d_model=32,
+        encoder_layers=2,
+        encoder_attention_heads=2,
+        encoder_ffn_dim=64,
+        decoder_layers=1,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=64,
+        max_source_positions=50,
+        classifier_proj_size=16,
+        vocab_size=60,
+        pad_token_id=1,
+        bos_token_id=2,
+        eos_token_id=3,
+        decoder_start_token_id=4,
+    )
+    return WhisperForAudioClassification(config), WhisperFeatureExtractor(chunk_length=1)
+
+
+_AUDIO_BUILDERS: dict[str, Callable[[], tuple[PreTrainedModel, Any]]] = {
+    "ast": _build_ast,
+    "wav2vec2": _build_wav2vec2,
+    "whisper": _build_whisper,
+}
+
 CASES: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
     "text-classification": ("text-classification", _one_class),
     "text-classification, pair": ("{text-classification: {pair: true}}", _pair),
@@ -141,6 +241,7 @@ CASES: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
         "{image-classification: {problem_type: multi_label_classification}}",
         lambda row: _image(row, several=True),
     ),
+    "audio-classification": ("{audio-classification: {max_seconds: 0.25}}", _recording),
     "preference": (
         "{preference: {beta: 0.5}}",
         lambda row: {
@@ -232,6 +333,10 @@ def task_recipe(case: str, folder: Path, *overrides: str, rows: int = 180) -> Re
         (folder / "model").mkdir(exist_ok=True)
         save_image_model(LogisticRegression(2), folder / "model")
         overrides = ("train.image_size=28", *overrides)
+    elif case.startswith("audio"):
+        _save_recordings(folder, rows)
+        save_audio_model(folder / "model")
+        overrides = ("train.lr=0.005", *overrides)
     elif case.startswith("text2text"):
         _save_encoder_decoder(folder / "model")
     elif case.startswith("preference"):

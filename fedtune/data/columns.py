@@ -1,9 +1,10 @@
 """Renames the columns of a source to the canonical names.
 
-``text``, ``text_pair``, ``target``, ``prompt``, ``chosen`` and ``rejected`` are strings, ``image`` is an image, and
-``words`` is a list of words. ``label`` is one class, ``labels`` are several classes, ``number`` is a real number, and
-``tags`` has one class per word. ``messages`` is a conversation, read from the columns that hold it, and ``tools`` are
-the tools that it may call. Rows of the same ``group`` stay together. Results are reported per ``domain``.
+``text``, ``text_pair``, ``target``, ``prompt``, ``chosen`` and ``rejected`` are strings, ``image`` is an image,
+``audio`` is a wav file, and ``words`` is a list of words. ``label`` is one class, ``labels`` are several classes,
+``number`` is a real number, and ``tags`` has one class per word. ``messages`` is a conversation, read from the columns
+that hold it, and ``tools`` are the tools that it may call. Rows of the same ``group`` stay together. Results are
+reported per ``domain``.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from fedtune.data.column import Column, Values, objects
 from fedtune.data.conversation_forms import find_conversation_form, resolve_text_column
 from fedtune.data.conversations import read_conversations
-from fedtune.data.table import Classes, Greys, Kind, Pictures, Table
+from fedtune.data.table import Classes, Greys, Kind, Pictures, Recordings, Table
 from fedtune.errors import DataError
 from fedtune.recipe.schema import Natural, Recipe
 from fedtune.recipe.validation_errors import suggest_nearest
@@ -22,6 +23,8 @@ _KEYS = {"labels": "label", "number": "label"}
 """The recipe setting of a canonical column, where its name differs."""
 _AS_THEY_ARE = frozenset({"label", "labels", "number", "words", "tags"})
 """Columns that are checked and converted later, once all splits are known."""
+_FILES: dict[str, Kind] = {"audio": Recordings(), "image": Pictures()}
+"""Columns of encoded files, or of paths to them."""
 Named = dict[str, tuple[str, str]]
 
 
@@ -44,7 +47,7 @@ def _convert_columns(recipe: Recipe, named: "Named", table: Table, columns: dict
         try:
             columns[name], kind = _convert(name, stored, table.kinds.get(column))
         except TypeError as error:
-            wanted = "images" if name == "image" else "text"
+            wanted = {"image": "images", "audio": "recordings"}.get(name, "text")
             problem = f"column {column!r} holds no {wanted}; name another in {key}"
             raise DataError(f"{recipe.data.source}: {problem}") from error
         if kind is not None:
@@ -91,8 +94,8 @@ def _convert(name: str, column: Column, kind: Kind | None) -> tuple[Column, Kind
     """Convert a column to its canonical type and return it with its kind. Labels are converted later."""
     if name in _AS_THEY_ARE or (name == "image" and isinstance(kind, Greys | Pictures)):
         return column, kind
-    if name == "image":
-        return column.pictures(), Pictures()
+    if name in _FILES:
+        return column.pictures(), _FILES[name]
     if isinstance(kind, Classes):
         return Values(objects(kind.names[number] for number in column.values())), None
     return column.texts(), None

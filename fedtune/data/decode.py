@@ -1,7 +1,7 @@
 """Decodes images to RGB bytes. Errors name the image that cannot be read."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 __all__ = ["Unreadable", "decode", "describe_picture", "readable"]
 
 Bytes = NDArray[np.uint8]
+Decoder = Callable[[Mapping[str, Any], str], object]
+"""Decodes a record of ``bytes`` and ``path`` that has a name in messages; raises Unreadable."""
 
 _SIXTEEN = ("I;16", "I;16L", "I;16B", "I;16N")
 _MOST_SIXTEEN = 65535
@@ -25,7 +27,7 @@ _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError)
 
 
 class Unreadable(DataError):  # noqa: N818
-    """An image that cannot be decoded."""
+    """An image or a recording that cannot be decoded."""
 
 
 def describe_picture(picture: Mapping[str, Any], row: int) -> str:
@@ -52,29 +54,29 @@ def decode(picture: Mapping[str, Any], name: str) -> Bytes:
         ) from error
 
 
-def readable(table: Table, *, skip: bool) -> tuple[Table, list[str]]:
-    """Return the table without unreadable images, and the names of the images left out.
+def readable(table: Table, column: str, decode: Decoder, *, skip: bool) -> tuple[Table, list[str]]:
+    """Return the table without unreadable files of a column, and the names of those left out.
 
-    With ``skip``, missing and undecodable images are left out. Without it, Unreadable is raised for the first missing
+    With ``skip``, missing and undecodable files are left out. Without it, Unreadable is raised for the first missing
     file.
     """
     kept: list[int] = []
     lost: list[str] = []
-    for row, picture in enumerate(table.pictures()):
-        name = describe_picture(picture, row)
-        missing = picture["bytes"] is None and not Path(picture["path"]).is_file()
+    for row, record in enumerate(table.records(column)):
+        name = str(record["path"]) if record.get("path") else f"the {column} in row {row + 1}"
+        missing = record["bytes"] is None and not Path(record["path"]).is_file()
         if missing and not skip:
-            raise Unreadable(f"there is no image {name}; check data.columns.image, or set data.skip_unreadable")
-        if missing or (skip and not _decodes(picture, name)):
+            raise Unreadable(f"there is no {column} {name}; check data.columns.{column}, or set data.skip_unreadable")
+        if missing or (skip and not _decodes(decode, record, name)):
             lost.append(name)
         else:
             kept.append(row)
     return table.select(kept) if lost else table, lost
 
 
-def _decodes(picture: Mapping[str, Any], name: str) -> bool:
+def _decodes(decode: Decoder, record: Mapping[str, Any], name: str) -> bool:
     try:
-        decode(picture, name)
+        decode(record, name)
     except Unreadable:
         return False
     return True

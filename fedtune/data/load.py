@@ -6,11 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedtune.data.columns import rename_columns
-from fedtune.data.decode import readable
+from fedtune.data.decode import Decoder, decode, readable
 from fedtune.data.label_encoders import LABEL_ENCODERS, find_label_column, iter_class_numbers
 from fedtune.data.sources import read_data_source
 from fedtune.data.splits import number_groups, split_dataset
-from fedtune.data.table import Pictures, Table, concatenate
+from fedtune.data.table import Kind, Pictures, Recordings, Table, concatenate
+from fedtune.data.wave_files import decode_wave
 from fedtune.errors import DataError
 from fedtune.recipe.schema import Recipe
 from fedtune.seeds import derive_seed
@@ -92,16 +93,29 @@ def _found(recipe: Recipe, columns: Sequence[str]) -> tuple[dict[str, Table], tu
         raise DataError(
             f"{recipe.data.source} has texts in one part and conversations in another; name the task's format"
         )
-    if not isinstance(found["train"].kinds.get("image"), Pictures):
-        return found, source.notes
-    lost: list[str] = []
-    for part, table in found.items():
-        found[part], names = readable(table, skip=recipe.data.skip_unreadable)
-        lost += names
-    if not lost:
-        return found, source.notes
-    note = f"{recipe.data.source}: {len(lost)} images cannot be read and are left out, among them {lost[0]}"
-    return found, (*source.notes, note)
+    found, notes = _without_unreadable(recipe, found)
+    return found, (*source.notes, *notes)
+
+
+_DECODERS: Mapping[str, tuple[type[Kind], Decoder, str]] = {
+    "image": (Pictures, decode, "images"),
+    "audio": (Recordings, decode_wave, "recordings"),
+}
+
+
+def _without_unreadable(recipe: Recipe, found: dict[str, Table]) -> tuple[dict[str, Table], tuple[str, ...]]:
+    """Return the tables without unreadable images or recordings, and a note of what is left out."""
+    for column, (kind, decoder, noun) in _DECODERS.items():
+        if not isinstance(found["train"].kinds.get(column), kind):
+            continue
+        read = {part: readable(one, column, decoder, skip=recipe.data.skip_unreadable) for part, one in found.items()}
+        lost = [name for _, names in read.values() for name in names]
+        kept = {part: table for part, (table, _) in read.items()}
+        if not lost:
+            return kept, ()
+        note = f"{recipe.data.source}: {len(lost)} {noun} cannot be read and are left out, among them {lost[0]}"
+        return kept, (note,)
+    return found, ()
 
 
 def _check(source: str, part: str, table: Table) -> None:

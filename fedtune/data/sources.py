@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fedtune.data import conversation_samples, image_samples, personal_data_samples, sentiment_samples
+from fedtune.data import audio_samples, conversation_samples, image_samples, personal_data_samples, sentiment_samples
+from fedtune.data.class_folder import class_folder, has_metadata_table
 from fedtune.data.file_digest import digest_files
-from fedtune.data.image_folder import has_metadata_table, image_folder
 from fedtune.data.listing import PARTS, files_in, parts_of
 from fedtune.data.plug_in_sources import find_source_plug_in, list_source_plug_ins, read_plug_in_source
 from fedtune.data.split_column import by_column
@@ -98,16 +98,21 @@ def _local(builder: str, *endings: str) -> Callable[[str, DataSettings], Found]:
 
 
 def _placed(table: Table, data: DataSettings, path: Path) -> Table:
-    column, folder = data.columns.image, path if path.is_dir() else path.parent
-    return table if column in table.kinds else Table(with_places(table.columns, column, folder), table.kinds)
+    folder = path if path.is_dir() else path.parent
+    for column in (data.columns.image, data.columns.audio):
+        if column not in table.kinds:
+            table = Table(with_places(table.columns, column, folder), table.kinds)
+    return table
 
 
 def _folder(name: str, data: DataSettings) -> Found:
     path = _there(name)
     if not path.is_dir():
-        raise DataError(f"{path} is no folder; name the folder that contains a folder of images for each class")
+        raise DataError(
+            f"{path} is no folder; name the folder that contains a folder of images or wav files for each class"
+        )
     if not has_metadata_table(path):
-        return Found(image_folder(path, parts=data.columns.split is not False))
+        return Found(class_folder(path, parts=data.columns.split is not False))
     from fedtune.data.loaded import from_files
 
     return Found(from_files(path, "imagefolder", data_dir=str(path)))
@@ -143,6 +148,7 @@ _SAMPLES: dict[str, Callable[[], dict[str, Table]]] = {
     "mnist-5k": image_samples.mnist_5k,
     "personal-data": personal_data_samples.personal_data,
     "sentiment": sentiment_samples.sentiment,
+    "spoken-prompts": audio_samples.spoken_prompts,
 }
 _ON_DISK = frozenset({"jsonl", "parquet"})
 """Kinds whose columns stay on the disk until they are asked for."""

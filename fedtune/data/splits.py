@@ -77,8 +77,10 @@ def _contents(table: Table) -> Iterator[bytes]:
         yield from (prompt.encode() for prompt in table["prompt"])
     elif "words" in table.column_names:
         yield from ("\x1f".join(words).encode() for words in table["words"])
-    elif isinstance(table.kinds["image"], Pictures):
-        for stored in table.pictures():
+    elif (files := "audio" if "audio" in table.column_names else "image") == "audio" or isinstance(
+        table.kinds["image"], Pictures
+    ):
+        for stored in table.records(files):
             yield stored["bytes"] or Path(stored["path"]).read_bytes()
     else:
         yield from (image.tobytes() for image in table.greys().astype(np.uint8))

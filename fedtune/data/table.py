@@ -13,12 +13,17 @@ from numpy.typing import ArrayLike, NDArray
 
 from fedtune.data.column import Column, Rows, Values, concatenate_columns
 
-__all__ = ["ClassLists", "Classes", "Greys", "Kind", "Pictures", "Table", "concatenate"]
+__all__ = ["ClassLists", "Classes", "Greys", "Kind", "Pictures", "Recordings", "Table", "concatenate"]
 
 
 @dataclass(frozen=True)
 class Pictures:
     """Encoded images: records of ``bytes`` and ``path``, one of which may be missing."""
+
+
+@dataclass(frozen=True)
+class Recordings:
+    """Encoded audio: records of ``bytes`` and ``path``, one of which may be missing."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class ClassLists:
     names: tuple[str, ...]
 
 
-Kind = Pictures | Greys | Classes | ClassLists
+Kind = Pictures | Recordings | Greys | Classes | ClassLists
 """The kind of a column that holds more than plain values."""
 
 
@@ -84,7 +89,11 @@ class Table:
 
     def pictures(self) -> Iterator[Mapping[str, Any]]:
         """Yield the encoded images one at a time, so that only one is copied into memory."""
-        whole = self.columns["image"]
+        return self.records("image")
+
+    def records(self, name: str) -> Iterator[Mapping[str, Any]]:
+        """Yield the encoded images or recordings of a column one at a time."""
+        whole = self.columns[name]
         for row in range(len(whole)) if self.rows is None else self.rows.tolist():
             yield whole[row]
 

@@ -34,13 +34,19 @@ def _read(kind: str, file: Path, data: DataSettings) -> tuple[dict[str, Column],
     if kind == "text":
         return lines(file, data.encoding)
     columns = data.columns
-    wanted = [name for name in (columns.text, columns.image, columns.label, columns.group, columns.domain) if name]
+    wanted = [
+        name
+        for name in (columns.text, columns.image, columns.audio, columns.label, columns.group, columns.domain)
+        if name
+    ]
     found, guessed = table(file, data.delimiter, data.encoding, wanted, columns.label)
-    return with_places(found, columns.image, file.parent), guessed
+    for column in (columns.image, columns.audio):
+        found = with_places(found, column, file.parent)
+    return found, guessed
 
 
 def with_places(found: Mapping[str, Column], column: str, folder: Path) -> dict[str, Column]:
-    """Make relative paths of images in ``column`` absolute, relative to the folder of the file that lists them."""
+    """Make relative paths of files in ``column`` absolute, relative to the folder of the file that lists them."""
     paths = found[column].values() if column in found else []
     if not any(isinstance(path, str) for path in paths):
         return dict(found)

@@ -2,6 +2,7 @@
 
 from fedtune.models.load import (
     class_names,
+    load_feature_extractor,
     load_model,
     load_tokenizer,
     preprocessor,
@@ -11,6 +12,7 @@ from fedtune.models.load import (
 
 __all__ = [
     "class_names",
+    "load_feature_extractor",
     "load_model",
     "load_tokenizer",
     "preprocessor",

@@ -54,7 +54,7 @@ def load_image_model(
     """
     config = _config(folder)
     kind: str = config["kind"]
-    if task.reads_text or not task.has_new_head:
+    if task.auto_class != "AutoModelForImageClassification":
         raise ModelError(f"{model.source} is a model of kind {kind}, which does not do {task.name}; choose another")
     if quantised:
         raise ModelError(f"{model.source} is a model of kind {kind}, which has no four-bit form; take lora")

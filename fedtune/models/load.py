@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from fedtune.errors import ModelError
 from fedtune.models import image_model_files
 from fedtune.models.classifier import ImageClassifier
 from fedtune.models.model_task import ModelTask
@@ -20,6 +21,7 @@ from fedtune.recipe.schema import ModelSettings
 
 __all__ = [
     "class_names",
+    "load_feature_extractor",
     "load_model",
     "load_tokenizer",
     "preprocessor",
@@ -63,6 +65,16 @@ def load_tokenizer(model: ModelSettings) -> Any:
     from fedtune.models import pretrained
 
     return pretrained.load_pretrained_tokenizer(model, resolve_model_source(model.source))
+
+
+def load_feature_extractor(model: ModelSettings) -> Any:
+    """Load the feature extractor of an audio model, a transformers ``SequenceFeatureExtractor``."""
+    location = resolve_model_source(model.source)
+    if image_model_files.is_fedtune_image_model(location):
+        raise ModelError(f"{model.source} is a model of images, which does not read audio; choose another")
+    from fedtune.models import feature_extractor
+
+    return feature_extractor.load_feature_extractor(model.source, location)
 
 
 def preprocessor(model: ModelSettings) -> Preprocessor:

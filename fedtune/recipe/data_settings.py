@@ -26,6 +26,7 @@ class ColumnSettings(SettingsModel):
 
     text: str = "text"
     image: str = "image"
+    audio: str = Field("audio", description="path of a wav file, or its content")
     text_pair: str = Field("text_pair", description="second text of a pair")
     label: str = Field("label", description="a class, several classes or a number, depending on the task")
     target: str = Field("target", description="text to generate")
@@ -138,7 +139,9 @@ class DataSettings(SettingsModel):
         "memory", description="disk: tokenise texts once into the cache and read them there; text-generation only"
     )
     encoding: str | None = Field(None, description="encoding of csv and text files, e.g. cp1252; default: detected")
-    skip_unreadable: bool = Field(False, description="leave out images that cannot be read, and report their number")
+    skip_unreadable: bool = Field(
+        False, description="leave out images and recordings that cannot be read, and report their number"
+    )
 
     @field_validator("encoding")
     @classmethod

@@ -28,7 +28,7 @@ def require_readable(model: nn.Module, examples: EncodedDataset, recipe: Recipe,
     if not len(examples):
         return
     if examples.lengths is None:
-        _require_side(model, examples, recipe)
+        _require_size(model, examples, recipe)
         return
     ids = examples.make_batch([int(examples.lengths.argmax())])["input_ids"]
     counts, largest = _count_tokens(examples)
@@ -103,9 +103,19 @@ def _told_positions(model: nn.Module) -> int | None:
     return min((number for number in found if isinstance(number, int) and number > 0), default=None)
 
 
-def _require_side(model: nn.Module, examples: EncodedDataset, recipe: Recipe) -> None:
+def _require_size(model: nn.Module, examples: EncodedDataset, recipe: Recipe) -> None:
+    """Raise ModelError where the model cannot read an image or a recording of the size that all have."""
+    batch = examples.make_batch([0])
+    if "pixel_values" in batch:
+        _require_side(model, batch["pixel_values"], recipe)
+        return
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    if (why := _reads(model, inputs)) is not None:
+        raise ModelError(f"{recipe.model.source} cannot read the recordings ({why}); change max_seconds of the task")
+
+
+def _require_side(model: nn.Module, pixels: Tensor, recipe: Recipe) -> None:
     size = getattr(getattr(model, "config", None), "image_size", None)
-    pixels = examples.make_batch([0])["pixel_values"]
     if size is None or size == pixels.shape[-1]:
         return
     if (why := _reads(model, {"pixel_values": pixels.to(next(model.parameters()).dtype)})) is not None:
