@@ -36,8 +36,8 @@ def _save(folder: Path) -> None:
         time_stride=8,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        num_labels=5,
     )
+    config.num_labels = 5  # languages of the spoken prompts
     with torch.random.fork_rng(devices=[]), silence_transformers():
         torch.manual_seed(0)
         ASTForAudioClassification(config).save_pretrained(folder)
