@@ -74,13 +74,18 @@ def _part(recipe: Recipe, source: str) -> tuple[RunContext, Rows]:
 
 
 def _own(recipe: Recipe, labels: tuple[str, ...], source: str) -> tuple[RunContext, Rows]:
-    """Return a run context whose train split has all examples of the source. Columns are named as in the recipe."""
+    """Return a run context whose train split has all examples of the source.
+
+    Columns are named as in the recipe, and its filter and map are applied.
+    """
     columns = recipe.data.columns.model_dump(exclude={"group", "domain"})
     skip = recipe.data.skip_unreadable
     chosen = DataSettings(
         source=source,
         columns=ColumnSettings.model_validate(columns),
         skip_unreadable=skip,
+        filter=recipe.data.filter,
+        map=recipe.data.map,
         tokens=recipe.data.tokens if source.startswith(("jsonl:", "parquet:")) else "memory",
     )
     recipe = recipe.model_copy(update={"data": chosen})

@@ -1,0 +1,51 @@
+"""Joins one column of several sources, whose types may differ."""
+
+from collections.abc import Sequence
+
+from fedtune.data.column import Column, Values, concatenate_columns, objects
+from fedtune.data.table import Classes, ClassLists, Greys, Kind, Pictures
+from fedtune.errors import DataError
+
+__all__ = ["join_column"]
+
+
+def join_column(
+    name: str, columns: Sequence[Column], kinds: Sequence[Kind | None], titles: Sequence[str]
+) -> tuple[Column, Kind | None]:
+    """Join columns. Class numbers of different lists of classes become names; DataError for types that do not fit."""
+    if len(set(kinds)) > 1 and not any(isinstance(kind, Greys | Pictures) for kind in kinds):
+        named = zip(columns, kinds, titles, strict=True)
+        columns, kinds = [_name_classes(column, kind, title) for column, kind, title in named], [None]
+    forms = [_describe_form(name, column, kind) for column, kind in zip(columns, [*kinds] * len(columns), strict=False)]
+    if other := next((at for at, form in enumerate(forms) if form and form != forms[0]), None):
+        raise DataError(
+            f"column {name!r} is {forms[0]} in {titles[0]} and {forms[other]} in {titles[other]}; make them alike, "
+            f"e.g. with map: {{{name}: text({name})}} for one of data.sources"
+        )
+    return concatenate_columns([column for column in columns if len(column)] or [columns[0]]), kinds[0]
+
+
+def _name_classes(column: Column, kind: Kind | None, title: str) -> Column:
+    if isinstance(kind, ClassLists):
+        return Values(objects([kind.names[int(one)] for one in row] for row in column.values()))
+    if not isinstance(kind, Classes):
+        return column
+    numbers = column.values()
+    if any(number < 0 for number in numbers):
+        raise DataError(f"{title} has rows without a class; leave them out, e.g. with filter: label is not None")
+    return Values(objects(kind.names[int(number)] for number in numbers))
+
+
+def _describe_form(name: str, column: Column, kind: Kind | None) -> str:
+    """Return what must be the same in all sources, in words; an empty string where nothing must."""
+    if isinstance(kind, Pictures):
+        return "encoded images"
+    if isinstance(kind, Greys) and isinstance(column, Values):
+        return f"grey images of {' x '.join(map(str, column.array.shape[1:]))} pixels"
+    if name not in ("label", "tags") or not len(column):
+        return ""
+    value = column[0]
+    first = next(iter(value), None) if isinstance(value, list | tuple) else value
+    if isinstance(first, bool):
+        return "true or false"
+    return "text" if isinstance(first, str) else "" if first is None else "numbers"
