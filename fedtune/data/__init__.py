@@ -2,6 +2,7 @@
 
 from fedtune.data.column import Values
 from fedtune.data.encoded_dataset import EncodedDataset
+from fedtune.data.examples import SourceCounts
 from fedtune.data.load import DataSplits, load_all_examples, load_data, load_trainable_examples
 from fedtune.data.partition import partition_examples
 from fedtune.data.partition_plug_in import Partition, check_partition
@@ -14,6 +15,7 @@ __all__ = [
     "EncodedDataset",
     "Partition",
     "PartitionSummary",
+    "SourceCounts",
     "Table",
     "Values",
     "check_partition",

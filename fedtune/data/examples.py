@@ -1,7 +1,7 @@
 """Reads the examples of a recipe with canonical columns: of one source, of one source per split, or of several."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from fedtune.data.columns import rename_columns
 from fedtune.data.decode import readable
@@ -21,13 +21,17 @@ _NO_SOURCES = dict.fromkeys(("train", "validation", "test", "sources"))
 
 @dataclass(frozen=True)
 class SourceCounts:
-    """What came of a source: its rows that were kept, and per split how many examples they give with the weight."""
+    """The rows of a source that the filter kept and removed.
+
+    For a joined source, ``parts`` are the examples that it gives to each split, with its weight.
+    """
 
     source: str
     name: str
+    rows: int
     removed: int
-    weight: float
-    parts: dict[str, int]
+    weight: float = 1.0
+    parts: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -75,19 +79,16 @@ def _read_joined(recipe: Recipe, columns: Sequence[str], sources: list[JoinedSou
     """Read several sources, split each, and join their splits."""
     read: list[SourceTables] = []
     notes: list[str] = []
-    removed: list[int] = []
+    counts: list[SourceCounts] = []
     for number, source in enumerate(sources):
         data = _settle_source(recipe.data, source)
         found = _read_source(_with_data(recipe, data), columns, "train", _name_keys(source, number), source.name)
-        drawn = not found.parts.keys() > {"train"}
+        drawn = found.parts.keys() == {"train"}
         read.append(SourceTables(source.source, source.weight, split_dataset(data, found.parts), drawn))
         notes += found.notes
-        removed.append(found.removed)
+        counts.append(replace(_count(data, found, source.name or ""), weight=source.weight))
     joined = join_sources(read, recipe.seed)
-    counts = (
-        SourceCounts(source.source, source.name or "", gone, source.weight, parts)
-        for source, gone, parts in zip(sources, removed, joined.counts, strict=True)
-    )
+    counts = [replace(one, parts=parts) for one, parts in zip(counts, joined.counts, strict=True)]
     return Examples(joined.parts, (*notes, *joined.notes), tuple(counts))
 
 
@@ -143,5 +144,4 @@ def _check_forms(title: str, found: dict[str, Table]) -> None:
 
 
 def _count(data: DataSettings, found: Found, name: str) -> SourceCounts:
-    sizes = {part: len(table) for part, table in found.parts.items()}
-    return SourceCounts(str(data.source), name, found.removed, 1.0, sizes)
+    return SourceCounts(str(data.source), name, sum(map(len, found.parts.values())), found.removed)
