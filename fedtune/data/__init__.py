@@ -3,7 +3,7 @@
 from fedtune.data.column import Values
 from fedtune.data.encoded_dataset import EncodedDataset
 from fedtune.data.examples import SourceCounts
-from fedtune.data.load import DataSplits, load_all_examples, load_data, load_trainable_examples
+from fedtune.data.load import DataSplits, limit_examples, load_all_examples, load_data, load_trainable_examples
 from fedtune.data.partition import partition_examples
 from fedtune.data.partition_plug_in import Partition, check_partition
 from fedtune.data.partition_summary import ClientExamples, PartitionSummary, summarise_partition
@@ -19,6 +19,7 @@ __all__ = [
     "Table",
     "Values",
     "check_partition",
+    "limit_examples",
     "load_all_examples",
     "load_data",
     "load_trainable_examples",

@@ -16,7 +16,7 @@ from fedtune.data.expression_types import WrongTypeError, get_kind, require_kind
 
 __all__ = ["CALLS", "MAX_BYTES", "count_bytes"]
 
-MAX_BYTES = 1 << 30
+MAX_BYTES = 1 << 28
 """The most bytes of text that the rows computed together may grow to."""
 Nodes = Sequence[ast.expr]
 Call = Callable[[Sequence[Any], Nodes], Any]

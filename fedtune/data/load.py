@@ -13,7 +13,7 @@ from fedtune.errors import DataError
 from fedtune.recipe.schema import Recipe
 from fedtune.seeds import derive_seed
 
-__all__ = ["DataSplits", "load_all_examples", "load_data", "load_trainable_examples"]
+__all__ = ["DataSplits", "limit_examples", "load_all_examples", "load_data", "load_trainable_examples"]
 
 RESERVED_DOMAINS = frozenset({"all", "mean"})
 """Names of summaries over domains, which no domain may have."""
@@ -55,11 +55,7 @@ def load_data(recipe: Recipe, columns: Sequence[str], known: Sequence[str] = ())
     divided = split_dataset(recipe.data, found)
     for part, table in divided.items():
         _check(source, part, table)
-    train = (
-        divided["train"]
-        if recipe.data.max_train_examples is None
-        else _limited(recipe, divided["train"], recipe.data.max_train_examples)
-    )
+    train = limit_examples(recipe, divided["train"])
     all_notes = (*read.notes, *(_absent(source, divided, name, labels) if name else ()))
     return DataSplits(train, divided["validation"], divided["test"], labels, all_notes, read.sources)
 
@@ -114,8 +110,11 @@ def _absent(source: str, divided: Mapping[str, Table], column: str, labels: tupl
             yield f"{source}: the {part} split has no example of class {absent[0]!r}{several}; {means}"
 
 
-def _limited(recipe: Recipe, train: Table, limit: int) -> Table:
-    """Select whole groups in random order, derived from the seed, up to ``limit`` examples."""
+def limit_examples(recipe: Recipe, train: Table) -> Table:
+    """Select whole groups in random order, derived from the seed, up to ``data.max_train_examples``."""
+    limit = recipe.data.max_train_examples
+    if limit is None:
+        return train
     group = number_groups(train)
     sizes = np.bincount(group)
     order = np.random.default_rng(derive_seed(recipe.seed, "limit")).permutation(len(sizes))
