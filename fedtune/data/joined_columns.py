@@ -15,14 +15,18 @@ def join_column(
     """Join columns. Class numbers of different lists of classes become names; DataError for types that do not fit."""
     if len(set(kinds)) > 1 and not any(isinstance(kind, Greys | Pictures) for kind in kinds):
         named = zip(columns, kinds, titles, strict=True)
-        columns, kinds = [_name_classes(column, kind, title) for column, kind, title in named], [None]
-    forms = [_describe_form(name, column, kind) for column, kind in zip(columns, [*kinds] * len(columns), strict=False)]
-    if other := next((at for at, form in enumerate(forms) if form and form != forms[0]), None):
-        raise DataError(
-            f"column {name!r} is {forms[0]} in {titles[0]} and {forms[other]} in {titles[other]}; make them alike, "
-            f"e.g. with map: {{{name}: text({name})}} for one of data.sources"
-        )
+        columns, kinds = [_name_classes(column, kind, title) for column, kind, title in named], [None] * len(columns)
+    forms = [_describe_form(name, column, kind) for column, kind in zip(columns, kinds, strict=True)]
+    _check_forms(name, [(form, title) for form, title in zip(forms, titles, strict=True) if form])
     return concatenate_columns([column for column in columns if len(column)] or [columns[0]]), kinds[0]
+
+
+def _check_forms(name: str, forms: Sequence[tuple[str, str]]) -> None:
+    for form, title in forms[1:]:
+        if form != forms[0][0]:
+            mend = "" if "image" in form else f", e.g. with map: {{{name}: text({name})}} for one of data.sources"
+            difference = f"{forms[0][0]} in {forms[0][1]} and {form} in {title}"
+            raise DataError(f"column {name!r} is {difference}; make them alike{mend}")
 
 
 def _name_classes(column: Column, kind: Kind | None, title: str) -> Column:
