@@ -1,7 +1,9 @@
 """Column expressions give what pandas gives, and refuse everything that is no column expression, quickly."""
 
+import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -156,3 +158,9 @@ def test_texts_that_would_grow_without_end_are_refused() -> None:
     with pytest.raises(WrongTypeError, match="too long"):
         compute_expression(parse_expression(grown), {"text": pa.array(["a" * 50])}, 1)
     assert time.process_time() - started < 30
+
+
+def test_the_documentation_lists_every_function() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    assert {name for row in rows for name in re.findall(r"`(\w+)\(", row)} == FUNCTIONS.keys()
