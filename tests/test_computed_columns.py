@@ -150,7 +150,7 @@ def test_joined_tokens_on_the_disk_are_those_in_memory(home: Path, tmp_path: Pat
     write_texts(tmp_path, 70)
     (tmp_path / "data.jsonl").rename(tmp_path / "more.jsonl")
     write_texts(tmp_path, 90)
-    sources = [
+    sources: list[dict[str, Any]] = [
         {"source": f"jsonl:{tmp_path / 'data.jsonl'}", "weight": 1.5},
         {"source": f"jsonl:{tmp_path / 'more.jsonl'}", "map": {"text": "'dog ' + text"}, "filter": "length(text) > 20"},
     ]

@@ -48,7 +48,9 @@ def test_joined_halves_are_the_whole_file(tmp_path: Path) -> None:
 
 
 def test_own_columns_filter_map_and_name_give_the_table_built_by_hand(tmp_path: Path) -> None:
-    first = [{"review": f"review {row}", "verdict": "yes" if row % 2 else "no", "stars": row % 5} for row in range(80)]
+    first: list[dict[str, Any]] = [
+        {"review": f"review {row}", "verdict": "yes" if row % 2 else "no", "stars": row % 5} for row in range(80)
+    ]
     second = [
         {"title": f"t{row}", "body": f"body {row}", "label": ["no", "yes", "maybe"][row % 3]} for row in range(60)
     ]
@@ -96,7 +98,7 @@ def test_a_weight_counts_training_examples_and_leaves_the_other_splits(tmp_path:
 
 
 def test_a_fraction_draws_whole_groups(tmp_path: Path) -> None:
-    source = {"source": write_csv(tmp_path / "a.csv", range(200)), "weight": 0.5}
+    source: dict[str, Any] = {"source": write_csv(tmp_path / "a.csv", range(200)), "weight": 0.5}
     columns = {"columns": {"group": "author"}}
     found, plain = load(source, settings=columns), load(source["source"], settings=columns)
     sizes = {group: plain.train["group"].count(group) for group in plain.train["group"]}

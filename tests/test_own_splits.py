@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import ClassLabel, Dataset, Features, Value
 
 from fedtune import data, tasks
 from fedtune.device.local_data import LocalData
@@ -67,6 +68,23 @@ def test_a_class_that_training_lacks_is_said(tmp_path: Path) -> None:
     found = load(train=train, test=write(tmp_path / "b.csv", range(30), labels=("no", "yes", "maybe")))
     assert found.label_names == ("maybe", "no", "yes")
     assert any("train split has no example of class 'maybe'; nothing is learned of it" in note for note in found.notes)
+
+
+def test_class_numbers_of_another_order_become_names(tmp_path: Path) -> None:
+    for name, order in (("train", ["neg", "pos"]), ("test", ["pos", "neg"])):
+        rows = {"text": [f"{name} {row}" for row in range(60)], "label": [row % 2 for row in range(60)]}
+        kinds = Features({"text": Value("string"), "label": ClassLabel(names=order)})
+        Dataset.from_dict(rows, features=kinds).save_to_disk(str(tmp_path / name))
+    found = load(train=f"disk:{tmp_path / 'train'}", test=f"disk:{tmp_path / 'test'}")
+    assert [found.label_names[number] for number in found.test["label"]] == ["pos", "neg"] * 30
+    for text, number in zip(found.train["text"], found.train["label"], strict=True):
+        assert found.label_names[number] == ("neg", "pos")[int(text.split()[1]) % 2]
+
+
+def test_labels_of_two_types_are_one_sentence(tmp_path: Path) -> None:
+    train, test = write(tmp_path / "a.csv", range(60)), write(tmp_path / "b.csv", range(9), labels=("0", "1"))
+    with pytest.raises(DataError, match=r"column 'label' is text in csv:.*a.csv and numbers in csv:.*text\(label\)"):
+        load(train=train, test=test)
 
 
 @pytest.mark.parametrize(

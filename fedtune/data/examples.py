@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from fedtune.data.columns import rename_columns
 from fedtune.data.decode import readable
+from fedtune.data.joined_columns import align_columns
 from fedtune.data.joined_tables import SourceTables, join_sources
 from fedtune.data.listing import PARTS
 from fedtune.data.sources import Found, SettingKeys, read_data_source
@@ -68,7 +69,22 @@ def _read_own_splits(recipe: Recipe, columns: Sequence[str]) -> Examples:
         notes += found.notes
         counts.append(_count(data, replace(found, parts=own), part))
     _check_forms(recipe.data.title, parts)
-    return Examples(parts, tuple(notes), tuple(counts))
+    titles = [str(getattr(recipe.data, part) or recipe.data.train) for part in parts]
+    return Examples(_align_splits(parts, titles), tuple(notes), tuple(counts))
+
+
+def _align_splits(parts: dict[str, Table], titles: list[str]) -> dict[str, Table]:
+    """Give labels of splits from different files one type and one list of classes; DataError if that cannot be."""
+    for name in ("image", "label", "labels", "tags"):
+        tables = list(parts.values())
+        if name not in tables[0].column_names:
+            continue
+        kinds = [table.kinds.get(name) for table in tables]
+        columns, kind = align_columns(name, [table.column(name) for table in tables], kinds, titles)
+        if len(set(kinds)) > 1:
+            aligned = zip(parts, tables, columns, strict=True)
+            parts = {part: table.with_column(name, column, kind) for part, table, column in aligned}
+    return parts
 
 
 def _list_unnamed(part: str, named: Sequence[str]) -> list[str]:

@@ -6,25 +6,36 @@ from fedtune.data.column import Column, Values, concatenate_columns, objects
 from fedtune.data.table import Classes, ClassLists, Greys, Kind, Pictures
 from fedtune.errors import DataError
 
-__all__ = ["join_column"]
+__all__ = ["align_columns", "join_column"]
 
 
 def join_column(
     name: str, columns: Sequence[Column], kinds: Sequence[Kind | None], titles: Sequence[str]
 ) -> tuple[Column, Kind | None]:
-    """Join columns. Class numbers of different lists of classes become names; DataError for types that do not fit."""
+    """Join columns after they are aligned."""
+    aligned, kind = align_columns(name, columns, kinds, titles)
+    return concatenate_columns([column for column in aligned if len(column)] or [aligned[0]]), kind
+
+
+def align_columns(
+    name: str, columns: Sequence[Column], kinds: Sequence[Kind | None], titles: Sequence[str]
+) -> tuple[Sequence[Column], Kind | None]:
+    """Return columns of one kind. Class numbers of different lists of classes become names.
+
+    Raises DataError for types that do not fit.
+    """
     if len(set(kinds)) > 1 and not any(isinstance(kind, Greys | Pictures) for kind in kinds):
         named = zip(columns, kinds, titles, strict=True)
         columns, kinds = [_name_classes(column, kind, title) for column, kind, title in named], [None] * len(columns)
     forms = [_describe_form(name, column, kind) for column, kind in zip(columns, kinds, strict=True)]
     _check_forms(name, [(form, title) for form, title in zip(forms, titles, strict=True) if form])
-    return concatenate_columns([column for column in columns if len(column)] or [columns[0]]), kinds[0]
+    return columns, kinds[0]
 
 
 def _check_forms(name: str, forms: Sequence[tuple[str, str]]) -> None:
     for form, title in forms[1:]:
         if form != forms[0][0]:
-            mend = "" if "image" in form else f", e.g. with map: {{{name}: text({name})}} for one of data.sources"
+            mend = "" if "image" in form else f", e.g. with map: {{{name}: text({name})}}"
             difference = f"{forms[0][0]} in {forms[0][1]} and {form} in {title}"
             raise DataError(f"column {name!r} is {difference}; make them alike{mend}")
 
