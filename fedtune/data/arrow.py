@@ -31,7 +31,7 @@ class Arrow(Column):
         """Select rows."""
         return Arrow(self._chunks, rows if self._rows is None else self._rows[rows])
 
-    def settle(self) -> pa.ChunkedArray:
+    def select_chunks(self) -> pa.ChunkedArray:
         """Return the selected rows as chunks."""
         if self._rows is None:
             return self._chunks
@@ -53,7 +53,7 @@ class Arrow(Column):
 
     def values(self) -> list[Any]:
         """Return all values as a list."""
-        found: list[Any] = self.settle().to_pylist()
+        found: list[Any] = self.select_chunks().to_pylist()
         return found
 
     def structures(self) -> list[Any]:
@@ -62,7 +62,7 @@ class Arrow(Column):
 
     def find_missing_row(self) -> int | None:
         """Return the first row that is null, without converting the other values to Python objects."""
-        settled = self.settle()
+        settled = self.select_chunks()
         return pc.index(settled.is_null(), pa.scalar(True)).as_py() if settled.null_count else None
 
     def texts(self) -> "Arrow":
@@ -70,7 +70,7 @@ class Arrow(Column):
         if self.nested:
             raise TypeError(f"{self.nested} is not text")
         try:
-            return Arrow(self.settle().cast(pa.string()))
+            return Arrow(self.select_chunks().cast(pa.string()))
         except pa.ArrowException as error:
             raise TypeError(str(error)) from error
 

@@ -134,7 +134,7 @@ def _as_chunks(table: Table, name: str, expression: _Expression) -> pa.ChunkedAr
     """Return a column as Arrow's. Class numbers become their names."""
     column, kind = table.column(name), table.kinds.get(name)
     try:
-        found = column.settle() if isinstance(column, Arrow) else _convert_values(column)
+        found = column.select_chunks() if isinstance(column, Arrow) else _convert_values(column)
     except (pa.ArrowException, TypeError, OverflowError) as error:
         problem = f"column {name!r} holds values of several types or images; use another column"
         raise expression.fail(problem, "data-unfit") from error

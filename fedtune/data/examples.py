@@ -97,7 +97,7 @@ def _read_joined(recipe: Recipe, columns: Sequence[str], sources: list[JoinedSou
     notes: list[str] = []
     counts: list[SourceCounts] = []
     for number, source in enumerate(sources):
-        data = _settle_source(recipe.data, source)
+        data = _resolve_source(recipe.data, source)
         found = _read_source(_with_data(recipe, data), columns, "train", _name_keys(source, number), source.name)
         drawn = found.parts.keys() == {"train"}
         read.append(SourceTables(source.source, source.weight, split_dataset(data, found.parts), drawn))
@@ -108,7 +108,7 @@ def _read_joined(recipe: Recipe, columns: Sequence[str], sources: list[JoinedSou
     return Examples(joined.parts, (*notes, *joined.notes), tuple(counts))
 
 
-def _settle_source(data: DataSettings, source: JoinedSource) -> DataSettings:
+def _resolve_source(data: DataSettings, source: JoinedSource) -> DataSettings:
     """Return the settings of one joined source: its own, or else those of ``data``."""
     own = {
         key: value
