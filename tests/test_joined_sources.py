@@ -13,6 +13,7 @@ from fedtune.data.splits import iter_contents
 from fedtune.errors import DataError, FedtuneError, RecipeError
 from fedtune.simulation import resolve_recipe
 from tests.data_examples import a_recipe, csv_file, rows_of
+from tests.federations import execute, trivial
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -227,3 +228,10 @@ def test_a_source_that_is_not_there_is_named_by_its_key(tmp_path: Path) -> None:
 def test_settings_that_contradict_each_other_are_one_sentence(settings: str, problem: str) -> None:
     with pytest.raises(RecipeError, match=problem):
         a_recipe(f"data={settings}")
+
+
+def test_a_run_on_one_joined_source_has_the_bits_of_a_run_on_the_source(home: Path) -> None:
+    plain = execute(trivial(), run="run-plain")
+    joined = execute(trivial("data={sources: ['sample:digits']}"), run="run-joined")
+    assert plain.hashes == joined.hashes
+    assert len(set(plain.hashes)) == 3
