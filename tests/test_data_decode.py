@@ -1,6 +1,9 @@
 """Pictures of every depth and kind become bytes of red, green and blue, or are refused by name."""
 
+import contextlib
 import io
+import random
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -142,3 +145,19 @@ def test_a_print_jpeg_is_not_a_negative() -> None:
 def test_sixteen_bit_greys_with_the_largest_byte_first_are_read_alike() -> None:
     image = Picture.frombytes("I;16B", (3, 2), LEVELS.astype(">u2").tobytes())
     assert decode(stored(image, "TIFF"), "x")[..., 0].tolist() == [[0, 3, 200], [0, 1, 255]]
+
+
+def test_damaged_camera_notes_are_refused_by_name_or_ignored() -> None:
+    """Bytes of the notes are replaced at random; some make Pillow raise struct.error when it turns the picture."""
+    exif = Picture.Exif()
+    exif[0x0112], exif[0x010F] = 6, "maker"
+    content = io.BytesIO()
+    Picture.new("RGB", (16, 8)).save(content, "JPEG", exif=exif)
+    chance = random.Random(0)
+    for _ in range(1500):
+        damaged = bytearray(content.getvalue())
+        for _ in range(chance.randint(1, 4)):
+            damaged[chance.randint(12, 70)] = chance.randint(0, 255)
+        with contextlib.suppress(Unreadable), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            decode({"bytes": bytes(damaged), "path": None}, "x")

@@ -1,6 +1,7 @@
 """Decodes images to RGB bytes. Errors name the image that cannot be read."""
 
 import io
+import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ Decoder = Callable[[Mapping[str, Any], str], object]
 
 _SIXTEEN = ("I;16", "I;16L", "I;16B", "I;16N")
 _MOST_SIXTEEN = 65535
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError)
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error)
 """The exceptions that Pillow raises for damaged files and unknown formats."""
 
 
