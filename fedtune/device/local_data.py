@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from fedtune import data, tasks, techniques
 from fedtune.errors import DataError
+from fedtune.recipe.required_plug_ins import decode_plug_ins, require_plug_ins
 from fedtune.recipe.schema import ColumnSettings, DataSettings, Recipe
 from fedtune.training import RunContext, clear_run_context, get_run_context, prepare_model
 from fedtune.training.metrics import load_metrics
@@ -29,12 +30,13 @@ class LocalData:
 
     def get_context(self, request: TrainRequest) -> tuple[RunContext, Rows]:
         """Return the run context for a train request, and this device's rows of its train split."""
+        require_plug_ins(decode_plug_ins(request.plug_ins))
         recipe = Recipe.model_validate_json(request.recipe).get_client_recipe(request.client)
         key = (recipe.model_dump_json(), request.label_names)
         if self._held is None or self._key != key:
             self._held = None  # frees the last model before the next one is loaded
             clear_run_context()
-            techniques.build_techniques(recipe.train.techniques)  # one that is not installed here is refused first
+            techniques.build_techniques(recipe.train.techniques)  # one that cannot be imported is refused first
             if recipe.evaluation.local_holdout:
                 load_metrics(recipe)  # before the model: raises errors early, and counts in the memory in use
             if self._source.startswith("partition:"):
