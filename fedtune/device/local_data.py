@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedtune import data, tasks, techniques
+from fedtune.data.label_encoders import find_label_column
 from fedtune.errors import DataError
 from fedtune.recipe.required_plug_ins import decode_plug_ins, require_plug_ins
 from fedtune.recipe.schema import ColumnSettings, DataSettings, Recipe
@@ -55,14 +56,21 @@ def summarise_local_data(context: RunContext, rows: Rows) -> dict[str, int | dic
     """
     if context.recipe.privacy is not None and context.recipe.privacy.noise_added_by == "clients":
         return {}
-    return {"examples": len(rows), "labels": _counts(context.corpus.train, context.corpus.label_names, rows)}
+    return {"examples": len(rows), "labels": _count_classes(context, rows)}
 
 
-def _counts(train: data.Table, labels: tuple[str, ...], rows: Rows) -> dict[str, int]:
-    if not labels:
+def _count_classes(context: RunContext, rows: Rows) -> dict[str, int]:
+    """Count the examples that have each class. One that has several, such as words with tags, counts once for each."""
+    column = find_label_column(context.task.columns)
+    if column is None:
         return {}
-    counted: Mapping[int, int] = Counter(np.asarray(train["label"][:])[rows].tolist())
-    return {name: counted[number] for number, name in enumerate(labels) if counted[number] >= FEWEST}
+    counted: Mapping[int, int] = Counter(
+        number
+        for value in context.corpus.train.select(rows)[column]
+        for number in (set(value) if isinstance(value, list) else (value,))
+    )
+    names = enumerate(context.corpus.label_names)
+    return {name: counted[number] for number, name in names if counted[number] >= FEWEST}
 
 
 def _part(recipe: Recipe, source: str) -> tuple[RunContext, Rows]:
