@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from fedtune.data.conversation_samples import chatterbot, replies
 from fedtune.models.sources import resolve_model_source
@@ -36,13 +38,14 @@ def test_the_other_reply_belongs_to_another_question_of_the_topic() -> None:
     assert len(table) > 1900
     for _, reply, other, group, domain in zip(*columns.values(), strict=True):
         assert reply in given[group]
+        assert max(len(reply), len(other)) <= 200
         assert other in topics[domain] - given[group]
 
 
 def test_the_untrained_t5_is_the_same_wherever_it_is_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-    from fedtune.models.untrained_t5 import make_untrained_t5_folder
+    from fedtune.models.made_text_models import make_untrained_t5_folder
 
     folder = resolve_model_source("sample:t5-untrained")
     tokens = AutoTokenizer.from_pretrained(folder)
@@ -53,3 +56,14 @@ def test_the_untrained_t5_is_the_same_wherever_it_is_made(monkeypatch: pytest.Mo
     assert tokens("a reply")["input_ids"][-1] == tokens.eos_token_id == 102
     model = AutoModelForSeq2SeqLM.from_pretrained(folder)
     assert model.config.decoder_start_token_id == tokens.pad_token_id
+
+
+def test_the_masked_minilm_has_the_body_and_the_embeddings_of_minilm() -> None:
+    made, published = (
+        load_file(Path(resolve_model_source(f"sample:{name}")) / "model.safetensors")
+        for name in ("minilm-mlm", "minilm")
+    )
+    body = [name for name in published if name.startswith(("embeddings.", "encoder.")) and "position_ids" not in name]
+    assert len(body) > 90
+    assert all(torch.equal(made[f"bert.{name}"], published[name]) for name in body)
+    assert {name.partition(".")[0] for name in made} == {"bert", "cls"}

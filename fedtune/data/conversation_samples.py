@@ -17,6 +17,8 @@ from fedtune.sample_packages import SAMPLE_PACKAGES, fetch_sample
 __all__ = ["chatterbot", "replies"]
 
 _SPEAKERS = ("user", "assistant")
+LONGEST_REPLY = 200
+"""Characters of a reply in ``replies``: longer ones would not fit into the short texts that its recipes train on."""
 
 
 def chatterbot() -> dict[str, Table]:
@@ -30,7 +32,8 @@ def chatterbot() -> dict[str, Table]:
 def replies() -> dict[str, Table]:
     """Columns question, reply, other_reply, group, domain: the first two turns of each conversation.
 
-    The other reply is one to another question of the same topic, and never one that this question has too.
+    Replies have at most 200 characters. The other reply is one to another question of the same topic, and never one
+    that this question has too.
     """
     return {"train": _make_table([row for topic in _read_topics() for row in _add_other_replies(topic)])}
 
@@ -48,6 +51,7 @@ def _make_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 def _add_other_replies(topic: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """Pair each question with its reply and with the nearest fitting one, from half of the topic further on."""
     pairs = [(row, *(turn["content"] for turn in row["messages"][:2])) for row in topic if row["messages"]]
+    pairs = [pair for pair in pairs if len(pair[2]) <= LONGEST_REPLY]
     own: dict[str, set[str]] = {}
     for row, _, reply in pairs:
         own.setdefault(row["group"], set()).add(reply)
