@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fedtune.cli.option_parsers import parse_columns
+from fedtune.cli.option_parsers import DEVICES, parse_columns
 from fedtune.json_text import json_text
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ __all__ = ["evaluate"]
 @click.option(
     "--split", type=click.Choice(["validation", "test"]), help="Split of the run's own data.  [default: validation]"
 )
+@click.option("--device", type=click.Choice(DEVICES), help="Where the model computes.  [default: train.device]")
 @click.option("--store", metavar="URL", help="SQLAlchemy URL of the run store.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for other programs.")
 def evaluate(
@@ -31,6 +32,7 @@ def evaluate(
     source: str | None,
     columns: str | None,
     split: str | None,
+    device: str | None,
     store: str | None,
     as_json: bool,
 ) -> None:
@@ -43,6 +45,7 @@ def evaluate(
       fedtune evaluate latest --split test
       fedtune evaluate latest --data csv:reviews.csv --columns text=review,label=verdict
     """
+    from fedtune.accelerator import require_device
     from fedtune.errors import ModelError
     from fedtune.library.cached_export import load_checkpoint_target
     from fedtune.training import evaluate_model, get_run_context, set_model_state
@@ -54,6 +57,9 @@ def evaluate(
     if source is None and columns is not None:
         raise click.UsageError("--columns names the columns of --data; add it, e.g. --data csv:reviews.csv")
     recipe, state, run, at = load_checkpoint_target(target, round_number, store)
+    if device is not None:
+        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"device": device})})
+    require_device(recipe.train.device, "train.device" if device is None else "--device")
     context = get_run_context(recipe.model_dump_json())
     if context.local_tensors:
         raise ModelError(
@@ -69,7 +75,9 @@ def evaluate(
     scores = evaluate_model(context.evaluated_model, examples)
     if as_json:
         figures = [found._asdict() for found in scores]
-        click.echo(json_text({"run": run, "round": at, "data": scored, "metrics": figures}))
+        click.echo(
+            json_text({"run": run, "round": at, "data": scored, "device_type": context.device.type, "metrics": figures})
+        )
     else:
         _show_scores(scores, f"{run}, round {at}, on {scored} ({len(examples)} examples)")
 

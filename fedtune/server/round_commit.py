@@ -22,6 +22,7 @@ class RoundResult(NamedTuple):
     failure: str | None = None
     client_scores: tuple[ClientScore, ...] = ()
     main_metric: str | None = None
+    device_type: str | None = None
 
 
 def commit_round(store: Store, run_id: str, round_number: int, result: RoundResult) -> StoredState:
@@ -38,6 +39,7 @@ def commit_round(store: Store, run_id: str, round_number: int, result: RoundResu
         metrics=result.metrics,
         checkpoint=CheckpointRecord(path=path, sha256=sha256, bytes=file.stat().st_size),
         client_scores=result.client_scores,
+        device_type=result.device_type,
     )
     store.commit_round(run_id, record)
     emit_event(RoundEnded(record, result.main_metric))

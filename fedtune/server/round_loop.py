@@ -100,7 +100,9 @@ def _commit_start(context: RunContext, store: Store, run_id: str) -> SharedState
     started = time.perf_counter()
     state = get_model_state(context.model, context.shared_names)
     metrics = scoring.validation(context, state, 0)
-    return commit_round(store, run_id, 0, RoundResult(state, started, metrics=metrics, main_metric=context.main_metric))
+    device = context.device.type
+    result = RoundResult(state, started, metrics=metrics, main_metric=context.main_metric, device_type=device)
+    return commit_round(store, run_id, 0, result)
 
 
 def _run_round(run: ServerRun, clients: RunClients, state: SharedState, round_number: int) -> SharedState | None:
@@ -136,7 +138,8 @@ def _run_round(run: ServerRun, clients: RunClients, state: SharedState, round_nu
     scores = client_scores(updates, context.recipe.evaluation.metrics, context.task)
     if scoring.scored_after(context, round_number):
         scores += run.scoring.score_by_clients(clients, state, round_number, time.perf_counter() - started)
-    result = RoundResult(state, started, tuple(records), metrics, failure, scores, context.main_metric)
+    device = context.device.type
+    result = RoundResult(state, started, tuple(records), metrics, failure, scores, context.main_metric, device)
     state = commit_round(run.store, run_id, round_number, result)
     run.safeguards.record_commit(records)
     run.sending.bases.record_commit(round_number, records)

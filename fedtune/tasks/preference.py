@@ -21,6 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedtune.accelerator import find_device, move_tensors
 from fedtune.data import EncodedDataset, Table
 from fedtune.data.encoded_preferences import EncodedPreferences, encode_preferences
 from fedtune.data.encoded_texts import IGNORED_LABEL
@@ -74,7 +75,9 @@ class Preference(TextTask):
         model.eval()
         starts = range(0, len(examples), _REFERENCE_BATCH)
         rows = [range(start, min(start + _REFERENCE_BATCH, len(examples))) for start in starts]
-        found = [_compute_log_probabilities(model, examples.make_batch(part)).chunk(2) for part in rows]
+        device = find_device(model)
+        batches = (move_tensors(examples.make_batch(part), device) for part in rows)
+        found = [_compute_log_probabilities(model, batch).cpu().chunk(2) for batch in batches]
         model.train(training)
         return replace(examples, references=torch.cat([side[number] for number in (0, 1) for side in found]))
 

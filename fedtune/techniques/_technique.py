@@ -43,6 +43,9 @@ class Technique(NamedUnit):
     conflicts_with: ClassVar[Mapping[str, str]] = {}
     """Techniques that it cannot be combined with, and why: the end of a sentence."""
 
+    unsupported_devices: ClassVar[Mapping[str, str]] = {}
+    """Device types that it cannot compute on, and why: the end of a sentence."""
+
     def find_conflict(self, other: "Technique") -> str | None:
         """Why both cannot be combined with their settings, as the end of a sentence; None if they can."""
         return self.conflicts_with.get(other.name)

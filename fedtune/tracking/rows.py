@@ -26,7 +26,7 @@ Key = tuple[str, int]
 
 def make_round_row(run_id: str, record: RoundRecord) -> Row:
     """Return the row of the table of rounds."""
-    own = ("number", "status", "reason", "seconds")
+    own = ("number", "status", "reason", "seconds", "device_type")
     return {"run_id": run_id} | {name: getattr(record, name) for name in own}
 
 

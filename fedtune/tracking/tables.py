@@ -73,6 +73,7 @@ rounds = Table(
     Column("status", String(16), nullable=False),
     Column("reason", Text, nullable=False),
     Column("seconds", Measured),
+    Column("device_type", String(16)),
     ForeignKeyConstraint(["run_id"], ["runs.id"], ondelete="CASCADE"),
 )
 
@@ -94,6 +95,9 @@ client_records = Table(
     Column("update_norm", Measured),
     Column("train_loss", Measured),
     Column("staleness", Integer),
+    Column("device_type", String(16)),
+    Column("accelerator_memory", BigInteger),
+    Column("accelerator_reserved", BigInteger),
 )
 
 metrics = Table(

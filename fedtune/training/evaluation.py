@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedtune.accelerator import find_device, is_out_of_memory, move_tensors, release_memory, use_autocast
 from fedtune.data import EncodedDataset
 from fedtune.tasks import ExampleScore, ScoreSums, Task
 from fedtune.techniques import Technique, begin_step, collect_metrics
@@ -108,9 +109,24 @@ def _iter_scores(
     """Yield the row and the score of each example."""
     for start in range(0, len(rows), evaluated.batch_size):
         chosen = rows[start : start + evaluated.batch_size]
-        batch = examples.make_batch(chosen)
+        yield from zip(chosen, _score_rows(evaluated, examples, chosen), strict=True)
+
+
+def _score_rows(evaluated: EvaluatedModel, examples: EncodedDataset, rows: Sequence[int]) -> list[ExampleScore]:
+    """Return the score of each example. Where an accelerator's memory is too small for them, they are halved."""
+    device = find_device(evaluated.model)
+    batch = move_tensors(examples.make_batch(rows), device)
+    try:
         begin_step(evaluated.techniques, evaluated.model, batch, 1.0)
-        yield from zip(chosen, evaluated.task.score_batch(evaluated.model, batch, evaluated.reader), strict=True)
+        with use_autocast(evaluated.model):
+            return evaluated.task.score_batch(evaluated.model, batch, evaluated.reader)
+    except RuntimeError as error:
+        if len(rows) == 1 or not is_out_of_memory(error):
+            raise
+    del batch
+    release_memory(device)
+    half = len(rows) // 2
+    return [score for part in (rows[:half], rows[half:]) for score in _score_rows(evaluated, examples, part)]
 
 
 def _order_by_length(examples: EncodedDataset, rows: Sequence[int] | None) -> list[int]:

@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils.generic import ModelOutput
 
+from fedtune.accelerator import find_device, fork_random_state
 from fedtune.errors import ModelError
 from fedtune.tasks import Task
 from fedtune.techniques._filtered_loss import set_base_loss
@@ -123,10 +124,11 @@ def _plain_head(model: nn.Module) -> tuple[str, nn.Linear]:
 
 def _try_step(model: nn.Module) -> None:
     """A step on two tokens meets whatever the model does between its head and its loss."""
-    ids = torch.zeros(1, 2, dtype=torch.long)
+    device = find_device(model)
+    ids = torch.zeros(1, 2, dtype=torch.long, device=device)
     mode = model.training
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), fork_random_state(device):
             model.train()(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
     except (IndexError, RuntimeError, ValueError) as error:  # a loss of its own chokes on hidden states
         raise _misfit(model) from error

@@ -30,6 +30,7 @@ class Qlora(LowRankTechnique):
         "full": "full trains the weights that qlora freezes",
         "lora": "both add a low-rank pair to the same layers",
     }
+    unsupported_devices: ClassVar[Mapping[str, str]] = {"mps": "which bitsandbytes has no kernels for"}
 
     @model_validator(mode="after")
     def _base_is_not_writable(self) -> Self:
