@@ -91,7 +91,7 @@ _FP32 += (
     "rsqrt",
     "norm.Scalar",
 )
-_KEY = torch._C.DispatchKey.AutocastPrivateUse1  # the lists of CUDA, as far as models here use them
+_KEY: Any = torch._C.DispatchKey.AutocastPrivateUse1  # the lists of CUDA, as far as models here use them
 
 
 def _cast_and_run(name: str, dtype: torch.dtype | None) -> Any:
@@ -144,7 +144,7 @@ class CardTensor(Tensor):
     def numpy(self, **_: Any) -> Any:
         raise TypeError("can't convert a tensor of the card to numpy; use Tensor.cpu()")
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"CardTensor({self.held!r})"
 
     @classmethod

@@ -18,7 +18,6 @@ from fedtune.device.private_update import make_update_private, redact_report
 from fedtune.memory import peak_rss, reset_peak_rss
 from fedtune.training import (
     ClientRound,
-    LocalTrainingResult,
     RunContext,
     get_tensor_shapes,
     score_received,
@@ -75,8 +74,16 @@ def run_local_round(
     held_out = count_held_out(len(rows), part.recipe.evaluation.local_holdout)
     loss = outcome.train_loss if len(rows) - held_out >= FEWEST else math.nan
     scores = _told(outcome.holdout_metrics, outcome.trained_score) if held_out >= FEWEST else {}
+    peak = outcome.accelerator_peak
     cost = outcome.num_examples, loss, outcome.seconds, outcome.activation_bytes, outcome.peak_rss
-    report = ClientReport(*cost, micro_batch_size=outcome.micro_batch_size, **_describe_device(outcome), **scores)
+    report = ClientReport(
+        *cost,
+        micro_batch_size=outcome.micro_batch_size,
+        device_code=DEVICE_TYPES.index(outcome.device_type) or None,
+        accelerator_memory=None if peak is None else peak.allocated,
+        accelerator_reserved=None if peak is None else peak.reserved,
+        **scores,
+    )
     deltas, privacy = select_active_values(outcome.delta, find_masks(state)), part.recipe.privacy
     if privacy is None:
         return pack({**deltas, **outcome.extra_payload}), report
@@ -102,15 +109,6 @@ def _scored(
     tells = count_held_out(len(rows), recipe.evaluation.local_holdout) >= FEWEST and recipe.privacy is None
     figures = _told(score) if tells else {}
     return ClientReport(0, math.nan, time.perf_counter() - started, 0, peak_rss(), **figures)
-
-
-def _describe_device(outcome: LocalTrainingResult) -> dict[str, int]:
-    """Return the fields of a report that say on which accelerator it was measured; none for the CPU."""
-    if outcome.device_type == "cpu":
-        return {}
-    peak = outcome.accelerator_peak
-    memory = {} if peak is None else {"accelerator_memory": peak.allocated, "accelerator_reserved": peak.reserved}
-    return {"device_code": DEVICE_TYPES.index(outcome.device_type), **memory}
 
 
 def _own(part: RunContext, folder: Path, before: int) -> dict[str, Tensor]:

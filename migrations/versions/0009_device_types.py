@@ -1,4 +1,4 @@
-"""Rounds and client records say on which type of device their figures were measured. Older rows say nothing: the CPU."""
+"""Rounds and client records say on which type of device they were measured. Older rows say nothing: the CPU."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -91,7 +91,7 @@ class _WithDensity(torch.autograd.Function):
 def _smooth_zeros(part: Tensor, eps: float) -> Tensor:
     """The sum over units of 1 - s(a) = eps / (a^2 + eps), per token, fp64; exactly the units for a = 0."""
     near = _square_plus(part, eps)
-    return torch.div(near.new_tensor(eps), near, out=near).sum(1).double()
+    return torch.div(near.new_full((), eps), near, out=near).sum(1).double()
 
 
 def _add_slope(part: Tensor, base: Tensor, weight: float, eps: float, into: Tensor) -> None:
@@ -102,7 +102,7 @@ def _add_slope(part: Tensor, base: Tensor, weight: float, eps: float, into: Tens
 
 def _square_plus(part: Tensor, eps: float) -> Tensor:
     wide = part.to(_wide(part.dtype))
-    return torch.addcmul(wide.new_tensor(eps), wide, wide)
+    return torch.addcmul(wide.new_full((), eps), wide, wide)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -1,0 +1,55 @@
+"""Each technique on an accelerator: the card of ``tests.pretend_card``, which refuses what a real one refuses."""
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests.card_rounds import CASES
+
+_ROUNDING = 1e-5
+"""Attention has other kernels off the CPU, and one that adds in another order is a rounding error away."""
+
+_WAITS: dict[str, set[str]] = {
+    "activation-pruning+lora": {"item", "masked_select"},
+    "dynamic-pruning": {"item", "mask"},
+    "dynamic-pruning+activation-pruning": {"item", "mask", "masked_select"},
+    "error-norm-truncation+lora": {"item", "nonzero"},
+    "fused-cross-entropy+lora": {"item", "nonzero"},
+    "meft": {"item", "equal"},
+}
+"""What a step of a technique waits for beside its loss, which is read once, after the round."""
+
+_ONE_ITEM = set(CASES) - {*_WAITS, "deft+lora"}
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    command = [sys.executable, "-m", "tests.card_rounds", "float32"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    rounds: dict[str, Any] = json.loads(done.stdout)
+    return rounds
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_round_on_a_card_gives_what_it_gives_on_the_cpu(case: str, found: dict[str, Any]) -> None:
+    one = found[case]
+    assert "failed" not in one, one
+    assert one["device_type"] == "card"
+    assert one["not_on_cpu"] == []
+    assert one["error"] < _ROUNDING
+    assert one["losses"][1] == pytest.approx(one["losses"][0], rel=_ROUNDING)
+    assert one["scores"][1] == pytest.approx(one["scores"][0], rel=_ROUNDING, abs=_ROUNDING)
+    assert one["extra"][0]
+
+
+@pytest.mark.parametrize("case", sorted(_ONE_ITEM))
+def test_a_step_waits_for_nothing_but_its_loss(case: str, found: dict[str, Any]) -> None:
+    assert found[case]["waits_per_step"] == {"item": 1}
+
+
+@pytest.mark.parametrize("case", sorted(_WAITS))
+def test_a_step_waits_for_what_its_technique_needs_alone(case: str, found: dict[str, Any]) -> None:
+    assert set(found[case]["waits_per_step"]) <= _WAITS[case]
