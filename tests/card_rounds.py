@@ -58,9 +58,10 @@ class _Rows:
 
     domains = lengths = None
 
-    def __init__(self, tiny: TinyModel) -> None:
+    def __init__(self, tiny: TinyModel, dtype: torch.dtype) -> None:
         parts = [tiny.make_batch(seed) for seed in (1, 5)]
-        self.tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        self.tensors = {name: one.to(dtype) if one.is_floating_point() else one for name, one in joined.items()}
 
     def __len__(self) -> int:
         return 8
@@ -91,7 +92,7 @@ def _train(case: str, dtype: torch.dtype, waits: Counter[str] | None, steps: int
         assert all(one.device == CARD for one in (*model.parameters(), *model.buffers()))
         waits.clear()
     recipe = _make_recipe(tiny, steps)
-    return train_local_model(ClientRound(model, chosen, recipe, _Rows(tiny), np.arange(8), 2, 1, local), state)
+    return train_local_model(ClientRound(model, chosen, recipe, _Rows(tiny, dtype), np.arange(8), 2, 1, local), state)
 
 
 def _make_recipe(tiny: TinyModel, steps: int) -> Recipe:

@@ -1,15 +1,15 @@
 """The setting of the device: how it is written, what ``auto`` takes, and what happens where the device is missing."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 
 from fedtune import paths
 from fedtune.accelerator import choose_device, find_device, require_device
-from fedtune.cli.main import cli
+from fedtune.cli.main import main
 from fedtune.errors import ModelError, RecipeError
 from fedtune.recipe.schema import ComputeDevice, DeviceClass, Recipe
 from fedtune.simulation.compute_devices import describe_device_change, require_devices, suggest_accelerator
@@ -79,14 +79,16 @@ class _Placed:
     ],
 )
 def test_commands_refuse_a_missing_device_before_they_write(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FEDTUNE_HOME", str(tmp_path / "home"))
     recipe = Path(__file__).parents[1] / "recipes" / "digits.yaml"
     given = [one.format(recipe=recipe, folder=tmp_path) for one in command]
-    result = CliRunner().invoke(cli, given)
-    assert result.exit_code == 2, result.output
-    assert "no cuda device on this machine" in result.output
+    monkeypatch.setattr(sys, "argv", ["fedtune", *given])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "torch finds no cuda device on this machine" in capsys.readouterr().err
     assert not paths.get_runs_folder().exists()
     assert not (tmp_path / "merged").exists()
 

@@ -66,10 +66,10 @@ def run_step(
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            size = _halve(client, size or len(rows), device)
         client.model.zero_grad()  # outside the handler, whose error holds the tensors of the step
         release_memory(device)
         restore()
+        size = _halve(client, size or len(rows), device)
 
 
 def _halve(client: ClientRound, size: int, device: torch.device) -> int:
