@@ -80,9 +80,9 @@ def compare(units: list[Unit], tiny: TinyModel, device: torch.device) -> dict[st
         found = train(units, tiny, device)
     except Exception as error:
         return label | {"problem": f"{type(error).__name__}: {error}"}
-    error = max(difference(found.delta[name], one) for name, one in wanted.delta.items())
+    worst = max(difference(found.delta[name], one) for name, one in wanted.delta.items())
     return label | {
-        "error": error,
+        "error": worst,
         "losses": [wanted.train_loss, found.train_loss],
         "activation_bytes": [wanted.activation_bytes, found.activation_bytes],
         "accelerator_peak": found.accelerator_peak,

@@ -82,7 +82,7 @@ CARD = _register()
 
 _LOWER = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "conv1d", "conv2d", "scaled_dot_product_attention")
 _FP32 = ("layer_norm", "group_norm", "softmax.int", "log_softmax.int", "nll_loss", "cross_entropy_loss", "mse_loss")
-_FP32 += (
+_MORE_FP32 = (
     "binary_cross_entropy_with_logits",
     "cosine_similarity",
     "exp",
@@ -91,7 +91,8 @@ _FP32 += (
     "rsqrt",
     "norm.Scalar",
 )
-_KEY: Any = torch._C.DispatchKey.AutocastPrivateUse1  # the lists of CUDA, as far as models here use them
+# The lists of CUDA, as far as models here use them.
+_KEY: Any = torch._C.DispatchKey.AutocastPrivateUse1  # type: ignore[attr-defined]
 
 
 def _cast_and_run(name: str, dtype: torch.dtype | None) -> Any:
@@ -112,7 +113,7 @@ def _cast(dtype: torch.dtype, one: Any) -> Any:
 
 
 _autocast = [torch.library.Library("aten", "IMPL"), torch.library.Library("_", "IMPL", _KEY.name)]
-for _names, _dtype in ((_LOWER, None), (_FP32, torch.float32)):
+for _names, _dtype in ((_LOWER, None), ((*_FP32, *_MORE_FP32), torch.float32)):
     for _name in _names:
         _autocast[0].impl(_name, _cast_and_run(_name, _dtype), _KEY.name)
 _autocast[1].fallback(torch.library.fallthrough_kernel)
@@ -148,7 +149,7 @@ class CardTensor(Tensor):
         return f"CardTensor({self.held!r})"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         return _run(func, args, dict(kwargs or {}), Counter())

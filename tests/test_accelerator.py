@@ -25,12 +25,25 @@ _WAITS: dict[str, set[str]] = {
 _PLAIN = set(CASES) - {*_WAITS, "deft+lora"}
 
 
-@pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
-    command = [sys.executable, "-m", "tests.card_rounds", "float32"]
+_UNDER_AUTOCAST = ("dynamic-pruning+activation-pruning", "fused-cross-entropy+lora", "meft", "mobiletl")
+"""Techniques with backward passes of their own, which must meet the types that autocast made."""
+
+
+def _run(dtype: str, *cases: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "tests.card_rounds", dtype, *cases]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     rounds: dict[str, Any] = json.loads(done.stdout)
     return rounds
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    return _run("float32")
+
+
+@pytest.fixture(scope="module")
+def found_in_bfloat16() -> dict[str, Any]:
+    return _run("bfloat16", *_UNDER_AUTOCAST)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -54,3 +67,11 @@ def test_a_step_waits_for_nothing_but_its_loss(case: str, found: dict[str, Any])
 @pytest.mark.parametrize("case", sorted(_WAITS))
 def test_a_step_waits_for_what_its_technique_needs_alone(case: str, found: dict[str, Any]) -> None:
     assert set(found[case]["waits_per_step"]) <= _WAITS[case]
+
+
+@pytest.mark.parametrize("case", _UNDER_AUTOCAST)
+def test_a_model_in_bfloat16_trains_under_autocast(case: str, found_in_bfloat16: dict[str, Any]) -> None:
+    one = found_in_bfloat16[case]
+    assert "failed" not in one, one
+    assert one["losses"][1] != one["losses"][0]  # losses are in single precision there
+    assert one["losses"][1] == pytest.approx(one["losses"][0], rel=1e-2)

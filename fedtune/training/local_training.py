@@ -116,9 +116,19 @@ def train_local_model(client: ClientRound, state: Mapping[str, Tensor]) -> Local
         trained_score = score_held_out(client, held_out.tolist())  # last, so that it cannot affect anything else
     seconds = time.perf_counter() - started
     scores = received_score, trained_score
-    cost = steps.num_examples, steps.loss, seconds, steps.activation_bytes, peak_rss()
     return LocalTrainingResult(
-        delta, extras, kept, *scores, *cost, device.type, read_accelerator_peak(device), steps.micro_batch_size
+        delta,
+        extras,
+        kept,
+        *scores,
+        num_examples=steps.num_examples,
+        train_loss=steps.loss,
+        seconds=seconds,
+        activation_bytes=steps.activation_bytes,
+        peak_rss=peak_rss(),
+        device_type=device.type,
+        accelerator_peak=read_accelerator_peak(device),
+        micro_batch_size=steps.micro_batch_size,
     )
 
 

@@ -6,7 +6,7 @@ of the whole batch, except for rounding, and dropout, which draws anew for every
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -90,14 +90,16 @@ def _halve(client: ClientRound, size: int, device: torch.device) -> int:
     return size // 2
 
 
-def _save_random_state(device: torch.device) -> Any:
+def _save_random_state(device: torch.device) -> Callable[[], None]:
     """Return a function that restores the generators of the CPU and of an accelerator."""
-    state = torch.get_rng_state()
-    if device.type == "cpu":
-        return lambda: torch.set_rng_state(state)
-    backend: Any = torch.get_device_module(device)
-    own = backend.get_rng_state()
-    return lambda: (torch.set_rng_state(state), backend.set_rng_state(own))
+    backends: list[Any] = [torch] if device.type == "cpu" else [torch, torch.get_device_module(device)]
+    states = [backend.get_rng_state() for backend in backends]
+
+    def restore() -> None:
+        for backend, state in zip(backends, states, strict=True):
+            backend.set_rng_state(state)
+
+    return restore
 
 
 def _add_gradients(
