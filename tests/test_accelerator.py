@@ -16,7 +16,7 @@ _WAITS: dict[str, set[str]] = {
     "activation-pruning+lora": {"item", "masked_select"},
     "dynamic-pruning": {"item", "mask"},
     "dynamic-pruning+activation-pruning": {"item", "mask", "masked_select"},
-    "error-norm-truncation+lora": {"item", "nonzero"},
+    "error-norm-truncation+lora": {"item", "nonzero", "equal"},
     "fused-cross-entropy+lora": {"item", "nonzero"},
     "meft": {"item", "equal"},
 }
