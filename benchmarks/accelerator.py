@@ -103,7 +103,7 @@ def train(units: list[Unit], tiny: TinyModel, device: torch.device) -> LocalTrai
     techniques.check_device_type(chosen, device.type)
     model.to(device)
     return train_local_model(
-        ClientRound(model, chosen, make_recipe(tiny), Examples(tiny), np.arange(8), 2, 1, local), state
+        ClientRound(model, chosen, make_recipe(tiny), Examples(tiny), np.arange(8), 1, 1, local), state
     )
 
 

@@ -93,7 +93,7 @@ def _train(case: str, dtype: torch.dtype, waits: Counter[str] | None, steps: int
         assert all(one.device == CARD for one in (*model.parameters(), *model.buffers()))
         waits.clear()
     recipe = _make_recipe(tiny, steps)
-    return train_local_model(ClientRound(model, chosen, recipe, _Rows(tiny, dtype), np.arange(8), 2, 1, local), state)
+    return train_local_model(ClientRound(model, chosen, recipe, _Rows(tiny, dtype), np.arange(8), 1, 1, local), state)
 
 
 def _make_recipe(tiny: TinyModel, steps: int) -> Recipe:
