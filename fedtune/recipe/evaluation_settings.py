@@ -42,7 +42,9 @@ class GenerationSettings(SettingsModel):
     @model_validator(mode="after")
     def _top_p_samples(self) -> Self:
         if self.top_p < 1 and not self.temperature:
-            raise ValueError("top_p is for sampling, but temperature is 0, which is greedy; set a temperature, e.g. 0.7")
+            raise ValueError(
+                "top_p is for sampling, but temperature is 0, which is greedy; set a temperature, e.g. 0.7"
+            )
         return self
 
 

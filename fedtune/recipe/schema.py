@@ -1,6 +1,6 @@
 """The recipe of a run: one frozen pydantic model, which is stored with the run."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import ByteSize, Field, field_validator, model_validator
 

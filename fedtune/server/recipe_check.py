@@ -35,5 +35,7 @@ def check_recipe_settings(recipe: Recipe) -> Recipe:
 def build_run_context(recipe: Recipe) -> RunContext:
     """Load the model and the data that the server scores; raise FedtuneError if they do not fit the recipe."""
     context = get_run_context(recipe.model_dump_json())
-    _ = context.validation, context.test
+    _ = context.validation, context.test, context.prompts
+    if context.recipe.evaluation.metrics:
+        context.task.require_answers(context.corpus.train)
     return context

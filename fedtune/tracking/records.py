@@ -15,6 +15,7 @@ __all__ = [
     "OperatorRecord",
     "RoundRecord",
     "RunRecord",
+    "SampleRecord",
     "TokenRecord",
 ]
 
@@ -99,6 +100,20 @@ class CheckpointRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SampleRecord:
+    """What the model of a round generated for prompt ``number`` of the recipe, counted from 1.
+
+    ``prompt`` is the text or, of a conversation, JSON. ``ended`` says whether the model ended the text itself; else it
+    reached ``max_new_tokens``.
+    """
+
+    number: int
+    prompt: str
+    text: str
+    ended: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class RoundRecord:
     """One round, completed or failed. Number 0 has the state and the metrics before any training."""
 
@@ -110,6 +125,7 @@ class RoundRecord:
     metrics: tuple[MetricRecord, ...]
     checkpoint: CheckpointRecord | None
     client_scores: tuple[ClientScore, ...] = ()
+    samples: tuple[SampleRecord, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
