@@ -1,6 +1,7 @@
 """Generated text equals transformers' own, whatever the batch, the techniques and the model's generation settings."""
 
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,13 @@ def prompts(*lengths: int) -> EncodedPrompts:
 LENGTHS = (1, 3, 9, 9, 17, 2)
 
 
-def greedy(model: Any, row: list[int]) -> list[int]:
+def greedy(model: Any, row: list[int], new: int = NEW, ends: Collection[int] = (0,)) -> list[int]:
     """One token after the other, by whole forward passes without a cache or padding."""
     ids = list(row)
     with torch.no_grad():
-        for _ in range(NEW):
+        for _ in range(new):
             ids.append(int(model.eval()(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-            if ids[-1] == 0:
+            if ids[-1] in ends:
                 break
     return ids[len(row) :]
 
@@ -158,9 +159,9 @@ def test_samples_have_the_probabilities_of_the_warped_softmax(top_p: float) -> N
     kept = [int(token) for place, token in enumerate(order) if float(scores[order[:place]].sum()) < top_p]
     wanted = torch.zeros(6, dtype=torch.float64)
     wanted[kept] = scores[kept] / scores[kept].sum()
-    count = 20_000
+    count, no_ids = 20_000, torch.LongTensor(20_000, 1)
     sampler = make_sampler(GenerationSettings(temperature=0.8, top_p=top_p), range(count))
-    drawn = Counter(sampler(torch.zeros(count, 1).long(), logits.repeat(count, 1)).argmax(-1).tolist())
+    drawn = Counter(sampler(no_ids, logits.repeat(count, 1)).argmax(-1).tolist())
     found = torch.tensor([drawn[token] / count for token in range(6)], dtype=torch.float64)
     torch.testing.assert_close(found, wanted, rtol=0, atol=4 * (0.25 / count) ** 0.5)
     assert all((found[token] == 0) == (wanted[token] == 0) for token in range(5))

@@ -78,7 +78,7 @@ class Task(NamedUnit):
         """Raise RecipeError if answers are to be compared, but the examples have none."""
 
     def encode_prompts(self, prompts: Sequence[Prompt], examples: Table, recipe: Recipe, reader: Any) -> EncodedPrompts:
-        """The prompts of a recipe, read as ``examples`` of the run are; RecipeError for a task without text to write."""
+        """The prompts of a recipe, read as ``examples`` are; RecipeError for a task that generates no text."""
         raise RecipeError(f"evaluation.prompts: {self.name} generates no text; leave the prompts out")
 
     def split_answers(self, batch: Mapping[str, Tensor], reader: Any) -> tuple[EncodedPrompts, list[str]]:

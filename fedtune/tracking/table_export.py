@@ -52,8 +52,8 @@ def export_runs(recorded: Recorded, format: str, path: Path) -> list[Path]:  # n
     """Write runs and return the files.
 
     ``json``: ``path`` is one file. ``csv`` and ``parquet``: ``path`` becomes a folder with one file each for runs,
-    rounds, client records, metrics, client scores, checkpoints and samples, joined by ``run_id`` and ``round``. StoreError when
-    the folder is there already or cannot be written; nothing is left half-written.
+    rounds, client records, metrics, client scores, checkpoints and samples, joined by ``run_id`` and ``round``.
+    StoreError when the folder is there already or cannot be written; nothing is left half-written.
     """
     if format == "json":
         documents = [run_json.make_run_document(run, rounds, detailed=True) for run, rounds in recorded]

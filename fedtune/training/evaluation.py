@@ -3,7 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,7 +44,7 @@ class EvaluatedModel:
     techniques: Sequence[Technique] = ()
     metrics: Sequence[str] = ()
     reader: Any = None
-    generation: GenerationSettings = GenerationSettings()
+    generation: GenerationSettings = field(default_factory=GenerationSettings)
 
     @property
     def keeps_outputs(self) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fedtune.data import EncodedDataset
 from fedtune.data.encoded_prompts import EncodedPrompts
 from fedtune.errors import ModelError
 from fedtune.recipe.evaluation_settings import GenerationSettings
@@ -18,7 +19,7 @@ from fedtune.techniques import Technique, begin_step
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
-__all__ = ["GeneratedText", "TextGenerator", "require_positions"]
+__all__ = ["GeneratedText", "TextGenerator", "require_answer_room", "require_positions"]
 
 _OF_THE_MODEL = ("bos_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
 """What a model's own generation settings say about its tokens. Its other settings, such as a temperature or a
@@ -90,17 +91,26 @@ class TextGenerator:
 
 def require_positions(model: nn.Module, prompts: EncodedPrompts, settings: GenerationSettings) -> None:
     """Raise ModelError for a prompt without tokens, or one that leaves no room for the tokens to generate."""
-    config: Any = model.config
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     for number, row in enumerate(prompts.rows, 1):
         if not row:
             raise ModelError(f"evaluation.prompts: prompt {number} has no tokens; write some text")
-        needed = len(row) + (0 if config.is_encoder_decoder else settings.max_new_tokens)
-        if isinstance(longest, int) and needed > longest:
-            raise ModelError(
-                f"evaluation.prompts: prompt {number} has {len(row)} tokens and generation.max_new_tokens is "
-                f"{settings.max_new_tokens}, but the model reads at most {longest}; shorten one"
-            )
+        _require_room(model, len(row), settings, f"evaluation.prompts: prompt {number}")
+
+
+def require_answer_room(model: nn.Module, examples: Sequence[EncodedDataset], settings: GenerationSettings) -> None:
+    """Raise ModelError if an answer to an example might not fit behind it."""
+    lengths = [int(one.lengths.max()) for one in examples if len(one) and one.lengths is not None]
+    _require_room(model, max(lengths, default=0), settings, "evaluation.metrics: an example")
+
+
+def _require_room(model: Any, length: int, settings: GenerationSettings, what: str) -> None:
+    new = 0 if model.config.is_encoder_decoder else settings.max_new_tokens
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(longest, int) and length + new > longest:
+        raise ModelError(
+            f"{what} has {length} tokens and evaluation.generation.max_new_tokens is {settings.max_new_tokens}, but "
+            f"the model reads at most {longest}; shorten one"
+        )
 
 
 def _list_end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -68,7 +68,7 @@ def check_metrics(recipe: Recipe) -> None:
 def _check_answer_metric(name: str, task: Task) -> None:
     """Raise RecipeError for a task without classes that does not have the metric."""
     if name not in ANSWER_METRICS:
-        _find(name)
+        _require_known(name)
         raise RecipeError(f"{_WHERE}: {name} is of classes, which {task.name} has none of; drop it")
     if not task.compares_answers:
         raise RecipeError(
@@ -90,10 +90,14 @@ def _find(name: str) -> Metric:
         found: Metric = plug_in.load(_WHERE, code="metric-unavailable")
         return found
     if built_in is None:
-        raise RecipeError(
-            f"{_WHERE}: there is no {name!r}; {suggest_nearest(name, list_metric_names())}", code="metric-unavailable"
-        )
+        _require_known(name)
     return _built_in(name)
+
+
+def _require_known(name: str) -> None:
+    known = sorted({*list_metric_names(), *ANSWER_METRICS})
+    if name not in known:
+        raise RecipeError(f"{_WHERE}: there is no {name!r}; {suggest_nearest(name, known)}", code="metric-unavailable")
 
 
 def _built_in(name: str) -> Metric:
