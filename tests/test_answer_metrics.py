@@ -10,10 +10,11 @@ import pytest
 
 from fedtune.errors import ModelError, RecipeError
 from fedtune.server.recipe_check import build_run_context
-from fedtune.training import clear_run_context, evaluate_model
+from fedtune.training import clear_run_context, evaluate_model, set_model_state
 from fedtune.training.answer_metrics import compare_answers
 from tests.federations import execute
 from tests.task_cases import task_recipe
+from tests.test_export import state
 from tests.test_generation import greedy
 from tests.test_task_cases import by_name
 
@@ -61,9 +62,6 @@ def test_replies_are_those_that_the_model_writes(batch: int, home: Path, tmp_pat
     ended = execute(recipe)
     found = {(one.split, one.name): one.value for one in ended.rounds[2].metrics if one.domain == "all"}
     context = build_run_context(recipe)
-    from fedtune.training import set_model_state
-    from tests.test_export import state
-
     set_model_state(context.model, state(ended))
     tokenizer: Any = context.reader
     pairs = []
@@ -80,7 +78,7 @@ def test_replies_are_those_that_the_model_writes(batch: int, home: Path, tmp_pat
 
 
 def test_an_encoder_decoder_is_compared_with_and_without_rouge(home: Path, tmp_path: Path) -> None:
-    found = {}
+    found, trained = {}, None
     for rouge in ("true", "false"):
         clear_run_context()
         recipe = task_recipe(
@@ -89,9 +87,11 @@ def test_an_encoder_decoder_is_compared_with_and_without_rouge(home: Path, tmp_p
             f"task={{text2text-generation: {{max_new_tokens: 6, rouge: {rouge}}}}}",
             "evaluation={metrics: [exact_match, f1], generation: {max_new_tokens: 6}}",
         )
+        trained = trained or state(execute(recipe))
         context = build_run_context(recipe)
+        set_model_state(context.model, trained)
         found[rouge] = by_name(evaluate_model(context.evaluated_model, context.validation))
-    assert found["true"]["f1"] == found["false"]["f1"] > 0
+    assert found["true"]["f1"] == found["false"]["f1"] > 0.3
     assert found["true"].keys() - found["false"].keys() == {"rouge-l", "rouge-1", "rouge-2"}
 
 

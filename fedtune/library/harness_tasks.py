@@ -17,7 +17,7 @@ class _Loader(yaml.SafeLoader):
     """Reads a task without importing the functions that it names."""
 
 
-_Loader.add_multi_constructor("!", lambda loader, suffix, node: f"!{suffix}")
+_Loader.add_multi_constructor("!", lambda _, suffix, __: f"!{suffix}")
 
 
 def read_task_name(path: Path) -> str:
