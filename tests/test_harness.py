@@ -54,7 +54,7 @@ def test_tasks_that_would_download_are_refused(text: str, sentence: str, tmp_pat
     with pytest.raises(SourceError) as refused:
         read_task_name(tmp_path / "task.yaml")
     assert sentence in str(refused.value)
-    with pytest.raises(SourceError, match="cannot read .*missing.yaml"):
+    with pytest.raises(SourceError, match=r"cannot read .*missing\.yaml"):
         read_task_name(tmp_path / "missing.yaml")
 
 
