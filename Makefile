@@ -23,8 +23,9 @@ devices-demo: $(READY)
 quick: $(READY)
 	$(BIN)/python -m tests.quick $(BASE)
 
+# One process per core, at most four: each loads the libraries and models of its tests.
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 test-devices: $(READY)
 	$(BIN)/python -m pytest -m deployed

@@ -143,7 +143,9 @@ def test_white_space_that_alone_ends_a_reply_is_a_target() -> None:
 
 def test_a_reply_without_a_target_is_refused() -> None:
     marks = "{% for one in messages %}{% generation %}{% endgeneration %}{{ one.content }}{% endfor %}"
-    with pytest.raises(DataError, match="the assistant writes nothing in the conversation that begins with 'hello'"):
+    # Before transformers 5.24, the template itself fails where it marks nothing.
+    sentence = r"the (assistant writes nothing in|chat template cannot write) the conversation that begins with 'hello'"
+    with pytest.raises(DataError, match=sentence):
         encode(marks, [talk("hello", "fine")])
 
 

@@ -26,7 +26,7 @@ from tests.data_examples import ROWS, a_recipe, csv_file
         (
             [f"t{row},{row % 2},x" for row in range(9)],
             ["data.columns.group=author"],
-            "part is empty; change data.splits",
+            "split is empty; change data.splits",
         ),
         (
             [f"t{row},{row % 2},{'all' if row % 3 else 'x'}" for row in range(99)],
@@ -101,7 +101,7 @@ def test_a_part_of_small_data_that_is_empty_is_refused_also_for_scoring(tmp_path
     rows = ("one,no", "two,yes")
     source = csv_file(tmp_path / "a.csv", "text,label", *rows)
     recipe = a_recipe(source, "data.splits={validation: 0.001, test: 0.001}")
-    with pytest.raises(DataError, match=rf"the {part} part is empty; change data.splits or bring more data"):
+    with pytest.raises(DataError, match=rf"the {part} split is empty; change data.splits or bring more data"):
         tasks.load_all_examples(recipe, ("no", "yes"), part)
     assert len(tasks.load_all_examples(recipe, ("no", "yes"))) == 2
 

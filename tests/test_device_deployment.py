@@ -42,7 +42,8 @@ DIES_WITH_AN_ORDER_IN_HAND = """
 import os, signal
 from fedtune.device.device_home import DeviceHome
 from fedtune.cli.main import main
-DeviceHome.hold = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+assert hasattr(DeviceHome, 'save_pending')
+DeviceHome.save_pending = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 main()
 """
 
@@ -263,7 +264,7 @@ def test_a_device_that_was_stopped_is_offline_at_once(server: Server, tmp_path: 
 def test_enrolment_holds_against_false_servers_and_used_tokens(server: Server, tmp_path: Path) -> None:
     token = EnrolmentToken.parse_token(server.token("one"))
     home = DeviceHome(tmp_path / "one" / "device")
-    with pytest.raises(DeviceError, match="not the server this token is from"):
+    with pytest.raises(DeviceError, match="not the server that this token is from"):
         enrol_device(home, None, EnrolmentToken(token.url, "0" * 64, token.secret), None)
     with pytest.raises(DeviceError, match="not an https:// address"):
         enrol_device(home, server.url.replace("https", "http"), token, None)

@@ -202,7 +202,7 @@ def test_a_saved_preprocessor_is_read_back_and_is_one_of_transformers(name: str,
         ({"image_mean": [0.5], "image_std": [0.5]}, "normalises 1 channels instead of three"),
         ({"do_resize": False}, "does not resize images"),
         *(
-            ({"image_processor_type": f"{name}ImageProcessor"}, f"{name}ImageProcessor does more than resize, cut out")
+            ({"image_processor_type": f"{name}ImageProcessor"}, f"{name}ImageProcessor does more than resize, crop")
             for name in ("Perceiver", "TextNet", "Donut", "Siglip2", "ImageGPT")
         ),
     ],

@@ -196,7 +196,7 @@ def test_a_body_beyond_the_limit_is_refused(server: Server, enrolled: Knocker) -
     assert server.knock("POST", "/fedtune/enroll", content=iter([b"x" * (1 << 20)] * 2)).status_code == 413
     with suppress(httpx.HTTPError):  # most of it is never read, so the answer may be lost
         assert enrolled.signed("/v1/fleet/push-object", content=b"x" * (1 << 26) + b"x").status_code == 413
-    assert server.refused("/v1/fleet/push-object: the request is larger than the 6291456 bytes")
+    assert server.refused("/v1/fleet/push-object: the request is larger than the limit of 6291456 bytes")
 
 
 def test_a_removed_device_is_shut_out(server: Server) -> None:

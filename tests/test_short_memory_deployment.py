@@ -1,6 +1,7 @@
 """A real device whose memory is really short: it trains in micro-batches within it, or declines before it trains."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ task: text-classification
 model: {{source: "path:{folder}/bert"}}
 data: {{source: "csv:{folder}/words.csv"}}
 devices: [{{name: toy, count: 1}}]
-train: {{techniques: [full], optimiser: sgd, lr: 0.1, max_grad_norm: 1.0, batch_size: 32, max_length: 128,
+train: {{techniques: [full], optimiser: sgd, lr: 0.1, max_grad_norm: 1.0, batch_size: 128, max_length: 128,
   local_steps: 1}}
 federation: {{rounds: 1}}
 """
@@ -39,7 +40,7 @@ def long_words(folder: Path) -> Recipe:
     settings = {**json.loads(config.read_text()), "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     config.write_text(json.dumps(settings))
     said = " ".join(["the film was"] * 40)
-    rows = [f"{said} {row} {word},{label}" for row in range(40) for word, label in (("fine", "good"), ("dull", "bad"))]
+    rows = [f"{said} {row} {word},{label}" for row in range(120) for word, label in (("fine", "good"), ("dull", "bad"))]
     (folder / "words.csv").write_text("text,label\n" + "\n".join(rows) + "\n", encoding="utf-8")
     return resolve_recipe(parse_recipe(RECIPE.format(folder=folder), "long-words", []))
 
@@ -73,14 +74,18 @@ def test_a_device_trains_within_what_it_allows_or_declines(
     recipe = long_words(tmp_path)
     with serving(home) as server, joined(server, tmp_path, "partition:0") as [device]:
         ample = a_round(server, device, recipe, 2 * 10**9)
-        allowed = ample.sent["peak_memory"] - 10**8
+        allowed = ample.sent["peak_memory"] - ample.sent["activation_memory"] // 2
         short = a_round(server, device, recipe, allowed)
         none = a_round(server, device, recipe, 10**8)
     assert (ample.sent["status"], ample.sent["reason"]) == ("merged", "")
-    assert (short.sent["status"], short.sent["reason"]) == ("merged", "in micro-batches of 8, to fit its memory")
+    assert short.sent["status"] == "merged"
+    told = re.fullmatch(r"in micro-batches of (\d+), to fit its memory", short.sent["reason"])
+    assert told, short.sent["reason"]
+    size = int(told[1])  # how much of its memory a process gives back differs between machines
+    assert size in {4, 8, 16, 32}
     assert short.sent["peak_memory"] <= allowed
-    assert short.sent["activation_memory"] == pytest.approx(ample.sent["activation_memory"] / 4, rel=0.01)
-    assert short.sent["num_examples"] == ample.sent["num_examples"] == 32
+    assert short.sent["activation_memory"] == pytest.approx(ample.sent["activation_memory"] * size / 128, rel=0.01)
+    assert short.sent["num_examples"] == ample.sent["num_examples"] == 128
     for name, weight in ample.weights.items():
         torch.testing.assert_close(short.weights[name], weight, rtol=1e-4, atol=1e-6)
     assert none.sent["status"] == "declined"

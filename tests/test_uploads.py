@@ -61,7 +61,7 @@ def test_equal_pieces_count_as_often_as_they_occur(backwards: bool) -> None:
 
 
 def test_more_than_the_round_asks_for_is_refused_as_it_comes() -> None:
-    with pytest.raises(RequestRefusedError, match=r"asks for 31000 at most") as refused:
+    with pytest.raises(RequestRefusedError, match=r"the limit of the round is 31000") as refused:
         send(Uploads(lambda _: 31_000), answer(400_000))
     assert (refused.value.status, refused.value.actor) == (413, "dev")
 
@@ -71,17 +71,17 @@ def test_another_announcement_of_the_same_answer_does_not_begin_to_count_anew() 
     for name, piece in list(objects(content).items()):
         uploads.begin("dev", announced(content))
         if len(piece) > MEGABYTE:
-            with pytest.raises(RequestRefusedError, match="at most"):
+            with pytest.raises(RequestRefusedError, match="the limit of the round is"):
                 uploads.add("dev", pushed(name, piece))
 
 
 def test_objects_that_were_not_announced_are_refused() -> None:
     uploads = Uploads(lambda _: MEGABYTE)
     name, piece = next(iter(objects(answer(256)).items()))
-    with pytest.raises(RequestRefusedError, match="announce it again"):
+    with pytest.raises(RequestRefusedError, match="announce the reply again"):
         uploads.add("dev", pushed(name, piece))
     uploads.begin("dev", announced(answer(512)))
-    with pytest.raises(RequestRefusedError, match="announce it again"):
+    with pytest.raises(RequestRefusedError, match="announce the reply again"):
         uploads.add("dev", pushed("f" * 64, piece))
 
 

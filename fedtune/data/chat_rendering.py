@@ -83,7 +83,7 @@ class ChatRenderer:
             return self._tokenizer.apply_chat_template(messages, **settings)
         except TemplateSyntaxError as error:
             raise ModelError(f"the chat template is no valid Jinja: {_first_line(error)}; mend it") from error
-        except (TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
+        except (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
             begin = str(messages[0]["content"])[:40] if messages else ""
             raise DataError(
                 f"the chat template cannot write the conversation that begins with {begin!r}: {_first_line(error)}; "
