@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from fedtune.errors import ModelError, SourceError
 from fedtune.library.harness_tasks import read_task_name
+from fedtune.untrusted import clean_text
 
 __all__ = ["HarnessResult", "run_harness_task"]
 
@@ -29,13 +30,18 @@ def run_harness_task(
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = lm_eval.simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device="cpu"),
-            tasks=[name],
-            task_manager=TaskManager(include_path=str(task_file.absolute().parent), include_defaults=False),
-            bootstrap_iters=0,
-            log_samples=False,
-        )
+        evaluated = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device="cpu")
+        try:
+            found = lm_eval.simple_evaluate(
+                model=evaluated,
+                tasks=[name],
+                task_manager=TaskManager(include_path=str(task_file.absolute().parent), include_defaults=False),
+                bootstrap_iters=0,
+                log_samples=False,
+            )
+        except Exception as error:  # a task may name any column, split or function
+            reason = clean_text(f"{type(error).__name__}: {error}")
+            raise SourceError(f"lm-eval cannot run {task_file} ({reason}); mend the task") from error
     return HarnessResult(called, {task: dict(metrics) for task, metrics in found["results"].items()})
 
 

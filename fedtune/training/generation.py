@@ -78,7 +78,7 @@ class TextGenerator:
             max_new_tokens=self.settings.max_new_tokens,
             do_sample=False,
             num_beams=1,
-            use_cache=all(technique.allows_kv_cache for technique in self.techniques),
+            use_cache=_has_cache(model) and all(technique.allows_kv_cache for technique in self.techniques),
             eos_token_id=sorted(stops),
             pad_token_id=self.tokenizer.pad_token_id,
             **own,
@@ -126,6 +126,12 @@ def _make_batches(model: nn.Module, rows: Sequence[Sequence[int]], size: int) ->
     for _, group in groupby(order, key=lambda place: 0 if padded else len(rows[place])):
         places = list(group)
         yield from (places[start : start + size] for start in range(0, len(places), size))
+
+
+def _has_cache(model: Any) -> bool:
+    """Whether the model keeps a cache of transformers. RWKV has a state of its own, with which it writes otherwise."""
+    names = inspect.signature(model.forward).parameters
+    return any(name in names for name in ("cache", "cache_params", "past_key_values"))
 
 
 def _takes_padding(model: Any) -> bool:
