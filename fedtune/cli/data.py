@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING
 import click
 
 from fedtune.cli.example_view import decode_examples, show_examples
+from fedtune.cli.source_view import make_source_table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rich.table import Table
 
-    from fedtune.data import PartitionSummary
+    from fedtune.data import PartitionSummary, SourceCounts
     from fedtune.tasks import Segment
 
 __all__ = ["data"]
@@ -58,10 +59,16 @@ def show(recipe: Path, overrides: tuple[str, ...], output: Path | None, examples
     draw_partition(summary, path)
     for note in corpus.notes:
         click.echo(f"warning: {note}", err=True)
-    _print(summary, path, decoded, as_json)
+    _print(summary, corpus.sources, path, decoded, as_json)
 
 
-def _print(summary: "PartitionSummary", path: Path, decoded: "list[list[Segment]]", as_json: bool) -> None:
+def _print(
+    summary: "PartitionSummary",
+    sources: "Sequence[SourceCounts]",
+    path: Path,
+    decoded: "list[list[Segment]]",
+    as_json: bool,
+) -> None:
     from dataclasses import asdict
 
     from rich.console import Console
@@ -70,9 +77,14 @@ def _print(summary: "PartitionSummary", path: Path, decoded: "list[list[Segment]
 
     if as_json:
         listed = [[segment._asdict() for segment in segments] for segments in decoded]
-        click.echo(json_text({**asdict(summary), "plot": str(path), **({"examples": listed} if listed else {})}))
+        counted = {"sources": [asdict(source) for source in sources]} if sources else {}
+        shown = {"examples": listed} if listed else {}
+        click.echo(json_text({**asdict(summary), **counted, "plot": str(path), **shown}))
         return
-    Console(markup=False).print(_table(summary))
+    console = Console(markup=False)
+    if sources:
+        console.print(make_source_table(sources))
+    console.print(_table(summary))
     if (hidden := len(summary.holdings) - MAX_ROWS) > 0:
         click.echo(f"and {hidden} more clients; --json lists them all")
     click.echo(f"plot: {path}")

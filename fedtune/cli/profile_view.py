@@ -81,7 +81,7 @@ def make_title(recipe: Recipe, random: bool) -> str:
     from fedtune.tasks import get_task  # imports torch
 
     side = get_task(recipe.task).describe_input_size(train)
-    inputs = f"random inputs from seed {recipe.seed}" if random else f"the first batch of {recipe.data.source}"
+    inputs = f"random inputs from seed {recipe.seed}" if random else f"the first batch of {recipe.data.title}"
     return f"{recipe.model.source}, {train.batch_size} x {side}, {inputs}"
 
 

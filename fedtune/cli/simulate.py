@@ -135,7 +135,7 @@ def _build_context(recipe: "Recipe") -> "RunContext":
     from fedtune.library.local_runs import build_simulation_context
 
     if sys.stderr.isatty():
-        click.echo(f"reading {recipe.data.source} and {recipe.model.source}", err=True)
+        click.echo(f"reading {recipe.data.title} and {recipe.model.source}", err=True)
     context = build_simulation_context(recipe)
     for note in context.corpus.notes:
         click.echo(f"warning: {note}", err=True)

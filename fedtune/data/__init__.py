@@ -2,7 +2,8 @@
 
 from fedtune.data.column import Values
 from fedtune.data.encoded_dataset import EncodedDataset
-from fedtune.data.load import DataSplits, load_all_examples, load_data, load_trainable_examples
+from fedtune.data.examples import SourceCounts
+from fedtune.data.load import DataSplits, limit_examples, load_all_examples, load_data, load_trainable_examples
 from fedtune.data.partition import partition_examples
 from fedtune.data.partition_plug_in import Partition, check_partition
 from fedtune.data.partition_summary import ClientExamples, PartitionSummary, summarise_partition
@@ -14,9 +15,11 @@ __all__ = [
     "EncodedDataset",
     "Partition",
     "PartitionSummary",
+    "SourceCounts",
     "Table",
     "Values",
     "check_partition",
+    "limit_examples",
     "load_all_examples",
     "load_data",
     "load_trainable_examples",

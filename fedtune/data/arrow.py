@@ -1,6 +1,7 @@
 """A column backed by the Arrow chunks of ``datasets``, which may be memory-mapped from disk."""
 
 import json
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, final
 
@@ -30,16 +31,29 @@ class Arrow(Column):
         """Select rows."""
         return Arrow(self._chunks, rows if self._rows is None else self._rows[rows])
 
-    def _settled(self) -> pa.ChunkedArray:
+    def select_chunks(self) -> pa.ChunkedArray:
+        """Return the selected rows as chunks."""
         if self._rows is None:
             return self._chunks
         if self._chunks.num_chunks < 2 or np.any(np.diff(self._rows) < 0):
             return self._chunks.take(pa.array(self._rows))
         return _take_ascending(self._chunks, self._rows)
 
+    def join(self, others: Sequence[Column]) -> "Column | None":
+        """Put columns of the same Arrow type end to end without copying their values."""
+        columns = [self, *(one for one in others if isinstance(one, Arrow))]
+        if len(columns) <= len(others) or len({one._chunks.type for one in columns}) > 1:
+            return None
+        chunks = pa.chunked_array([chunk for one in columns for chunk in one._chunks.chunks], self._chunks.type)
+        if all(one._rows is None for one in columns):
+            return Arrow(chunks)
+        starts = np.cumsum([0, *(len(one._chunks) for one in columns[:-1])])
+        rows = [np.arange(len(one)) if one._rows is None else one._rows for one in columns]
+        return Arrow(chunks, np.concatenate([start + own for start, own in zip(starts, rows, strict=True)]))
+
     def values(self) -> list[Any]:
         """Return all values as a list."""
-        found: list[Any] = self._settled().to_pylist()
+        found: list[Any] = self.select_chunks().to_pylist()
         return found
 
     def structures(self) -> list[Any]:
@@ -48,7 +62,7 @@ class Arrow(Column):
 
     def find_missing_row(self) -> int | None:
         """Return the first row that is null, without converting the other values to Python objects."""
-        settled = self._settled()
+        settled = self.select_chunks()
         return pc.index(settled.is_null(), pa.scalar(True)).as_py() if settled.null_count else None
 
     def texts(self) -> "Arrow":
@@ -56,7 +70,7 @@ class Arrow(Column):
         if self.nested:
             raise TypeError(f"{self.nested} is not text")
         try:
-            return Arrow(self._settled().cast(pa.string()))
+            return Arrow(self.select_chunks().cast(pa.string()))
         except pa.ArrowException as error:
             raise TypeError(str(error)) from error
 

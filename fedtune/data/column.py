@@ -59,6 +59,10 @@ class Column(ABC):
         """Return the index of the first row without a value, or None."""
         return next((row for row, value in enumerate(self.values()) if value is None), None)
 
+    def join(self, others: Sequence["Column"]) -> "Column | None":
+        """Put this column and others end to end without copying values, or return None if that cannot be done."""
+        return None
+
     def unique(self) -> list[Any]:
         """Return the distinct values in order of appearance."""
         return list(dict.fromkeys(self.values()))
@@ -134,6 +138,8 @@ def concatenate_columns(columns: Sequence[Column]) -> Column:
     """Concatenate columns of the same type."""
     if len(columns) == 1:
         return columns[0]
+    if (joined := columns[0].join(columns[1:])) is not None:
+        return joined
     arrays = [column.array for column in columns if isinstance(column, Values)]
     if len(arrays) == len(columns) and len({array.dtype for array in arrays}) == 1:
         return Values(np.concatenate(arrays))

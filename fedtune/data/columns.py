@@ -31,7 +31,7 @@ def rename_columns(recipe: Recipe, needed: Sequence[str], table: Table) -> Table
     Raises DataError when a column is missing or has a null.
     """
     form = find_conversation_form(recipe, needed, table.column_names)
-    columns = {} if form is None else read_conversations(table, form, recipe.data.columns, recipe.data.source)
+    columns = {} if form is None else read_conversations(table, form, recipe.data.columns, recipe.data.title)
     named = _named(recipe, resolve_text_column(needed) if form is None else (), table.column_names)
     return _convert_columns(recipe, named, table, columns)
 
@@ -40,16 +40,16 @@ def _convert_columns(recipe: Recipe, named: "Named", table: Table, columns: dict
     """``columns`` and those that are named, as canonical ones."""
     kinds: dict[str, Kind] = {}
     for name, (key, column) in named.items():
-        stored = _column(recipe.data.source, table, key, column)
+        stored = _column(recipe.data.title, table, key, column)
         try:
             columns[name], kind = _convert(name, stored, table.kinds.get(column))
         except TypeError as error:
             wanted = "images" if name == "image" else "text"
             problem = f"column {column!r} holds no {wanted}; name another in {key}"
-            raise DataError(f"{recipe.data.source}: {problem}") from error
+            raise DataError(f"{recipe.data.title}: {problem}") from error
         if kind is not None:
             kinds[name] = kind
-    return Table(columns, kinds, origin=table.origin)
+    return Table(columns, kinds, origin=table.digest_rows())
 
 
 def get_canonical_column_name(recipe: Recipe, by: str) -> str:
@@ -63,7 +63,7 @@ def _named(recipe: Recipe, needed: Sequence[str], present: list[str]) -> Named:
     columns, split = recipe.data.columns, recipe.data.partition
     keys = {name: _KEYS.get(name, name) for name in needed}
     named: Named = {name: (f"data.columns.{key}", getattr(columns, key)) for name, key in keys.items()}
-    group = columns.group or ("group" if recipe.data.source.startswith("sample:") and "group" in present else None)
+    group = columns.group or ("group" if recipe.data.title.startswith("sample:") and "group" in present else None)
     if group:
         named["group"] = ("data.columns.group", group)
     if columns.domain:

@@ -31,7 +31,7 @@ def find_conversation_form(recipe: Recipe, needed: Sequence[str], present: Colle
     for key in CONVERSATION_FORMS[form]:
         if (column := getattr(recipe.data.columns, key)) not in present:
             raise DataError(
-                f"{recipe.data.source} has no column {column!r}, which data.columns.{key} names for conversations as "
+                f"{recipe.data.title} has no column {column!r}, which data.columns.{key} names for conversations as "
                 f"{form}; name the column that holds it, or another format of the task",
                 code="data-columns",
                 counts={"columns": 1},
@@ -53,7 +53,7 @@ def _choose(recipe: Recipe, present: Collection[str]) -> str:
     found = named or fitting
     if len(found) > 1:
         raise DataError(
-            f"{recipe.data.source} has columns for {' and '.join(found)}; say which to train on, e.g. "
+            f"{recipe.data.title} has columns for {' and '.join(found)}; say which to train on, e.g. "
             f"task: {{text-generation: {{format: {found[-1]}}}}}"
         )
     return found[0] if found else "text"

@@ -5,17 +5,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedtune.data.columns import rename_columns
-from fedtune.data.decode import readable
+from fedtune.data.examples import SourceCounts, read_examples
 from fedtune.data.label_encoders import LABEL_ENCODERS, find_label_column, iter_class_numbers
-from fedtune.data.sources import read_data_source
 from fedtune.data.splits import number_groups, split_dataset
-from fedtune.data.table import Pictures, Table, concatenate
+from fedtune.data.table import Table, concatenate
 from fedtune.errors import DataError
 from fedtune.recipe.schema import Recipe
 from fedtune.seeds import derive_seed
 
-__all__ = ["DataSplits", "load_all_examples", "load_data", "load_trainable_examples"]
+__all__ = ["DataSplits", "limit_examples", "load_all_examples", "load_data", "load_trainable_examples"]
 
 RESERVED_DOMAINS = frozenset({"all", "mean"})
 """Names of summaries over domains, which no domain may have."""
@@ -30,6 +28,7 @@ class DataSplits:
     Tables have the columns ``text`` or ``image``, ``label`` (int, classification only) and, where configured, ``group``
     and ``domain``. A natural partition by another column keeps that column under its own name. ``label_names`` is empty
     for tasks without classes. ``notes`` are sentences about guessed encodings, skipped examples and absent classes.
+    ``sources`` counts the examples of several sources, and of one with a filter or a map.
     """
 
     train: Table
@@ -37,6 +36,7 @@ class DataSplits:
     test: Table
     label_names: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    sources: tuple[SourceCounts, ...] = ()
 
 
 def load_data(recipe: Recipe, columns: Sequence[str], known: Sequence[str] = ()) -> DataSplits:
@@ -46,28 +46,25 @@ def load_data(recipe: Recipe, columns: Sequence[str], known: Sequence[str] = ())
     the data has the same names. Raises DataError when the examples do not fit the task, SourceError when the source
     cannot be read.
     """
-    source = recipe.data.source
-    found, notes = _found(recipe, columns)
+    source = recipe.data.title
+    read = read_examples(recipe, columns)
+    found = read.parts
     labels: tuple[str, ...] = ()
     if (name := find_label_column(columns)) is not None:
         found, labels = LABEL_ENCODERS[name].encode_new(found, source, known)
     divided = split_dataset(recipe.data, found)
     for part, table in divided.items():
         _check(source, part, table)
-    train = (
-        divided["train"]
-        if recipe.data.max_train_examples is None
-        else _limited(recipe, divided["train"], recipe.data.max_train_examples)
-    )
-    all_notes = (*notes, *(_absent(source, divided, name, labels) if name else ()))
-    return DataSplits(train, divided["validation"], divided["test"], labels, all_notes)
+    train = limit_examples(recipe, divided["train"])
+    all_notes = (*read.notes, *(_absent(source, divided, name, labels) if name else ()))
+    return DataSplits(train, divided["validation"], divided["test"], labels, all_notes, read.sources)
 
 
 def load_all_examples(recipe: Recipe, columns: Sequence[str], labels: Sequence[str], part: str = "all") -> Table:
     """Return the examples of all splits or of one, with labels encoded by the class names ``labels``, if any."""
     found = _labelled(recipe, columns, labels)
     whole = concatenate(list(found.values())) if part == "all" else split_dataset(recipe.data, found)[part]
-    _check(recipe.data.source, part, whole)
+    _check(recipe.data.title, part, whole)
     return whole
 
 
@@ -77,31 +74,11 @@ def load_trainable_examples(recipe: Recipe, columns: Sequence[str], labels: Sequ
 
 
 def _labelled(recipe: Recipe, columns: Sequence[str], labels: Sequence[str]) -> dict[str, Table]:
-    found, _ = _found(recipe, columns)
+    found = read_examples(recipe, columns).parts
     if (name := find_label_column(columns)) is None:
         return found
     encode = LABEL_ENCODERS[name].encode_known
-    return {part: encode(table, labels, recipe.data.source) for part, table in found.items()}
-
-
-def _found(recipe: Recipe, columns: Sequence[str]) -> tuple[dict[str, Table], tuple[str, ...]]:
-    """Return the source's own splits with canonical columns, without skipped images, and notes."""
-    source = read_data_source(recipe.data)
-    found = {part: rename_columns(recipe, columns, table) for part, table in source.parts.items()}
-    if len({"messages" in table.column_names for table in found.values()}) > 1:
-        raise DataError(
-            f"{recipe.data.source} has texts in one part and conversations in another; name the task's format"
-        )
-    if not isinstance(found["train"].kinds.get("image"), Pictures):
-        return found, source.notes
-    lost: list[str] = []
-    for part, table in found.items():
-        found[part], names = readable(table, skip=recipe.data.skip_unreadable)
-        lost += names
-    if not lost:
-        return found, source.notes
-    note = f"{recipe.data.source}: {len(lost)} images cannot be read and are left out, among them {lost[0]}"
-    return found, (*source.notes, note)
+    return {part: encode(table, labels, recipe.data.title) for part, table in found.items()}
 
 
 def _check(source: str, part: str, table: Table) -> None:
@@ -133,14 +110,17 @@ def _absent(source: str, divided: Mapping[str, Table], column: str, labels: tupl
             yield f"{source}: the {part} split has no example of class {absent[0]!r}{several}; {means}"
 
 
-def _limited(recipe: Recipe, train: Table, limit: int) -> Table:
-    """Select whole groups in random order, derived from the seed, up to ``limit`` examples."""
+def limit_examples(recipe: Recipe, train: Table) -> Table:
+    """Select whole groups in random order, derived from the seed, up to ``data.max_train_examples``."""
+    limit = recipe.data.max_train_examples
+    if limit is None:
+        return train
     group = number_groups(train)
     sizes = np.bincount(group)
     order = np.random.default_rng(derive_seed(recipe.seed, "limit")).permutation(len(sizes))
     kept = order[: np.searchsorted(np.cumsum(sizes[order]), limit, side="right")]
     if not len(kept):
         raise DataError(
-            f"data.max_train_examples is {limit}, but a group of {recipe.data.source} has {sizes[order[0]]} examples"
+            f"data.max_train_examples is {limit}, but a group of {recipe.data.title} has {sizes[order[0]]} examples"
         )
     return train.select(np.flatnonzero(np.isin(group, kept)))

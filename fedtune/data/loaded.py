@@ -48,6 +48,8 @@ def from_files(path: Path, builder: str, **where: object) -> dict[str, Table]:
     try:
         with _quiet():
             return _tables(load_dataset(builder, cache_dir=str(get_cache_folder() / "datasets"), **where))
+    except StopIteration as error:  # datasets, of an empty file of JSON lines
+        raise DataError(f"{path} holds no example; bring data") from error
     except (DatasetGenerationError, OSError, ValueError) as error:
         raise DataError(_unreadable(path, builder, _first_line(error.__cause__ or error))) from error
 

@@ -1,8 +1,9 @@
 """Reads a data source into tables named train, validation and test."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,43 +19,87 @@ from fedtune.errors import DataError, SourceError
 from fedtune.recipe.data_settings import DataSettings
 from fedtune.recipe.validation_errors import suggest_nearest
 
-__all__ = ["Found", "read_data_source"]
+__all__ = ["Found", "SettingKeys", "read_data_source"]
 
 
 @dataclass(frozen=True)
 class Found:
-    """The splits of a source, and notes about assumptions made when reading it."""
+    """The splits of a source, and notes about assumptions made when reading it.
+
+    ``removed`` is the number of rows that the filter removed.
+    """
 
     parts: dict[str, Table]
     notes: tuple[str, ...] = ()
+    removed: int = 0
 
 
-def read_data_source(data: DataSettings) -> Found:
-    """Read the source's own splits with its own columns. There is always a ``train`` split.
+class SettingKeys(NamedTuple):
+    """The keys of the settings of a source, as messages name them."""
 
-    A Hub id may be followed by a configuration, ``hub:ID:CONFIGURATION``, and a sample by a domain,
-    ``sample:NAME:DOMAIN``. If the source has one split only, a column may name the split of each row.
+    source: str = "data.source"
+    filter: str = "data.filter"
+    map: str = "data.map"
+
+
+_KEYS = SettingKeys()
+
+
+def read_data_source(data: DataSettings, part: str = "train", keys: SettingKeys = _KEYS) -> Found:
+    """Read the source's own splits with its own columns and those of ``map``, without the rows that are filtered out.
+
+    There is always the split ``part``; a source without splits is all of it. If the source has one split only, a
+    column may name the split of each row. A Hub id may be followed by a configuration, ``hub:ID:CONFIGURATION``, and a
+    sample by a domain, ``sample:NAME:DOMAIN``.
     """
-    kind, _, name = data.source.partition(":")
+    source = str(data.source)
+    found = _read(source, data, keys)
+    if data.map is not None or data.filter is not None:
+        found = _compute_columns(found, data, keys)
+    if found.parts.keys() == {"train"}:
+        found = replace(found, parts=by_column(found.parts["train"], data))
+    parts = {each: found.parts[each] for each in PARTS if each in found.parts}
+    if parts.keys() == {"train"}:
+        parts = {part: parts["train"]}
+    _check_parts(source, parts or found.parts, part)
+    return replace(found, parts=parts)
+
+
+def _read(source: str, data: DataSettings, keys: SettingKeys) -> Found:
+    kind, _, name = source.partition(":")
     plug_in = find_source_plug_in(kind, __name__ if kind in _KINDS else None)
     if not name or (kind not in _KINDS and plug_in is None):
         added = "".join(f", {one}:NAME" for one in list_source_plug_ins())
         kinds = f"hub:ID, csv:FILE, jsonl:FILE, parquet:FILE, text:FILE, folder:PATH, disk:FOLDER{added} or sample:NAME"
-        raise SourceError(f"data.source is {data.source!r}; write {kinds}")
+        raise SourceError(f"{keys.source} is {source!r}; write {kinds}")
     if data.tokens == "disk" and kind not in _ON_DISK:
-        raise DataError(f"{data.source}: data.tokens: disk needs jsonl:FILE or parquet:FILE; set it to memory")
-    found = _KINDS[kind](name, data) if plug_in is None else Found(read_plug_in_source(plug_in, name))
-    if found.parts.keys() == {"train"}:
-        found = Found(by_column(found.parts["train"], data), found.notes)
-    parts = {part: found.parts[part] for part in PARTS if part in found.parts}
-    if "train" not in parts:
-        names = ", ".join(map(str, found.parts))
-        raise DataError(f"{data.source} has no split named train, only {names}; choose another source")
-    if not len(parts["train"]):
-        if len(parts) > 1:
-            raise DataError(f"{data.source} has rows for {' and '.join(list(parts)[1:])} only; bring some to train on")
-        raise DataError(f"{data.source} holds no example; bring data")
-    return Found(parts, found.notes)
+        raise DataError(f"{source}: data.tokens: disk needs jsonl:FILE or parquet:FILE; set it to memory")
+    if kind in _PATHS and not (path := Path(name).expanduser()).exists():
+        raise DataError(f"there is no {path}; check {keys.source}")
+    return _KINDS[kind](name, data) if plug_in is None else Found(read_plug_in_source(plug_in, name))
+
+
+def _compute_columns(found: Found, data: DataSettings, keys: SettingKeys) -> Found:
+    from fedtune.data.computed_columns import filter_rows, map_columns  # imported here: they need pyarrow
+
+    parts = dict(found.parts)
+    for each in found.parts:
+        if data.map is not None:
+            parts[each] = map_columns(parts[each], data.map, str(data.source), keys.map)
+        if data.filter is not None:
+            parts[each] = filter_rows(parts[each], data.filter, str(data.source), keys.filter)
+    removed = sum(len(table) - len(parts[each]) for each, table in found.parts.items())
+    return Found(parts, found.notes, removed)
+
+
+def _check_parts(source: str, parts: Mapping[str, Table], part: str) -> None:
+    if part not in parts:
+        names = ", ".join(map(str, parts))
+        raise DataError(f"{source} has no split named {part}, only {names}; choose another source")
+    if not len(parts[part]):
+        if others := [each for each in parts if each != part]:
+            raise DataError(f"{source} has rows for {' and '.join(others)} only; bring some to train on")
+        raise DataError(f"{source} holds no example; bring data")
 
 
 def _hub(name: str, _data: DataSettings) -> Found:
@@ -63,16 +108,9 @@ def _hub(name: str, _data: DataSettings) -> Found:
     return Found(from_hub(name))
 
 
-def _there(name: str) -> Path:
-    path = Path(name).expanduser()
-    if not path.exists():
-        raise DataError(f"there is no {path}; check data.source")
-    return path
-
-
 def _delimited(kind: str) -> Callable[[str, DataSettings], Found]:
     def read_text(name: str, data: DataSettings) -> Found:
-        return Found(*text_files(kind, _there(name), data))
+        return Found(*text_files(kind, Path(name).expanduser(), data))
 
     return read_text
 
@@ -83,7 +121,7 @@ def _local(builder: str, *endings: str) -> Callable[[str, DataSettings], Found]:
     def read_path(name: str, data: DataSettings) -> Found:
         from fedtune.data.loaded import from_files
 
-        path = _there(name)
+        path = Path(name).expanduser()
         files = files_in(path, endings)
         if not files:
             raise DataError(f"{path} holds no file that ends in {' or '.join(endings)}; bring data")
@@ -103,7 +141,7 @@ def _placed(table: Table, data: DataSettings, path: Path) -> Table:
 
 
 def _folder(name: str, data: DataSettings) -> Found:
-    path = _there(name)
+    path = Path(name).expanduser()
     if not path.is_dir():
         raise DataError(f"{path} is no folder; name the folder that contains a folder of images for each class")
     if not has_metadata_table(path):
@@ -116,7 +154,7 @@ def _folder(name: str, data: DataSettings) -> Found:
 def _disk(name: str, _data: DataSettings) -> Found:
     from fedtune.data.loaded import from_disk
 
-    return Found(from_disk(_there(name)))
+    return Found(from_disk(Path(name).expanduser()))
 
 
 def _sample(name: str, _data: DataSettings) -> Found:
@@ -144,6 +182,7 @@ _SAMPLES: dict[str, Callable[[], dict[str, Table]]] = {
     "personal-data": personal_data_samples.personal_data,
     "sentiment": sentiment_samples.sentiment,
 }
+_PATHS = frozenset({"csv", "disk", "folder", "jsonl", "parquet", "text"})
 _ON_DISK = frozenset({"jsonl", "parquet"})
 """Kinds whose columns stay on the disk until they are asked for."""
 _KINDS: dict[str, Callable[[str, DataSettings], Found]] = {

@@ -25,7 +25,7 @@ def by_column(table: Table, data: DataSettings) -> dict[str, Table]:
     column = chosen or _USUAL
     if column not in table.column_names:
         hint = suggest_nearest(column, table.column_names)
-        raise DataError(f"{data.source} has no column {column!r}, which data.columns.split names; {hint}")
+        raise DataError(f"{data.title} has no column {column!r}, which data.columns.split names; {hint}")
     words = table[column][:]
     part_of = {word: part_named(word) if isinstance(word, str) else None for word in set(words)}
     named = [word for word, part in part_of.items() if part is not None]
@@ -34,7 +34,7 @@ def by_column(table: Table, data: DataSettings) -> dict[str, Table]:
     if len(named) < len(part_of):
         row = next(row for row, word in enumerate(words, 1) if part_of[word] is None)
         raise DataError(
-            f"{data.source}: row {row} says neither train, validation nor test in column {column!r}, as others do; "
+            f"{data.title}: row {row} says neither train, validation nor test in column {column!r}, as others do; "
             "fix the row, or set data.columns.split: false to take all rows together"
         )
     found = np.array([part_of[word] for word in words])

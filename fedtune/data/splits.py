@@ -17,7 +17,7 @@ from fedtune.files import replace_file_atomically
 from fedtune.paths import get_cache_folder
 from fedtune.recipe.schema import DataSettings
 
-__all__ = ["number_groups", "split_dataset"]
+__all__ = ["iter_contents", "number_groups", "split_dataset"]
 
 
 def split_dataset(data: DataSettings, found: Mapping[str, Table]) -> dict[str, Table]:
@@ -58,7 +58,7 @@ def _recall_places(data: DataSettings, table: Table) -> NDArray[np.float64]:
 
 def _places(table: Table) -> NDArray[np.float64]:
     """Return a number in [0, 1) per row, hashed from its group or its content. Copies of a row get the same number."""
-    contents = (group.encode() for group in table["group"]) if "group" in table.column_names else _contents(table)
+    contents = (group.encode() for group in table["group"]) if "group" in table.column_names else iter_contents(table)
     return np.fromiter((_place(content) for content in contents), np.float64)
 
 
@@ -66,7 +66,8 @@ def _place(content: bytes) -> float:
     return int.from_bytes(hashlib.sha256(content).digest()[:6], "big") / 2**48
 
 
-def _contents(table: Table) -> Iterator[bytes]:
+def iter_contents(table: Table) -> Iterator[bytes]:
+    """Yield what makes a row a copy of another: its text, conversation, prompt, words or image."""
     if "text" in table.column_names:
         yield from (text.encode() for text in table.column("text").iter_values())
     elif "messages" in table.column_names:

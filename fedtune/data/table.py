@@ -4,6 +4,7 @@ Reading a local file or a sample needs only NumPy. ``datasets``, with pandas and
 to import. It is imported only for sources that need it.
 """
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -82,6 +83,12 @@ class Table:
         """Return the distinct values of a column."""
         return self.column(name).unique()
 
+    def digest_rows(self) -> str | None:
+        """Return the origin of the selected rows alone: that of the whole table if all are selected."""
+        if self.origin is None or self.rows is None:
+            return self.origin
+        return hashlib.sha256(self.origin.encode() + self.rows.tobytes()).hexdigest()
+
     def pictures(self) -> Iterator[Mapping[str, Any]]:
         """Yield the encoded images one at a time, so that only one is copied into memory."""
         whole = self.columns["image"]
@@ -104,6 +111,13 @@ class Table:
         kept = list(names)
         kinds = {name: kind for name, kind in self.kinds.items() if name in kept}
         return replace(self, columns={name: self.columns[name] for name in kept}, kinds=kinds)
+
+    def with_constant(self, name: str, value: str) -> "Table":
+        """Add or replace a column that has the same value in each row, which is stored once."""
+        whole = len(next(iter(self.columns.values())))
+        kinds = {other: known for other, known in self.kinds.items() if other != name}
+        column = Values(np.broadcast_to(np.array(value, object), whole))
+        return replace(self, columns={**self.columns, name: column}, kinds=kinds)
 
     def with_column(self, name: str, column: Column, kind: Kind | None = None) -> "Table":
         """Add or replace a column for the selected rows. Plain values have no kind."""

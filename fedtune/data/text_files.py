@@ -9,6 +9,7 @@ from fedtune.data.listing import files_in, parts_of
 from fedtune.data.table import Table
 from fedtune.errors import DataError
 from fedtune.recipe.data_settings import DataSettings
+from fedtune.recipe.expressions import list_columns
 
 __all__ = ["text_files", "with_places"]
 
@@ -34,7 +35,9 @@ def _read(kind: str, file: Path, data: DataSettings) -> tuple[dict[str, Column],
     if kind == "text":
         return lines(file, data.encoding)
     columns = data.columns
-    wanted = [name for name in (columns.text, columns.image, columns.label, columns.group, columns.domain) if name]
+    named = (columns.text, columns.image, columns.label, columns.group, columns.domain)
+    computed = (name for text in (data.filter, *(data.map or {}).values()) if text for name in list_columns(text))
+    wanted = [name for name in (*named, *computed) if name]
     found, guessed = table(file, data.delimiter, data.encoding, wanted, columns.label)
     return with_places(found, columns.image, file.parent), guessed
 

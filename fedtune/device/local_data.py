@@ -31,6 +31,7 @@ class LocalData:
         """Return the run context for a train request, and this device's rows of its train split."""
         recipe = Recipe.model_validate_json(request.recipe).get_client_recipe(request.client)
         key = (recipe.model_dump_json(), request.label_names)
+        labels = tuple(json.loads(request.label_names))
         if self._held is None or self._key != key:
             self._held = None  # frees the last model before the next one is loaded
             clear_run_context()
@@ -38,9 +39,9 @@ class LocalData:
             if recipe.evaluation.local_holdout:
                 load_metrics(recipe)  # before the model: raises errors early, and counts in the memory in use
             if self._source.startswith("partition:"):
-                self._held = _part(recipe, self._source)
+                self._held = _part(recipe, labels, self._source)
             else:
-                self._held = _own(recipe, tuple(json.loads(request.label_names)), self._source)
+                self._held = _own(recipe, labels, self._source)
             self._key = key
         return self._held
 
@@ -63,8 +64,12 @@ def _counts(train: data.Table, labels: tuple[str, ...], rows: Rows) -> dict[str,
     return {name: counted[number] for number, name in enumerate(labels) if counted[number] >= FEWEST}
 
 
-def _part(recipe: Recipe, source: str) -> tuple[RunContext, Rows]:
-    context = get_run_context(recipe.model_dump_json())
+def _part(recipe: Recipe, labels: tuple[str, ...], source: str) -> tuple[RunContext, Rows]:
+    settings = recipe.data
+    if settings.train is not None and settings.validation is not None and settings.test is not None:
+        context = _load_train_source(recipe, labels)
+    else:
+        context = get_run_context(recipe.model_dump_json())
     number = source.removeprefix("partition:")
     if not number.isdecimal() or int(number) >= len(context.client_rows):
         raise DataError(
@@ -73,19 +78,33 @@ def _part(recipe: Recipe, source: str) -> tuple[RunContext, Rows]:
     return context, context.client_rows[int(number)]
 
 
+def _load_train_source(recipe: Recipe, labels: tuple[str, ...]) -> RunContext:
+    """Return a run context without the held-out examples, whose files a device need not have."""
+    held_out = {"source": recipe.data.train, "train": None, "validation": None, "test": None}
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=held_out)})
+    return _build_context(recipe, labels, data.limit_examples(recipe, tasks.load_trainable_examples(recipe, labels)))
+
+
 def _own(recipe: Recipe, labels: tuple[str, ...], source: str) -> tuple[RunContext, Rows]:
-    """Return a run context whose train split has all examples of the source. Columns are named as in the recipe."""
+    """Return a run context whose train split has all examples of the source.
+
+    Columns are named as in the recipe, and its filter and map are applied.
+    """
     columns = recipe.data.columns.model_dump(exclude={"group", "domain"})
-    skip = recipe.data.skip_unreadable
     chosen = DataSettings(
         source=source,
         columns=ColumnSettings.model_validate(columns),
-        skip_unreadable=skip,
+        skip_unreadable=recipe.data.skip_unreadable,
+        filter=recipe.data.filter,
+        map=recipe.data.map,
         tokens=recipe.data.tokens if source.startswith(("jsonl:", "parquet:")) else "memory",
     )
     recipe = recipe.model_copy(update={"data": chosen})
     examples = tasks.load_trainable_examples(recipe, labels)
+    return _build_context(recipe, labels, examples), np.arange(len(examples))
+
+
+def _build_context(recipe: Recipe, labels: tuple[str, ...], examples: data.Table) -> RunContext:
     nothing = examples.select([])
     corpus = data.DataSplits(examples, nothing, nothing, labels)
-    model, applied, shared = prepare_model(recipe, labels)
-    return RunContext(recipe, corpus, model, applied, shared), np.arange(len(examples))
+    return RunContext(recipe, corpus, *prepare_model(recipe, labels))

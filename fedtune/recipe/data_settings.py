@@ -1,9 +1,21 @@
 """The settings of a recipe for the data: source, splits and the partition over clients."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, WrapSerializer, WrapValidator, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    WrapSerializer,
+    WrapValidator,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
+from fedtune.recipe.column_settings import ColumnSettings
+from fedtune.recipe.expressions import Expression
+from fedtune.recipe.joined_source import JoinedSource, check_encoding, check_joined_sources, read_short_form
 from fedtune.recipe.plug_in_partition import serialise_partition, validate_partition
 from fedtune.recipe.settings_model import SettingsModel
 
@@ -13,39 +25,13 @@ __all__ = [
     "Dirichlet",
     "EqualDirichlet",
     "Iid",
+    "JoinedSource",
     "Natural",
     "PartitionSettings",
     "Shards",
     "Size",
     "SplitFractions",
 ]
-
-
-class ColumnSettings(SettingsModel):
-    """The names of the source's columns."""
-
-    text: str = "text"
-    image: str = "image"
-    text_pair: str = Field("text_pair", description="second text of a pair")
-    label: str = Field("label", description="a class, several classes or a number, depending on the task")
-    target: str = Field("target", description="text to generate")
-    prompt: str = Field("prompt", description="text or messages to reply to")
-    chosen: str = Field("chosen", description="preferred completion")
-    rejected: str = Field("rejected", description="completion that is not preferred")
-    words: str = Field("words", description="list of words")
-    tags: str = Field("tags", description="list with one tag per word")
-    messages: str = Field("messages", description="conversation: list of role and content")
-    completion: str = Field("completion", description="text or messages that reply to the prompt")
-    instruction: str = Field("instruction", description="instruction that output replies to")
-    input: str = Field("input", description="what the instruction is about")
-    output: str = Field("output", description="reply to the instruction")
-    conversations: str = Field("conversations", description="conversation in ShareGPT's form: list of from and value")
-    tools: str = Field("tools", description="descriptions of the tools that a conversation may call")
-    group: str | None = Field(None, description="examples of the same group are kept together")
-    domain: str | None = Field(None, description="results are also reported per domain")
-    split: str | Literal[False] | None = Field(
-        None, description="split of each row: train, validation or test; default: a column called split; false: none"
-    )
 
 
 class SplitFractions(SettingsModel):
@@ -121,12 +107,18 @@ AnyPartition = Annotated[
 """A partition of fedtune's, or one that another package publishes."""
 
 
-class DataSettings(SettingsModel):
-    """The source of the examples, their splits and their partition over clients."""
+_SOURCES = "hub:ID, csv:FILE, jsonl:FILE, parquet:FILE, text:FILE, folder:PATH, disk:FOLDER or sample:NAME"
+_OPTIONAL = ("source", "train", "validation", "test", "sources", "filter", "map")
+"""Settings that are written only where they are set: older recipes are stored without them."""
 
-    source: str = Field(
-        description="hub:ID, csv:FILE, jsonl:FILE, parquet:FILE, text:FILE, folder:PATH, disk:FOLDER or sample:NAME"
-    )
+
+class DataSettings(SettingsModel):
+    """The source of the examples, their splits and their partition over clients.
+
+    The examples come from ``source``, from one source per split, or from several joined ``sources``.
+    """
+
+    source: str | None = Field(None, description=_SOURCES)
     columns: ColumnSettings = ColumnSettings()
     splits: SplitFractions = SplitFractions()
     partition: AnyPartition = Iid()
@@ -139,12 +131,61 @@ class DataSettings(SettingsModel):
     )
     encoding: str | None = Field(None, description="encoding of csv and text files, e.g. cp1252; default: detected")
     skip_unreadable: bool = Field(False, description="leave out images that cannot be read, and report their number")
+    train: str | None = Field(None, description="source of the training examples, instead of source")
+    validation: str | None = Field(None, description="source of the validation split; default: drawn from train")
+    test: str | None = Field(None, description="source of the test split; default: drawn from train")
+    sources: Annotated[list[JoinedSource], BeforeValidator(read_short_form)] | None = Field(
+        None, min_length=1, max_length=100, description="sources that are joined, instead of source"
+    )
+    filter: Expression | None = Field(None, description="keeps the rows for which it is true, in all splits")
+    map: dict[str, Expression] | None = Field(
+        None, min_length=1, max_length=64, description="new columns, made before the filter and the split column"
+    )
 
     @field_validator("encoding")
     @classmethod
     def _of_text(cls, value: str | None) -> str | None:
-        try:
-            "".encode(value or "utf-8")
-        except (LookupError, UnicodeError) as error:
-            raise ValueError(f"{value!r} is not a text encoding; write e.g. cp1252") from error
-        return value
+        return check_encoding(value)
+
+    @model_validator(mode="after")
+    def _one_kind_of_source(self) -> Self:
+        given = [name for name in ("source", "train", "sources") if getattr(self, name) is not None]
+        own = [name for name in ("validation", "test") if getattr(self, name) is not None]
+        if not given and not own:
+            raise ValueError("the key 'source' is missing; name a source, train (validation, test), or sources")
+        if len(given) > 1:
+            raise ValueError(f"{given[0]} and {given[1]} both name the data; keep one of them")
+        if own and given != ["train"]:
+            mend = {"source": "write train instead of source", "sources": "its sources bring their own splits"}
+            raise ValueError(f"{own[0]} stands beside train only; {mend.get(''.join(given), 'add train')}")
+        check_joined_sources(self.sources or [])
+        return self
+
+    @model_validator(mode="after")
+    def _mapped_columns_are_used(self) -> Self:
+        for name in self.map or {}:
+            if (column := getattr(self.columns, name, name)) != name and isinstance(column, str):
+                raise ValueError(
+                    f"map makes a column {name!r}, but columns.{name} names {column!r}; remove one of them"
+                )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _leave_out_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = handler(self)
+        return {key: value for key, value in written.items() if key not in _OPTIONAL or value is not None}
+
+    @property
+    def title(self) -> str:
+        """The sources as messages and tables name them."""
+        if self.sources is not None:
+            return _join_words([one.source for one in self.sources])
+        if self.train is not None:
+            return _join_words([one for one in (self.train, self.validation, self.test) if one is not None])
+        return f"{self.source} (filtered)" if self.filter is not None else str(self.source)
+
+
+def _join_words(words: list[str]) -> str:
+    if len(words) > 3:
+        words = [*words[:2], f"{len(words) - 2} more"]
+    return " and ".join([*([", ".join(words[:-1])] if words[1:] else []), words[-1]])

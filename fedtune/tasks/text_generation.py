@@ -162,7 +162,7 @@ class TextGeneration(TextTask):
             return encode_conversations(examples, reader, recipe.train.max_length, self.loss_on)
         if self.chat_template is not None or self.loss_on != "assistant":
             raise RecipeError(
-                f"task, {self.name}: chat_template and loss_on are for conversations, but {recipe.data.source} is read "
+                f"task, {self.name}: chat_template and loss_on are for conversations, but {recipe.data.title} is read "
                 "as texts; leave them out, or name the format of the conversations"
             )
         return encode_texts(examples, reader, recipe.train.max_length)

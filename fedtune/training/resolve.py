@@ -35,6 +35,7 @@ def resolve_recipe(recipe: Recipe) -> Recipe:
     check_model_counts(recipe, pipeline)
     check_metrics(recipe)
     data.check_partition(recipe)
+    _check_copies(recipe)
     devices = [_resolved(device, chosen, pipeline) for device in recipe.devices]
     if recipe.federation.asynchronous is not None:
         _check_late([*chosen, *_of_classes(recipe.devices)], pipeline, recipe.evaluation)
@@ -42,6 +43,16 @@ def resolve_recipe(recipe: Recipe) -> Recipe:
     written = TaskUnit(name=task.name, settings=task.model_dump(mode="json"))
     changes = {"task": written, "train": train, "devices": devices, "merge": merge}
     return recipe.model_copy(update=changes | {"evaluation": _resolve_evaluation(recipe.evaluation, task)})
+
+
+def _check_copies(recipe: Recipe) -> None:
+    """Raise RecipeError if clients would hold out examples of which they train on copies."""
+    heavy = [source.source for source in recipe.data.sources or [] if source.weight > 1]
+    if heavy and recipe.evaluation.local_holdout:
+        raise RecipeError(
+            f"data.sources: the weight of {heavy[0]} repeats examples, and evaluation.local_holdout would hold out "
+            "copies of what a client trains on; set weights of at most 1, or leave local_holdout out"
+        )
 
 
 def _resolve_evaluation(evaluation: EvaluationSettings, task: tasks.Task) -> EvaluationSettings:

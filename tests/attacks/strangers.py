@@ -194,7 +194,7 @@ ATTACKS = [
         "a thousand connections that say nothing", _unfinished, "too many connections|more requests within a minute"
     ),
     Attack(
-        "a thousand more from ten addresses", _many_addresses, r"127\.0\.1\.\d+ sent no whole request", _not_on_linux
+        "a thousand more from ten addresses", _many_addresses, r"127\.0\.1\.\d+ sent no complete request", _not_on_linux
     ),
     Attack("a body that comes a byte a second", _slow, "sent its body too slowly"),
 ]
