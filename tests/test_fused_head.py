@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from fedtune.errors import ModelError
+from fedtune.tasks import get_task
 from fedtune.techniques import begin_round
 from fedtune.techniques.fused_loss.fused_cross_entropy import DeferredHead
 from fedtune.training import EvaluatedModel, evaluate_model
@@ -195,3 +196,10 @@ def test_a_head_that_is_no_plain_linear_layer_is_refused() -> None:
         ModelError, match="the head of LlamaForCausalLM is a Sequential; fused-cross-entropy needs a plain one"
     ):
         shared("fused-cross-entropy+full", model, LANGUAGE)
+
+
+def test_a_task_with_a_loss_of_its_own_is_refused_because_nothing_would_be_saved() -> None:
+    model = llama()
+    with pytest.raises(ModelError, match=r"^preference computes a loss of its own from all logits, so fused-cross"):
+        shared("fused-cross-entropy+full", model, get_task("preference"))
+    assert type(model.lm_head) is nn.Linear

@@ -462,3 +462,18 @@ def test_a_head_for_another_problem_is_refused(home: Path, tmp_path: Path) -> No
     classes = task_recipe("text-classification", tmp_path, f"model.source=path:{tmp_path}/scorer")
     with pytest.raises(ModelError, match="is made for a number per example, but text-classification trains one class"):
         get_run_context(classes.model_dump_json())
+
+
+def test_an_exported_image_model_of_several_labels_says_so_and_has_their_loss(home: Path, tmp_path: Path) -> None:
+    recipe = task_recipe("image-classification, several", tmp_path)
+    shop = context("image-classification, several", tmp_path)
+    export_model(recipe, get_model_state(shop.model, shop.shared_names), tmp_path / "out", None, "card\n")
+    loaded = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    assert loaded.config.problem_type == "multi_label_classification"
+    batch = shop.validation.make_batch(range(5))
+    with torch.no_grad():
+        own = shop.task.compute_loss(shop.model.eval(), batch)
+        assert float(loaded(**batch).loss) == pytest.approx(float(own), rel=1e-6)
+    other = task_recipe("image-classification", tmp_path, f"model.source=path:{tmp_path}/out")
+    with pytest.raises(ModelError, match="is made for several labels per example, but image-classification trains one"):
+        get_run_context(other.model_dump_json())

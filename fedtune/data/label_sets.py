@@ -8,6 +8,7 @@ import numpy as np
 
 from fedtune.data.column import Values, objects
 from fedtune.data.table import ClassLists, Table
+from fedtune.data.unknown_names import require_known_names
 from fedtune.errors import DataError
 
 __all__ = ["encode_known_label_sets", "encode_label_sets"]
@@ -34,13 +35,7 @@ def encode_label_sets(
 def encode_known_label_sets(table: Table, labels: Sequence[str], source: str) -> Table:
     """Encode the column ``labels`` with the class names ``labels``; DataError for an unknown class name."""
     sets = _read_sets(table, source)
-    unknown = sorted({name for row in sets for name in row} - set(labels))
-    if unknown:
-        raise DataError(
-            f"{source}: the model does not know the label {unknown[0]!r}; it knows {', '.join(labels)}",
-            code="unknown-labels",
-            counts={"rows": sum(not set(row) <= set(labels) for row in sets)},
-        )
+    require_known_names(sets, labels, source, "label")
     return _with_numbers(table, sets, labels)
 
 

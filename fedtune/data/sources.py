@@ -180,6 +180,7 @@ _SAMPLES: dict[str, Callable[[], dict[str, Table]]] = {
     "films": sentiment_samples.films,
     "mnist-5k": image_samples.mnist_5k,
     "personal-data": personal_data_samples.personal_data,
+    "replies": conversation_samples.replies,
     "sentiment": sentiment_samples.sentiment,
 }
 _PATHS = frozenset({"csv", "disk", "folder", "jsonl", "parquet", "text"})

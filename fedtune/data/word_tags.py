@@ -5,6 +5,7 @@ from typing import Any
 
 from fedtune.data.column import Values, objects
 from fedtune.data.table import ClassLists, Table
+from fedtune.data.unknown_names import require_known_names
 from fedtune.errors import DataError
 
 __all__ = ["encode_known_tags", "encode_tags"]
@@ -28,13 +29,7 @@ def encode_tags(
 def encode_known_tags(table: Table, labels: Sequence[str], source: str) -> Table:
     """Encode the column ``tags`` with the tag names ``labels``; DataError for an unknown tag."""
     tags = _read_tags(table, source)
-    unknown = sorted({name for row in tags for name in row} - set(labels))
-    if unknown:
-        raise DataError(
-            f"{source}: the model does not know the tag {unknown[0]!r}; it knows {', '.join(labels)}",
-            code="unknown-labels",
-            counts={"rows": sum(not set(row) <= set(labels) for row in tags)},
-        )
+    require_known_names(tags, labels, source, "tag")
     return _with_numbers(table, tags, labels)
 
 

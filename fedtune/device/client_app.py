@@ -14,6 +14,7 @@ from fedtune import paths
 from fedtune.device.local_round import read_payload, run_local_round
 from fedtune.device.problems import problem_of
 from fedtune.flower import train_messages
+from fedtune.recipe.required_plug_ins import decode_plug_ins, require_plug_ins
 from fedtune.training import get_run_context
 from fedtune.wire.client_update import TrainRequest
 from fedtune.wire.error_codes import TRAINING_FAILED
@@ -28,6 +29,7 @@ deployed = ClientApp()
 def train_round(message: Message, _: Context) -> Message:
     """Train from the state in the message, and return a reply with the deltas and a report."""
     request = TrainRequest(**train_messages.read_train_request(message.content))  # type: ignore[arg-type]
+    require_plug_ins(decode_plug_ins(request.plug_ins))
     run_context = get_run_context(request.recipe)
     own = paths.get_runs_folder() / request.run_id / "own" / f"client-{request.client:06d}"
     payload = train_messages.state_file(message.content) or train_messages.read_shared_state(message.content)

@@ -8,7 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedtune import data, tasks, techniques
+from fedtune.data.label_encoders import find_label_column
 from fedtune.errors import DataError
+from fedtune.recipe.required_plug_ins import decode_plug_ins, require_plug_ins
 from fedtune.recipe.schema import ColumnSettings, DataSettings, Recipe
 from fedtune.training import RunContext, clear_run_context, get_run_context, prepare_model
 from fedtune.training.metrics import load_metrics
@@ -29,13 +31,14 @@ class LocalData:
 
     def get_context(self, request: TrainRequest) -> tuple[RunContext, Rows]:
         """Return the run context for a train request, and this device's rows of its train split."""
+        require_plug_ins(decode_plug_ins(request.plug_ins))
         recipe = Recipe.model_validate_json(request.recipe).get_client_recipe(request.client)
         key = (recipe.model_dump_json(), request.label_names)
         labels = tuple(json.loads(request.label_names))
         if self._held is None or self._key != key:
             self._held = None  # frees the last model before the next one is loaded
             clear_run_context()
-            techniques.build_techniques(recipe.train.techniques)  # one that is not installed here is refused first
+            techniques.build_techniques(recipe.train.techniques)  # one that cannot be imported is refused first
             if recipe.evaluation.local_holdout:
                 load_metrics(recipe)  # before the model: raises errors early, and counts in the memory in use
             if self._source.startswith("partition:"):
@@ -54,14 +57,21 @@ def summarise_local_data(context: RunContext, rows: Rows) -> dict[str, int | dic
     """
     if context.recipe.privacy is not None and context.recipe.privacy.noise_added_by == "clients":
         return {}
-    return {"examples": len(rows), "labels": _counts(context.corpus.train, context.corpus.label_names, rows)}
+    return {"examples": len(rows), "labels": _count_classes(context, rows)}
 
 
-def _counts(train: data.Table, labels: tuple[str, ...], rows: Rows) -> dict[str, int]:
-    if not labels:
+def _count_classes(context: RunContext, rows: Rows) -> dict[str, int]:
+    """Count the examples that have each class. One that has several, such as words with tags, counts once for each."""
+    column = find_label_column(context.task.columns)
+    if column is None:
         return {}
-    counted: Mapping[int, int] = Counter(np.asarray(train["label"][:])[rows].tolist())
-    return {name: counted[number] for number, name in enumerate(labels) if counted[number] >= FEWEST}
+    counted: Mapping[int, int] = Counter(
+        number
+        for value in context.corpus.train.select(rows)[column]
+        for number in (set(value) if isinstance(value, list) else (value,))
+    )
+    names = enumerate(context.corpus.label_names)
+    return {name: counted[number] for number, name in names if counted[number] >= FEWEST}
 
 
 def _part(recipe: Recipe, labels: tuple[str, ...], source: str) -> tuple[RunContext, Rows]:

@@ -17,8 +17,9 @@ def save_whole_model(
 ) -> None:
     """Merge the techniques into the weights, and write the model with its preprocessing."""
     techniques.merge_into_weights(chosen, model)
-    models.save_model(model, labels, folder)
-    tasks.get_task(recipe.task).save_model_extras(model, recipe, folder)
+    task = tasks.get_task(recipe.task)
+    models.save_model(model, labels, folder, task.head_problem)
+    task.save_model_extras(model, recipe, folder)
     save_preprocessing(recipe, folder)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedtune.errors import ModelError, SourceError
 from fedtune.models.classifier import ImageClassifier
+from fedtune.models.head_problem import check_head_problem
 from fedtune.models.kinds import IMAGE_MODEL_CLASSES
 from fedtune.models.model_task import ModelTask
 from fedtune.models.new_head import warn_of_new_head
@@ -56,6 +57,7 @@ def load_image_model(
     kind: str = config["kind"]
     if task.reads_text or not task.has_new_head:
         raise ModelError(f"{model.source} is a model of kind {kind}, which does not do {task.name}; choose another")
+    check_head_problem(model.source, config.get("problem_type"), task)
     if quantised:
         raise ModelError(f"{model.source} is a model of kind {kind}, which has no four-bit form; take lora")
     with torch.random.fork_rng(devices=[]):
@@ -89,12 +91,18 @@ def save_untrained_config(kind: str, settings: Mapping[str, Any], folder: Path) 
     _write_config(folder, kind, settings, **{_UNTRAINED: True})
 
 
-def wrap_for_transformers(model: ImageClassifier, labels: Sequence[str]) -> "PreTrainedModel":
-    """Return the same model as a transformers model, whose ``save_pretrained`` saves the code beside the weights."""
+def wrap_for_transformers(
+    model: ImageClassifier, labels: Sequence[str], problem: str | None = None
+) -> "PreTrainedModel":
+    """Return the same model as a transformers model, whose ``save_pretrained`` saves the code beside the weights.
+
+    ``problem`` is the ``problem_type`` of its configuration.
+    """
     from fedtune.models.in_transformers import FedtuneForImageClassification, FedtuneImageConfig
 
     numbers = {label: number for number, label in enumerate(labels)}
-    config = FedtuneImageConfig(model.kind, model.settings, id2label=dict(enumerate(labels)), label2id=numbers)
+    names = {"id2label": dict(enumerate(labels)), "label2id": numbers}
+    config = FedtuneImageConfig(model.kind, model.settings, **names, problem_type=problem)
     made: PreTrainedModel = FedtuneForImageClassification(config).eval()
     made.base_model.load_state_dict(model.state_dict())
     return made

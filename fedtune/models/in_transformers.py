@@ -3,6 +3,7 @@
 from typing import Any
 
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
@@ -35,9 +36,15 @@ class FedtuneForImageClassification(PreTrainedModel):
         self.post_init()
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
-        """Return the logits [n, labels], and the mean cross-entropy loss if labels [n] are given."""
-        found = self.model(pixel_values, labels)
-        return ImageClassifierOutput(loss=found.loss, logits=found.logits)
+        """Return the logits [n, labels], and the mean loss if labels are given: [n], or [n, labels] of zeros and ones
+        for several classes per image.
+        """
+        logits = self.model(pixel_values).logits
+        if labels is None:
+            return ImageClassifierOutput(logits=logits)
+        several = self.config.problem_type == "multi_label_classification"
+        compute = F.binary_cross_entropy_with_logits if several else F.cross_entropy
+        return ImageClassifierOutput(loss=compute(logits, labels), logits=logits)
 
 
 FedtuneImageConfig.register_for_auto_class()

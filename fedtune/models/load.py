@@ -77,13 +77,17 @@ def preprocessor(model: ModelSettings) -> Preprocessor:
     return pretrained.preprocessor(model, location)
 
 
-def save_model(model: nn.Module, labels: Sequence[str], folder: Path) -> None:
-    """Write a model of plain layers for ``from_pretrained``. The code of fedtune's own models is saved with it."""
+def save_model(model: nn.Module, labels: Sequence[str], folder: Path, problem: str | None = None) -> None:
+    """Write a model of plain layers for ``from_pretrained``.
+
+    The code of fedtune's own models is saved with them, and ``problem`` as the ``problem_type`` of their head.
+    """
     from fedtune.models import pretrained
 
-    pretrained.save_pretrained_model(
-        image_model_files.wrap_for_transformers(model, labels) if isinstance(model, ImageClassifier) else model, folder
+    wrapped = (
+        image_model_files.wrap_for_transformers(model, labels, problem) if isinstance(model, ImageClassifier) else model
     )
+    pretrained.save_pretrained_model(wrapped, folder)
 
 
 def save_config(model: nn.Module, folder: Path) -> None:

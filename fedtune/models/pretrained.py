@@ -20,6 +20,7 @@ from transformers.utils.hub import cached_file
 
 from fedtune.errors import FedtuneError, ModelError
 from fedtune.models.ends import end_texts
+from fedtune.models.head_problem import check_head_problem
 from fedtune.models.load_errors import explain_load_errors
 from fedtune.models.model_task import ModelTask
 from fedtune.models.new_head import warn_of_new_head
@@ -172,29 +173,14 @@ def _check_family(model: ModelSettings, task: ModelTask, config: PretrainedConfi
 
 def _check_head(model: ModelSettings, task: ModelTask, config: PretrainedConfig) -> None:
     """Raise ModelError when the checkpoint's head was trained for another kind of label than the task's."""
-    if not task.has_new_head:
-        return
-    made_for = _find_problem_type(config)
-    if made_for not in (None, task.head_problem):
-        raise ModelError(
-            f"{model.source} is made for {_PROBLEMS[made_for]}, but {task.name} trains {_PROBLEMS[task.head_problem]}; "
-            "choose another model, or take problem_type, id2label and label2id out of its config.json to give it a new "
-            "head"
-        )
+    if task.has_new_head:
+        check_head_problem(model.source, _find_problem_type(config), task)
 
 
 def _find_problem_type(config: PretrainedConfig) -> str | None:
     """Return the problem type of a checkpoint's head, or None if its configuration does not name one."""
     declared = None if config.problem_type is None else str(config.problem_type)
     return "regression" if declared is None and config.num_labels == 1 else declared
-
-
-_PROBLEMS = {
-    "single_label_classification": "one class per example",
-    "multi_label_classification": "several labels per example",
-    "regression": "a number per example",
-    None: "a class per token",
-}
 
 
 def _check_weights(model: ModelSettings, task: ModelTask, loaded: PreTrainedModel, info: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fedtune.errors import FedtuneError, SourceError
 from fedtune.models import sample_models
+from fedtune.models.made_text_models import make_masked_minilm_folder, make_untrained_t5_folder
 from fedtune.paths import get_cache_folder
 from fedtune.recipe.plug_ins import PlugIn, find_plug_in, find_plug_ins
 from fedtune.recipe.validation_errors import suggest_nearest
@@ -116,6 +117,8 @@ _SAMPLES: dict[str, Callable[[], Path]] = {
     "efficientnet-lite0": lambda: sample_models.convert_efficientnet_lite0(_file("efficientnet-lite0")),
     "logistic": sample_models.make_logistic_regression_folder,
     "minilm": lambda: fetch_sample("minilm"),
+    "minilm-mlm": lambda: make_masked_minilm_folder(fetch_sample("minilm")),
+    "t5-untrained": lambda: make_untrained_t5_folder(fetch_sample("minilm")),
     "smollm2": lambda: _from_gguf(_file("smollm2")),
     **{name: partial(sample_models.make_untrained_model_folder, name) for name in sample_models.UNTRAINED_MODELS},
 }

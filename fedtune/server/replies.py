@@ -1,5 +1,6 @@
 """A reply becomes a checked client update on disk, or a record that says why there is none."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from fedtune.errors import ClientUpdateError
 from fedtune.files import write_bytes_atomically
 from fedtune.merging import compute_staleness_weight
 from fedtune.recipe.federation import Asynchronous
+from fedtune.recipe.required_plug_ins import RequiredPlugIn, describe_plug_ins
 from fedtune.server.class_payloads import ClassPayload
 from fedtune.server.client_device import ClientDevice
 from fedtune.server.reports import MOST_EXAMPLES, read_report
@@ -16,7 +18,7 @@ from fedtune.tracking import ClientRecord
 from fedtune.untrusted import clean_text
 from fedtune.wire.client_update import ClientUpdate
 from fedtune.wire.error_codes import DECLINED_PREFIX, REFUSED
-from fedtune.wire.protocol_codes import parse_problem
+from fedtune.wire.protocol_codes import LACKS_PLUG_IN, parse_problem
 from fedtune.wire.update_checks import NO_NORM_LIMIT, NormLimit, check_client_update
 
 _LONGEST_REASON = 400
@@ -29,7 +31,8 @@ __all__ = ["ExpectedReply", "make_missing_record", "read_error", "receive_update
 class ExpectedReply:
     """What the server expects of one client in a round.
 
-    ``most_examples`` is the number the client can have trained on; ``bytes_down`` is what it was sent.
+    ``most_examples`` is the number the client can have trained on; ``bytes_down`` is what it was sent. ``plug_ins`` are
+    those that the recipe needs.
     """
 
     client: int
@@ -38,6 +41,7 @@ class ExpectedReply:
     norm_limit: NormLimit = NO_NORM_LIMIT
     most_examples: int = MOST_EXAMPLES
     bytes_down: int = 0
+    plug_ins: Sequence[RequiredPlugIn] = ()
 
 
 def receive_update(reply: Message, expected: ExpectedReply, spool: Path) -> tuple[ClientRecord, ClientUpdate | None]:
@@ -46,7 +50,7 @@ def receive_update(reply: Message, expected: ExpectedReply, spool: Path) -> tupl
     Nothing of a payload that is larger than the round expects is read or written.
     """
     if reply.has_error():
-        return _make_absent_record(expected, *read_error(reply.error)), None
+        return _make_absent_record(expected, *read_error(reply.error, expected.plug_ins)), None
     path = spool / f"client-{expected.client:06d}.safetensors"
     try:
         payload = _payload(reply, expected.payload.most_bytes)
@@ -89,15 +93,20 @@ def scale_by_staleness(
     return replace(record, staleness=staleness), scaled
 
 
-def read_error(error: Error) -> tuple[str, str]:
-    """Return status and reason. A device declines before it trains if its memory budget is too small."""
+def read_error(error: Error, plug_ins: Sequence[RequiredPlugIn] = ()) -> tuple[str, str]:
+    """Return status and reason. A device declines before it trains if its memory budget is too small.
+
+    The reason of a device that may lack a plug-in tells which ones the recipe needs.
+    """
     sent = error.reason or ""
     if error.code == REFUSED:
         return "rejected", clean_text(sent)
     status = "declined" if sent.startswith(DECLINED_PREFIX) else "error"
     reason = sent.removeprefix(DECLINED_PREFIX)
     if problem := parse_problem(reason):
-        return status, problem.remote_sentence
+        needed = plug_ins if problem.code in LACKS_PLUG_IN else ()
+        more = f"; the recipe needs {describe_plug_ins(needed)}" if needed else ""
+        return status, problem.remote_sentence + more
     shown = clean_text(reason)
     return status, shown if status == "declined" else f"code {error.code}: {shown}"
 

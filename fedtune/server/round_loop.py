@@ -207,6 +207,7 @@ def _gather_updates(
             get_norm_limit(context.recipe, payload.expected_shapes.values()),
             run.safeguards.examples(client),
             run.sending.count_bytes_sent(client, downloads),
+            run.sending.plug_ins,
         )
         received = receive_update(reply, expected, spool)
         records[client], update = scale_by_staleness(

@@ -9,6 +9,7 @@ from flwr.app import Message
 from fedtune import paths
 from fedtune.flower.exchange import make_train_messages
 from fedtune.flower.reply_limit import OVERHEAD, raise_reply_limit
+from fedtune.recipe.required_plug_ins import encode_plug_ins, list_required_plug_ins
 from fedtune.server.bases import Bases
 from fedtune.server.downloads import Download, Downloads
 from fedtune.server.run_clients import RunClients
@@ -23,8 +24,14 @@ class Sending:
 
     def __init__(self, context: RunContext, run: str, bases: Bases) -> None:
         self.bases, self._run = bases, run
+        self.plug_ins = list_required_plug_ins(context.recipe)
         self._request = TrainRequest(
-            context.recipe.model_dump_json(), 0, 0, run, json.dumps(context.corpus.label_names)
+            context.recipe.model_dump_json(),
+            0,
+            0,
+            run,
+            json.dumps(context.corpus.label_names),
+            plug_ins=encode_plug_ins(self.plug_ins),
         )
         self._asked: dict[int, tuple[int, int]] = {}
 

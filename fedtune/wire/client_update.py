@@ -81,7 +81,7 @@ class TrainRequest:
     infer from its own data. With ``scoring``, the client only evaluates the state, which is the one after the round.
     ``base_digest`` is the digest of the base weights at the start of the round, if the server tracks them. The state
     holds the base weights in full, unless ``held_digest`` names the base weights that the state's increments are added
-    to.
+    to. ``plug_ins`` names what other packages publish of the recipe, see ``fedtune.recipe.required_plug_ins``.
     """
 
     recipe: str
@@ -92,6 +92,7 @@ class TrainRequest:
     scoring: bool = False
     base_digest: str | None = None
     held_digest: str | None = None
+    plug_ins: str | None = None
 
 
 class HoldoutMetrics(NamedTuple):

@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from string import Formatter
 from typing import NamedTuple
 
-__all__ = ["LACKS_BASE", "SENTENCES", "Problem", "parse_problem"]
+__all__ = ["LACKS_BASE", "LACKS_PLUG_IN", "SENTENCES", "Problem", "parse_problem"]
 
 LACKS_BASE = "base-lacking"
 """The device lacks the base weights that its train request refers to. The server then sends them in full."""
+LACKS_PLUG_IN = frozenset({"metric-unavailable", "source-unreadable", "unit-unavailable"})
+"""What a device may reply that lacks a package which publishes something the recipe names."""
 SENTENCES: Mapping[str, str] = {
     LACKS_BASE: "it lacks base weights that its train request is based on",
     "code-failed": "training raised an error",

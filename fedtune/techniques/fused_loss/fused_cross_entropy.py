@@ -11,7 +11,8 @@ Sends: what the other technique sends.
 Use when: you train a language model. With ``gradient-checkpointing`` or ``meft``, the head would otherwise set the peak
 memory.
 Avoid when: another technique needs the logits of a training step (distillation), or the vocabulary is tiny.
-Fits: causal language models whose loss uses the result of the output layer unchanged. Others are refused.
+Fits: causal language models whose loss uses the result of the output layer unchanged. Others are refused, and so are
+tasks with a loss of their own, such as ``preference``.
 Source: Luo et al., "Mini-Sequence Transformer" (arXiv 2407.15892), the part on the output layer, which recomputes its
 logits in the backward pass. Deviations: gradients are computed in the forward pass, which saves one product with the
 vocabulary. No token is dropped if the chunk size does not divide the number of tokens. A batch without any valid label
@@ -52,6 +53,11 @@ class FusedCrossEntropy(Technique):
     def rewrite_model(self, model: nn.Module, task: Task, seed: int) -> None:
         """Move the output layer into the loss and test it on two tokens; ModelError if the model does not fit."""
         name, plain = _plain_head(model)
+        if type(task).compute_loss is not Task.compute_loss:  # it asks the model for logits, not for the loss
+            raise ModelError(
+                f"{task.name} computes a loss of its own from all logits, so fused-cross-entropy would save nothing; "
+                "remove it"
+            )
         late = DeferredHead(plain, self.chunk_size)
         model.set_submodule(name, late)
         late.handles = (
