@@ -1,6 +1,6 @@
 """The recipe of a run: one frozen pydantic model, which is stored with the run."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -18,6 +18,7 @@ from fedtune.recipe.data_settings import (
     SplitFractions,
 )
 from fedtune.recipe.device_class import OVERRIDABLE, DeviceClass, Dtype
+from fedtune.recipe.evaluation_settings import EvaluationSettings
 from fedtune.recipe.federation import Asynchronous, ClientSelection, Federation, Tag
 from fedtune.recipe.preprocessor_settings import Preprocessor
 from fedtune.recipe.settings_model import SettingsModel
@@ -69,38 +70,6 @@ class ModelSettings(SettingsModel):
     preprocessor: Preprocessor | None = Field(
         None, description="image preprocessing; default: that of the model's folder"
     )
-
-
-class EvaluationSettings(SettingsModel):
-    """Evaluation settings. Validation runs every few rounds; the test split is evaluated once, at the end."""
-
-    every_n_rounds: int = Field(1, ge=1)
-    max_examples: int | None = Field(
-        None,
-        ge=1,
-        description="validation examples evaluated before the last round, sampled with the seed; default: all",
-    )
-    batch_size: int = Field(64, ge=1)
-    local_holdout: float = Field(
-        0.0, ge=0, le=0.5, description="share of its examples that each client holds out for evaluation"
-    )
-    metrics: list[str] = Field(
-        [], max_length=16, description="metrics besides accuracy and loss: f1, auc, balanced-accuracy"
-    )
-    main_metric: str | None = Field(
-        None, description="metric that is shown in tables and selects the best checkpoint; default: the task's"
-    )
-    clients: Literal["all"] | Annotated[int, Field(ge=1)] | None = Field(
-        None, description="number of clients, or all, that evaluate results of rounds on their held-out data"
-    )
-
-    @model_validator(mode="after")
-    def _clients_have_examples(self) -> Self:
-        if self.clients is not None and not self.local_holdout:
-            raise ValueError(
-                "clients score on what they hold out, which is nothing; set local_holdout too, e.g. local_holdout: 0.2"
-            )
-        return self
 
 
 class PrivacySettings(SettingsModel):

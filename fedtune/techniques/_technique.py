@@ -40,6 +40,8 @@ class Technique(NamedUnit):
 
     selects_trainable_tensors: ClassVar[bool] = True
     """Whether it selects trained tensors; a run needs at least one technique that does."""
+    allows_kv_cache: ClassVar[bool] = False
+    """Whether text can be generated with cached keys and values: the model computes each token from those before it."""
     conflicts_with: ClassVar[Mapping[str, str]] = {}
     """Techniques that it cannot be combined with, and why: the end of a sentence."""
 

@@ -48,6 +48,7 @@ class ErrorNormTruncation(Technique):
 
     name: ClassVar[str] = "error-norm-truncation"
     selects_trainable_tensors: ClassVar[bool] = False
+    allows_kv_cache: ClassVar[bool] = True
 
     threshold: float = Field(1.35, gt=0, description="tokens with a larger error norm are dropped; √2 is the largest")
     fraction: float | None = Field(None, gt=0, lt=1, description="instead: the share of a batch's tokens to drop")

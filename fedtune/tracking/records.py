@@ -15,6 +15,7 @@ __all__ = [
     "OperatorRecord",
     "RoundRecord",
     "RunRecord",
+    "SampleRecord",
     "TokenRecord",
 ]
 
@@ -106,6 +107,20 @@ class CheckpointRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SampleRecord:
+    """What the model of a round generated for prompt ``number`` of the recipe, counted from 1.
+
+    ``prompt`` is the text or, of a conversation, JSON. ``ended`` says whether the model ended the text itself; else it
+    reached ``max_new_tokens``.
+    """
+
+    number: int
+    prompt: str
+    text: str
+    ended: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class RoundRecord:
     """One round, completed or failed. Number 0 has the state and the metrics before any training.
 
@@ -121,6 +136,7 @@ class RoundRecord:
     checkpoint: CheckpointRecord | None
     client_scores: tuple[ClientScore, ...] = ()
     device_type: str | None = None
+    samples: tuple[SampleRecord, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

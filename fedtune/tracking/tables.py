@@ -13,7 +13,7 @@ from sqlalchemy import (
     Text,
 )
 
-from fedtune.tracking.column_types import Flag, Measured, Utc, Words
+from fedtune.tracking.column_types import AnyText, Flag, Measured, Utc, Words
 
 __all__ = [
     "ROUND_CHILD_TABLES",
@@ -29,6 +29,7 @@ __all__ = [
     "operators",
     "rounds",
     "runs",
+    "samples",
 ]
 
 
@@ -131,7 +132,17 @@ client_scores = Table(
     Column("num_predictions", BigInteger, nullable=False),
 )
 
-ROUND_CHILD_TABLES = (client_records, metrics, checkpoints, client_scores)
+samples = Table(
+    "samples",
+    metadata,
+    *_of_round(),
+    Column("number", Integer, primary_key=True),
+    Column("prompt", AnyText, nullable=False),
+    Column("text", AnyText, nullable=False),
+    Column("ended", Flag),
+)
+
+ROUND_CHILD_TABLES = (client_records, metrics, checkpoints, client_scores, samples)
 
 assignments = Table(
     "assignments",

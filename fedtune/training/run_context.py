@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fedtune import data, merging, models, tasks, techniques
 from fedtune.accelerator import choose_device, find_device
+from fedtune.data.encoded_prompts import EncodedPrompts
 from fedtune.errors import ModelError, RecipeError
 from fedtune.recipe.schema import ColumnSettings, DataSettings, Recipe
 from fedtune.recipe.validation_errors import explain_validation_error
@@ -24,6 +25,7 @@ from fedtune.techniques import Technique
 from fedtune.training.activation_statistics import check_merge_has_targets
 from fedtune.training.device_classes import check_device_class
 from fedtune.training.evaluation import EvaluatedModel
+from fedtune.training.generation import GeneratedText, TextGenerator, require_positions
 from fedtune.training.model_checks import check_model_privacy
 from fedtune.training.model_state import get_model_state, named_tensors
 from fedtune.training.packing_checks import check_packing
@@ -137,8 +139,33 @@ class RunContext:
         """The model with the evaluation settings of the server."""
         settings = self.recipe.evaluation
         return EvaluatedModel(
-            self.model, self.task, settings.batch_size, self.techniques, settings.metrics, self.reader
+            self.model,
+            self.task,
+            settings.batch_size,
+            self.techniques,
+            settings.metrics,
+            self.reader,
+            settings.generation,
         )
+
+    @cached_property
+    def prompts(self) -> EncodedPrompts:
+        """The encoded prompts of ``evaluation.prompts``; RecipeError or ModelError if the model cannot answer them."""
+        settings = self.recipe.evaluation
+        if not settings.prompts:
+            return EncodedPrompts([])
+        found = self.task.encode_prompts(settings.prompts, self.corpus.train, self.recipe, self.reader)
+        require_positions(self.model, found, settings.generation)
+        return found
+
+    def generate_samples(self) -> list[GeneratedText]:
+        """Generate a text for each prompt with the model as it is now."""
+        if not self.recipe.evaluation.prompts:
+            return []
+        settings = self.recipe.evaluation
+        generator = TextGenerator(self.model, self.techniques, self.reader, settings.generation, settings.batch_size)
+        seeds = [derive_seed(self.recipe.seed, "samples", number) for number in range(1, len(settings.prompts) + 1)]
+        return generator.generate_texts(self.prompts, seeds)
 
     @cached_property
     def client_domains(self) -> dict[int, str]:

@@ -76,6 +76,7 @@ class Deft(Technique):
     name: ClassVar[str] = "deft"
     unsupported_devices: ClassVar[Mapping[str, str]] = {"mps": "which has no double precision"}
     selects_trainable_tensors: ClassVar[bool] = False
+    allows_kv_cache: ClassVar[bool] = True
 
     density_weight: float = Field(1.0, ge=0, description="weight of the density in the loss; 0: the loss is unchanged")
     eps: float = Field(1e-7, ge=1e-12, description="activations far below its root count as zero")

@@ -47,6 +47,7 @@ class FusedCrossEntropy(Technique):
 
     name: ClassVar[str] = "fused-cross-entropy"
     selects_trainable_tensors: ClassVar[bool] = False
+    allows_kv_cache: ClassVar[bool] = True
 
     chunk_size: int = Field(128, ge=1, description="tokens whose logits exist at the same time")
 
