@@ -40,6 +40,7 @@ CLAIMS = (
     "asynchronous",
     "privacy",
     "chat_masks",
+    "instruct_format",
     "device_phases",
     "device_crowd",
     "device_faults",

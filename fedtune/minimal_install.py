@@ -17,6 +17,7 @@ EXCLUDED_PACKAGES = frozenset(
     {
         "alembic",
         "fastapi",
+        "lightning-utilities",
         "matplotlib",
         "nltk",
         "prompt-toolkit",
@@ -26,6 +27,7 @@ EXCLUDED_PACKAGES = frozenset(
         "seqeval",
         "sqlalchemy",
         "starlette",
+        "torchmetrics",
         "uv",
         "uvicorn",
     }

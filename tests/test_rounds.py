@@ -322,6 +322,9 @@ def test_a_spooled_contribution_is_what_was_sent(tmp_path: Path) -> None:
         "seconds": 1.0,
         "activation_memory": 10,
         "peak_memory": 20,
+        "device_type": "cpu",
+        "accelerator_memory": None,
+        "accelerator_reserved": None,
     }
     assert sent.holdout_metrics == HoldoutMetrics(4, 0.25, 0.75, (0.5,))
     assert sent.trained_metrics == HoldoutMetrics(4, 0.125, 1.0, (0.625,))

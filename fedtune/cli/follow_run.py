@@ -7,6 +7,8 @@ import click
 
 from fedtune.cli.operator_client import OperatorClient
 from fedtune.errors import RunError
+from fedtune.tracking import SampleRecord
+from fedtune.tracking.sample_text import format_samples
 from fedtune.untrusted import clean_text
 
 __all__ = ["follow_run"]
@@ -25,6 +27,8 @@ def follow_run(connection: OperatorClient, run: str, *, quiet: bool = False) -> 
         run = found["id"]  # another may be the latest by the next look
         for record in found["rounds"]:
             show(f"round {record['number']}/{found['rounds_planned']}  {_summarise_round(record, found)}")
+            for line in format_samples([SampleRecord(**one) for one in record.get("samples", ())]):
+                show(line)
             last = record["number"]
         if found["status"] not in _WORKING:
             break

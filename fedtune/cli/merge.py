@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fedtune.cli.option_parsers import Command, MergeOptions, parse_numbers, parse_step
+from fedtune.cli.option_parsers import DEVICES, Command, MergeOptions, parse_numbers, parse_step
 from fedtune.recipe.task_settings import list_task_names
 
 if TYPE_CHECKING:
@@ -53,6 +53,13 @@ __all__ = ["merge"]
     type=click.Choice(list_task_names()),
     help="Task of the models, for --calibration-data and --eval-data.",
 )
+@click.option(
+    "--device",
+    type=click.Choice(DEVICES),
+    default="cpu",
+    show_default=True,
+    help="Where models compute for --calibration-data and --eval-data.",
+)
 @click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Largest file of the result.")
 @click.option("--report/--no-report", default=True, help="Compare the models first, which reads them once more.")
 @click.option("--trust-base", is_flag=True, help="Merge even if deltas are about as large as the base model.")
@@ -76,6 +83,10 @@ def merge(sources: tuple[str, ...], output: Path | None, dry_run: bool, form: st
         raise click.UsageError("name the output folder with -o, or use --dry-run")
     from fedtune.memory.heap import keep_freed_memory
 
+    if more["device"] != "cpu":
+        from fedtune.accelerator import require_device
+
+        require_device(more["device"], "--device")
     keep_freed_memory()
     options = MergeOptions(sources, output, form, dry_run, **more)
     if form == "adapter":

@@ -121,15 +121,19 @@ def _build_merge_context(options: MergeOptions, prepared: "PreparedMerge", colum
         from fedtune.merging import MergeContext
 
         return MergeContext()
+    from fedtune.accelerator import choose_device
     from fedtune.offline_merge.evaluate_models import collect_merge_context
     from fedtune.tasks import get_task
 
     task = None if options.task is None else get_task(options.task)
     column = None if task is None else columns.get(task.input_column)
-    return collect_merge_context(prepared, task, options.calibration_data, column, options.export_run)
+    return collect_merge_context(
+        prepared, task, options.calibration_data, column, options.export_run, choose_device(options.device)
+    )
 
 
 def _score(options: MergeOptions, source: str, columns: dict[str, str]) -> Any:
+    from fedtune.accelerator import choose_device
     from fedtune.offline_merge.evaluate_models import evaluate_folder, materialise_model
     from fedtune.tasks import get_task
 
@@ -137,7 +141,8 @@ def _score(options: MergeOptions, source: str, columns: dict[str, str]) -> Any:
         raise click.UsageError("--eval-data needs --task, e.g. --task text-classification")
     assert options.eval_data is not None
     with materialise_model(source, options.export_run) as folder:
-        return evaluate_folder(folder, get_task(options.task), options.eval_data, columns, options.split)
+        device = choose_device(options.device)
+        return evaluate_folder(folder, get_task(options.task), options.eval_data, columns, options.split, device)
 
 
 def _show_result(

@@ -6,7 +6,10 @@ from typing import Any, NamedTuple
 
 import click
 
-__all__ = ["Command", "MergeOptions", "parse_columns", "parse_numbers", "parse_size", "parse_step"]
+__all__ = ["DEVICES", "Command", "MergeOptions", "parse_columns", "parse_numbers", "parse_size", "parse_step"]
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+"""The values of ``--device``, which are those of ``train.device``."""
 
 _ALIKE = 0.8
 
@@ -47,6 +50,7 @@ class MergeOptions(NamedTuple):
     split: str
     columns: str | None
     task: str | None
+    device: str
     max_shard_size: str
     report: bool
     trust_base: bool

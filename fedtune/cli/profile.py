@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fedtune.cli.option_parsers import DEVICES
 from fedtune.recipe.task_settings import list_task_names
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ __all__ = ["profile"]
 @click.option("--batch-size", metavar="N", help="Short for --set train.batch_size=N.")
 @click.option("--max-length", metavar="N", help="Short for --set train.max_length=N: tokens per text.")
 @click.option("--image-size", metavar="N", help="Short for --set train.image_size=N: pixels.")
+@click.option("--device", type=click.Choice(DEVICES), help="Short for --set train.device=...")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting of the recipe.")
 @click.option("--check-gradients", is_flag=True, help="Compare gradients with those of stored activations.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="File for the plot (.png or .svg).")
@@ -35,6 +37,7 @@ def profile(
     batch_size: str | None,
     max_length: str | None,
     image_size: str | None,
+    device: str | None,
     overrides: tuple[str, ...],
     check_gradients: bool,
     output: Path | None,
@@ -52,9 +55,13 @@ def profile(
       fedtune profile recipes/sentiment.yaml --techniques bias,full+gradient-checkpointing
       fedtune profile --model sample:minilm --task text-classification --check-gradients
     """
-    short = {"batch_size": batch_size, "max_length": max_length, "image_size": image_size}
+    short = {"batch_size": batch_size, "max_length": max_length, "image_size": image_size, "device": device}
     added = (*overrides, *(f"train.{key}={value}" for key, value in short.items() if value is not None))
     wanted = _read_recipe(path, model, task, added)
+    if wanted.train.device != "cpu":
+        from fedtune.accelerator import require_device
+
+        require_device(wanted.train.device, "train.device" if device is None else "--device")
     if output is not None:
         from fedtune.profiling.profile_chart import parse_image_format
 

@@ -131,11 +131,23 @@ def _cells(row: StepProfile, full: float | None) -> list[str]:
 def _notes(rows: Sequence[ProfileResult]) -> Iterator[str]:
     yield "kept: activation memory for backward; peak: of the step; both without parameters and their gradients"
     yield "+RSS: peak of the process above its memory with the model loaded; up, down: sent per round"
+    yield from _describe_accelerator(rows)
     if full := _full_seconds(rows):
         yield f"time: of a whole step, relative to {full:.3g} s of full"
     for row in rows:
         if isinstance(row, FailedProfile):
             yield f"{row.technique} did not run: {row.error}"
+
+
+def _describe_accelerator(rows: Sequence[ProfileResult]) -> Iterator[str]:
+    """Say on which accelerator the cases ran, and torch's own peaks of its memory."""
+    for row in rows:
+        if isinstance(row, StepProfile) and row.device_type != "cpu":
+            peaks = row.accelerator_bytes, row.accelerator_reserved_bytes
+            told = [
+                f"{_size(peak)} {name}" for name, peak in zip(("allocated", "reserved"), peaks, strict=True) if peak
+            ]
+            yield f"{row.technique} on {row.device_type}: {', '.join(told) or 'torch counts no peak'}"
 
 
 def _full_seconds(rows: Sequence[ProfileResult]) -> float | None:

@@ -20,6 +20,7 @@ from fedtune.server.events import (
     format_round,
     format_run_start,
 )
+from fedtune.tracking.sample_text import format_samples
 
 __all__ = ["Clock", "show_run_progress"]
 
@@ -116,9 +117,8 @@ def _line(event: Event, clock: Clock, rounds: int) -> str:
             return describe_unscored_clients(event)
         case RoundEnded():
             left = clock.format_remaining_time()
-            return f"round {event.record.number}/{rounds}  {format_round(event.record, event.main_metric)}" + (
-                f"  {left}" if left else ""
-            )
+            line = f"round {event.record.number}/{rounds}  {format_round(event.record, event.main_metric)}"
+            return "\n".join([f"{line}  {left}" if left else line, *format_samples(event.record.samples)])
     return ""
 
 
@@ -157,6 +157,8 @@ def _update(bars: Progress, round_bar: TaskID, client_bar: TaskID, clock: Clock,
             number = event.record.number
             bars.update(round_bar, completed=number, note=clock.format_remaining_time())
             bars.console.print(f"round {number}  {format_round(event.record, event.main_metric)}", highlight=False)
+            for line in format_samples(event.record.samples):
+                bars.console.print(line, highlight=False)
 
 
 def _describe_reply(event: ReplyReceived) -> str:

@@ -130,8 +130,8 @@ def plot(chosen: tuple[str, ...], output: Path | None, store: str | None, as_jso
 def export(chosen: tuple[str, ...], format_: str, output: Path, store: str | None, as_json: bool) -> None:
     """Export runs as tables for other programs.
 
-    csv and parquet create a folder with one file each for runs, rounds, client records, metrics, client scores and
-    checkpoints, joined by run_id and round. json creates one file.
+    csv and parquet create a folder with one file each for runs, rounds, client records, metrics, client scores,
+    checkpoints and samples, joined by run_id and round. json creates one file.
 
     Example: fedtune runs export latest --format parquet -o sentiment-tables
     """

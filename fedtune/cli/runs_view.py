@@ -24,6 +24,7 @@ from fedtune.tracking.run_summary import (
     list_metrics,
     sum_costs,
 )
+from fedtune.tracking.sample_text import format_samples
 from fedtune.untrusted import clean_text
 
 __all__ = ["show_comparison", "show_list", "show_run"]
@@ -61,6 +62,8 @@ def show_run(run: RunRecord, rounds: Rounds, last: int | None = None) -> None:
     console.print(_rounds(run, rounds, last), "")
     if (name := find_main_metric_name(run, list_metrics(rounds))) is not None:
         console.print(_domains(rounds, name), "")
+    for line in _samples(rounds):
+        console.print(line, soft_wrap=True)
     if any(record.client_scores for record in rounds):
         console.print(_clients(rounds), "")
     if any(record.client_records for record in rounds):
@@ -139,6 +142,15 @@ def _domains(rounds: Rounds, name: str) -> Table:
                 clean_text(domain), split, _number(before), _number(after), style="bold" if domain == "all" else ""
             )
     return table
+
+
+def _samples(rounds: Rounds) -> list[str]:
+    """Return the samples of the first and the last round that have any."""
+    sampled = [record for record in rounds if record.samples]
+    shown = sampled if len(sampled) < 3 else [sampled[0], sampled[-1]]
+    return [
+        line for record in shown for line in (f"samples of round {record.number}", *format_samples(record.samples), "")
+    ]
 
 
 def _clients(rounds: Rounds) -> Table:

@@ -71,23 +71,24 @@ def simulate(
     url, called = store or get_default_url(), load_callbacks(callbacks)
     with Store.open(url) as opened:
         if recipe is not None:
-            checked = check_simulated_recipe(read_recipe(recipe, added), url)
+            checked = check_simulated_recipe(read_recipe(recipe, added), url, workers)
+            _suggest_accelerator(checked)
             run = begin_run(opened, _build_context(checked), engine)
         elif rounds is not None:
-            run = _extend(opened, str(extended), rounds, url)
+            run = _extend(opened, str(extended), rounds, url, workers)
         else:
-            run = _reopen(opened, str(resumed), url)
+            run = _reopen(opened, str(resumed), url, workers)
         with show_run_progress(run.context.recipe.federation.rounds), pass_events(called, keep=True):
             execute_run(run, url, opened.run(run.id).engine, workers)
         _show(opened, run, as_json)
 
 
-def _reopen(store: "Store", reference: str, url: str) -> "LocalRun":
+def _reopen(store: "Store", reference: str, url: str, workers: int | None) -> "LocalRun":
     from fedtune.library.cached_export import export_base_run
     from fedtune.library.local_runs import LocalRun
 
     found = store.run(reference)
-    context = _build_context(export_base_run(_read_recorded(found), url))
+    context = _build_context(export_base_run(_read_resumable(store, found, workers), url))
     store.reopen(found.id)
     return LocalRun(found.id, context)
 
@@ -103,7 +104,25 @@ def _read_recorded(run: "RunRecord") -> "Recipe":
     return recipe
 
 
-def _extend(store: "Store", reference: str, rounds: int, url: str) -> "LocalRun":
+def _read_resumable(store: "Store", run: "RunRecord", workers: int | None) -> "Recipe":
+    """Read the recipe of a run that continues here. One line says so if the type of the device changes."""
+    from fedtune.simulation.compute_devices import describe_device_change, require_devices
+
+    recipe = _read_recorded(run)
+    require_devices(recipe, workers)
+    if changed := describe_device_change(store.rounds(run.id), recipe):
+        click.echo(f"warning: {changed}", err=True)
+    return recipe
+
+
+def _suggest_accelerator(recipe: "Recipe") -> None:
+    from fedtune.simulation.compute_devices import suggest_accelerator
+
+    if suggestion := suggest_accelerator(recipe):
+        click.echo(suggestion, err=True)
+
+
+def _extend(store: "Store", reference: str, rounds: int, url: str, workers: int | None) -> "LocalRun":
     """Add rounds to a run of this machine."""
     from fedtune.errors import StoreError
     from fedtune.library.cached_export import export_base_run
@@ -112,7 +131,7 @@ def _extend(store: "Store", reference: str, rounds: int, url: str) -> "LocalRun"
     from fedtune.training.optimisers import compute_lr_factor
 
     found = store.run(reference)
-    recipe = export_base_run(_read_recorded(found), url)
+    recipe = export_base_run(_read_resumable(store, found, workers), url)
     if found.engine not in ("in-process", "flower"):
         raise StoreError(f"run {found.id} belongs to a server; submit a recipe that starts from its export instead")
     if rounds <= found.rounds_planned:

@@ -10,14 +10,29 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedtune.accelerator import require_device
 from fedtune.data import EncodedDataset
 from fedtune.device import local_state
 from fedtune.device.held_base import with_base
 from fedtune.device.private_update import make_update_private, redact_report
 from fedtune.memory import peak_rss, reset_peak_rss
-from fedtune.training import ClientRound, RunContext, get_tensor_shapes, score_received, train_local_model
+from fedtune.training import (
+    ClientRound,
+    RunContext,
+    get_tensor_shapes,
+    score_received,
+    train_local_model,
+)
 from fedtune.training.holdout_split import count_held_out
-from fedtune.wire.client_update import FEWEST, ClientReport, HoldoutMetrics, TrainRequest, decode_tensors, pack
+from fedtune.wire.client_update import (
+    DEVICE_TYPES,
+    FEWEST,
+    ClientReport,
+    HoldoutMetrics,
+    TrainRequest,
+    decode_tensors,
+    pack,
+)
 from fedtune.wire.masked_weights import decode_masked_state, find_masks, select_active_values
 from fedtune.wire.stored_state import StoredState
 
@@ -46,6 +61,7 @@ def run_local_round(
     loss and no metric over fewer than ``FEWEST`` examples.
     """
     part = context.for_client(request.client)
+    require_device(part.recipe.train.device)
     if request.scoring:
         return pack({}), _scored(request, state, part, context.train, rows, folder)
     state, own = with_base(request, state, part, folder), _own(part, folder, request.round)
@@ -58,8 +74,16 @@ def run_local_round(
     held_out = count_held_out(len(rows), part.recipe.evaluation.local_holdout)
     loss = outcome.train_loss if len(rows) - held_out >= FEWEST else math.nan
     scores = _told(outcome.holdout_metrics, outcome.trained_score) if held_out >= FEWEST else {}
+    peak = outcome.accelerator_peak
     cost = outcome.num_examples, loss, outcome.seconds, outcome.activation_bytes, outcome.peak_rss
-    report = ClientReport(*cost, micro_batch_size=micro, **scores)
+    report = ClientReport(
+        *cost,
+        micro_batch_size=outcome.micro_batch_size,
+        device_code=DEVICE_TYPES.index(outcome.device_type) or None,
+        accelerator_memory=None if peak is None else peak.allocated,
+        accelerator_reserved=None if peak is None else peak.reserved,
+        **scores,
+    )
     deltas, privacy = select_active_values(outcome.delta, find_masks(state)), part.recipe.privacy
     if privacy is None:
         return pack({**deltas, **outcome.extra_payload}), report

@@ -9,9 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from fedtune.accelerator import fork_random_state, move_tensors
 from fedtune.data import EncodedDataset
 from fedtune.errors import MemoryBudgetError
-from fedtune.memory import StorageMeter
+from fedtune.memory import StorageMeter, read_allocated_bytes
 from fedtune.recipe.schema import Train
 from fedtune.techniques import begin_round, begin_step, list_trainable_tensors
 from fedtune.training import RunContext, compute_step_loss, get_tensor_shapes, set_train_mode, use_cpu_threads
@@ -30,7 +31,11 @@ _ALLOCATOR = 0.5
 
 
 class MemoryEstimate(NamedTuple):
-    """The resident memory of a round in bytes: a fixed amount, and an amount per example of a micro-batch."""
+    """The memory of a round in bytes: a fixed amount, and an amount per example of a micro-batch.
+
+    It is the resident memory of the process, and on an accelerator also what torch holds there: many small boards use
+    the same memory for both.
+    """
 
     fixed_bytes: float
     bytes_per_example: float
@@ -80,7 +85,8 @@ def estimate_memory(context: RunContext, rows: NDArray[np.int64], round_number: 
     added = 4 * (count * _per_trained(settings) + _mastered(model))
     data = _training_rows(context, rows)
     one, two = (_kept(context, data.examples, _longest(data, count), round_number) for count in (1, 2))
-    return MemoryEstimate(psutil.Process().memory_info().rss + added + 2 * one - two, two - one)
+    held = psutil.Process().memory_info().rss + read_allocated_bytes(context.device)
+    return MemoryEstimate(held + added + 2 * one - two, two - one)
 
 
 def _per_trained(settings: Train) -> float:
@@ -109,9 +115,9 @@ def _longest(data: TrainingRows, count: int) -> list[int]:
 
 def _kept(context: RunContext, examples: EncodedDataset, chosen: list[int], round_number: int) -> int:
     """Return the peak bytes of a step on the chosen rows, without gradients."""
-    batch = examples.make_batch(chosen)
+    batch = move_tensors(examples.make_batch(chosen), context.device)
     set_train_mode(context.model)
-    with use_cpu_threads(context.recipe.train.threads), torch.random.fork_rng(devices=[]):
+    with use_cpu_threads(context.recipe.train.threads), fork_random_state(context.device):
         begin_step(context.techniques, context.model, batch, round_number / context.recipe.federation.rounds)
         with StorageMeter(excluded=[*context.model.parameters(), *context.model.buffers()]) as meter:
             compute_step_loss(context.task, context.model, batch).backward()

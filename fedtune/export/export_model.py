@@ -37,7 +37,7 @@ def write_export(
     recipe: Recipe, labels: Sequence[str], state: Mapping[str, Tensor], folder: Path, form: Format | None, card: str
 ) -> Format:
     """Do the same as ``export_model`` for a model whose class names are known."""
-    model, chosen, _ = prepare_model(recipe, labels)
+    model, chosen, _ = prepare_model(recipe, labels, device="cpu")
     set_model_state(model, state)
     adapter = make_peft_adapter(model, chosen, recipe, state) if form != "model" else None
     if form == "adapter" and adapter is None:

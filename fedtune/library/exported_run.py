@@ -43,7 +43,7 @@ def load_run_model(target: str, round_number: int | None, store: str | None) -> 
 
     recipe, state, _, _ = load_checkpoint_target(target, round_number, store)
     labels = tasks.load_data(recipe, tasks.load_class_names(recipe)).label_names
-    model, chosen, _ = prepare_model(recipe, labels)
+    model, chosen, _ = prepare_model(recipe, labels, device="cpu")
     set_model_state(model, state)
     techniques.merge_into_weights(chosen, model)
     return model.eval()

@@ -8,6 +8,7 @@ from fedtune.recipe.schema import Recipe
 from fedtune.recipe.versions import needs_translation
 from fedtune.server.recipe_check import build_run_context, check_recipe_settings
 from fedtune.server.selection import check_enough_eligible_clients
+from fedtune.simulation.compute_devices import require_devices
 from fedtune.tracking import RunRecord, Store, new_run_id
 
 if TYPE_CHECKING:
@@ -30,8 +31,9 @@ class LocalRun(NamedTuple):
     context: "RunContext"
 
 
-def check_simulated_recipe(recipe: Recipe, store: str) -> Recipe:
+def check_simulated_recipe(recipe: Recipe, store: str, workers: int | None = None) -> Recipe:
     """The recipe with every setting written out, and its base run exported; raise FedtuneError if it cannot run."""
+    require_devices(recipe, workers)
     checked = check_recipe_settings(recipe)
     check_enough_eligible_clients(checked)
     return export_base_run(checked, store, new=True)

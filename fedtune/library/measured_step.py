@@ -5,9 +5,9 @@ from contextlib import contextmanager
 from itertools import chain
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
+from fedtune.accelerator import find_device, fork_random_state
 from fedtune.memory import StorageMeter
 
 __all__ = ["StepMemory", "measure", "measure_step"]
@@ -42,7 +42,7 @@ def measure_step(
     model: nn.Module, batch: Mapping[str, Tensor], compute_loss: Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 ) -> StepMemory:
     """The memory of one training step. Gradients, buffers, random numbers and the mode are as before afterwards."""
-    with _restored(model), torch.random.fork_rng(devices=[]), measure(model) as meter:
+    with _restored(model), fork_random_state(find_device(model)), measure(model) as meter:
         loss = compute_loss(model.train(), batch)
         kept = meter.current_bytes
         loss.backward()

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from fedtune import techniques
+from fedtune.accelerator import find_device
 from fedtune.errors import ModelError, RecipeError, StoreError
 from fedtune.library.measured_step import StepMemory, measure_step
 from fedtune.library.step_hooks import StepHooks
@@ -41,6 +42,8 @@ def prepare(
 ) -> "PreparedModel":
     """Apply techniques to ``model`` itself, so that any loop trains what they select in the memory they need.
 
+    They work on the device that the model is on. ``measure`` needs a batch on the same one.
+
     ``units`` is ``"lora+gradient-checkpointing"``, a list of units, or a mapping such as ``{"lora": {"rank": 4}}``.
     Raises RecipeError for a wrong name, setting or combination, and ModelError if the model does not fit.
 
@@ -63,8 +66,11 @@ def prepare(
     quantising = [one.name for one in chosen if one.make_quantisation_config() is not None]
     if quantising and not getattr(model, "is_quantized", False):
         raise ModelError(f"{quantising[0]} needs a model in four bits; load it with quantization_config, or take lora")
-    found = get_task(task)
+    found, device = get_task(task), find_device(model)
+    techniques.check_device_type(chosen, device.type)
     shared = techniques.apply_techniques(chosen, model, found, derive_seed(seed, "techniques"))
+    if device.type != "cpu":
+        model.to(device)  # what techniques added was drawn on the CPU
     vars(model)[_MARK] = True
     return PreparedModel(model, chosen, found, shared)
 
@@ -157,7 +163,10 @@ class PreparedModel:
         self._require_unmerged()
         self.detach()
         self._remove_hooks()
+        device = find_device(self.model)
         techniques.merge_into_weights(self.techniques, self.model)
+        if device.type != "cpu":
+            self.model.to(device)  # layers that return to their place, such as removed norms, did not move with it
         vars(self.model).pop(_MARK, None)
         self._merged = True
         return self.model

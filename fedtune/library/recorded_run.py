@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Run", "make_table"]
 
-TableName = Literal["runs", "rounds", "client_records", "metrics", "client_scores", "checkpoints"]
+TableName = Literal["runs", "rounds", "client_records", "metrics", "client_scores", "checkpoints", "samples"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,11 @@ class Run:
     def metrics(self) -> Any:
         """Every metric as an Arrow table: run_id, round, split, domain, name and value. See ``to_pandas`` of Arrow."""
         return self.to_arrow("metrics")
+
+    @property
+    def samples(self) -> Any:
+        """What the model generated for ``evaluation.prompts``: an Arrow table with a row per round and prompt."""
+        return self.to_arrow("samples")
 
     def to_arrow(self, table: TableName = "rounds") -> Any:
         """One of the tables of ``fedtune runs export`` for this run, as an Arrow table."""

@@ -20,6 +20,7 @@ from fedtune.library.recipe_input import Overrides, RecipeInput, make_recipe
 from fedtune.library.recorded_run import Run
 from fedtune.library.run_callbacks import Callback, load_callbacks, pass_events
 from fedtune.recipe.schema import Recipe
+from fedtune.simulation.compute_devices import describe_device_change, require_devices
 from fedtune.tracking import Store, get_default_url
 
 __all__ = ["StopRun", "simulate"]
@@ -64,7 +65,7 @@ def simulate(
         return _resume(recipe, overrides, called, workers)
     url = store or get_default_url()
     with Store.open(url) as opened:
-        context = build_simulation_context(check_simulated_recipe(make_recipe(recipe, overrides), url))
+        context = build_simulation_context(check_simulated_recipe(make_recipe(recipe, overrides), url, workers))
         for note in context.corpus.notes:
             warnings.warn(note, FedtuneWarning, stacklevel=2)
         run = begin_run(opened, context, engine)
@@ -78,7 +79,11 @@ def _resume(run: Run, overrides: Overrides, callbacks: Sequence[Callback], worke
         found = opened.run(run.id)
         if found.engine not in ("in-process", "flower"):
             raise StoreError(f"run {found.id} belongs to a server; resume it there: fedtune runs resume {found.id}")
-        recipe: Recipe = export_base_run(read_recorded_recipe(found)[0], run.store)
+        recorded = read_recorded_recipe(found)[0]
+        require_devices(recorded, workers)
+        if changed := describe_device_change(opened.rounds(found.id), recorded):
+            warnings.warn(changed, FedtuneWarning, stacklevel=3)
+        recipe: Recipe = export_base_run(recorded, run.store)
         local = LocalRun(found.id, build_simulation_context(recipe))
         opened.reopen(found.id)
     return _execute(local, run.store, found.engine, callbacks, workers)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from fedtune import models, tasks
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["collect_merge_context", "evaluate_folder", "materialise_model"]
 
 _BATCH = 32
+_CPU = torch.device("cpu")
 
 
 @contextmanager
@@ -51,7 +53,12 @@ def materialise_model(source: str, runs: RunExporter) -> Iterator[Path]:
 
 
 def evaluate_folder(
-    folder: Path, task: Task, source: str, columns: Mapping[str, str], split: str = "all"
+    folder: Path,
+    task: Task,
+    source: str,
+    columns: Mapping[str, str],
+    split: str = "all",
+    device: torch.device = _CPU,
 ) -> "list[Metric]":
     """Evaluate a model on a split of a data source."""
     from fedtune.training import EvaluatedModel, evaluate_model
@@ -60,11 +67,17 @@ def evaluate_folder(
     labels = _labels(folder, task)
     examples = tasks.load_all_examples(recipe, labels, split)
     encoded = task.encode_examples(examples, recipe, task.load_reader(recipe))
-    return evaluate_model(EvaluatedModel(models.load_model(recipe.model, task, labels, seed=0), task, _BATCH), encoded)
+    model = models.load_model(recipe.model, task, labels, seed=0).to(device)
+    return evaluate_model(EvaluatedModel(model, task, _BATCH), encoded)
 
 
 def collect_merge_context(
-    prepared: PreparedMerge, task: Task | None, source: str | None, column: str | None, runs: RunExporter
+    prepared: PreparedMerge,
+    task: Task | None,
+    source: str | None,
+    column: str | None,
+    runs: RunExporter,
+    device: torch.device = _CPU,
 ) -> MergeContext:
     """Collect what the steps need, on the base, or on the first model if there is no base.
 
@@ -82,7 +95,7 @@ def collect_merge_context(
 
     with materialise_model(prepared.models.base or next(iter(prepared.models.by_name)), runs) as folder:
         model = ModelSettings(source=f"path:{folder}")
-        net = models.load_model(model, task, _labels(folder, task), seed=0).eval()
+        net = models.load_model(model, task, _labels(folder, task), seed=0).to(device).eval()
         if prepared.steps.renormalise:
             _check_shapes(prepared, net.state_dict())
         batches = [] if source is None else load_calibration_inputs(source, model, task, column=column)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from fedtune.accelerator import find_device, fork_random_state, move_tensors
 from fedtune.errors import ModelError
 from fedtune.recipe.schema import Recipe, Unit
 from fedtune.seeds import derive_seed
@@ -51,8 +52,10 @@ def _gradients(
     begin_round(techniques, model, round_number)
     set_train_mode(model)
     model.zero_grad()
-    with torch.random.fork_rng(devices=[]):
+    device = find_device(model)
+    with fork_random_state(device):
         torch.manual_seed(derive_seed(recipe.seed, "profile"))
+        batch = move_tensors(batch, device)
         begin_step(techniques, model, batch, 0.0)
         compute_step_loss(get_task(recipe.task), model, batch).backward()
     names = set(list_trainable_tensors(model))

@@ -7,6 +7,7 @@ import multiprocessing
 import signal
 from multiprocessing.connection import Connection
 
+from fedtune.accelerator import is_out_of_memory
 from fedtune.errors import FedtuneError
 from fedtune.profiling.measure_step import profile_step
 from fedtune.profiling.profile_cases import ProfileCase
@@ -55,6 +56,8 @@ def try_profile(case: ProfileCase) -> ProfileResult:
 def _describe_error(error: Exception) -> str:
     """Describe an unexpected error in one line, and plainly if memory is short."""
     first = str(error).partition("\n")[0].strip()
+    if is_out_of_memory(error):
+        return "a step needs more memory than the accelerator has; try a smaller batch"
     if isinstance(error, MemoryError) or "can't allocate memory" in first:
         return "a step needs more memory than this machine has; try a smaller batch"
     return f"{type(error).__name__}: {first}" if first else type(error).__name__

@@ -9,7 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from fedtune.memory import StorageMeter, peak_rss, reset_peak_rss
+from fedtune.accelerator import find_device, fork_random_state, move_tensors, require_device, synchronise
+from fedtune.memory import StorageMeter, peak_rss, read_accelerator_peak, reset_accelerator_peak, reset_peak_rss
 from fedtune.profiling.gradient_check import gradient_error
 from fedtune.profiling.profile_cases import ProfileCase
 from fedtune.profiling.profile_results import StepProfile
@@ -42,7 +43,8 @@ Tensors = Mapping[str, Tensor]
 def profile_step(case: ProfileCase) -> StepProfile:
     """Train a few steps, measure one, and compare gradients if the case asks for it."""
     recipe = Recipe.model_validate_json(case.recipe)
-    with use_cpu_threads(recipe.train.threads), torch.random.fork_rng(devices=[]):
+    device = require_device(recipe.train.device)
+    with use_cpu_threads(recipe.train.threads), fork_random_state(device):
         torch.manual_seed(derive_seed(recipe.seed, "profile"))
         figures, state, batch, rounds = _measure_case(case, recipe)
         if not case.check_gradients:
@@ -54,12 +56,15 @@ def _measure_case(case: ProfileCase, recipe: Recipe) -> tuple[StepProfile, Tenso
     """Return the figures, the state after the steps, their batch, and the rounds that differ."""
     model, chosen, shared = prepare_model(recipe, case.labels)
     batch = make_random_batch(model, recipe, len(case.labels)) if case.batch is None else decode_tensors(case.batch)
+    device = find_device(model)
+    batch = move_tensors(batch, device)
     rounds = _rounds(model, chosen)
     gc.collect()
     reset_peak_rss()
+    reset_accelerator_peak(device)
     loaded = peak_rss()
     seconds = [_measure_seconds(model, chosen, batch, recipe, round_number) for round_number in rounds]
-    rss = peak_rss()
+    rss, accelerator = peak_rss(), read_accelerator_peak(device)
     held = [_measure_memory(model, chosen, batch, recipe, round_number) for round_number in rounds]
     sent = [_measure_payload(model, chosen, round_number) for round_number in rounds]
     state = get_model_state(model, shared)
@@ -73,6 +78,9 @@ def _measure_case(case: ProfileCase, recipe: Recipe) -> tuple[StepProfile, Tenso
         trainable=max(count for count, _ in sent),
         wire_bytes=max(up for _, up in sent),
         down_bytes=len(pack(encode_masked_state(state))),
+        device_type=device.type,
+        accelerator_bytes=None if accelerator is None else accelerator.allocated,
+        accelerator_reserved_bytes=None if accelerator is None else accelerator.reserved,
     )
     return figures, state, batch, rounds
 
@@ -95,7 +103,7 @@ def _measure_seconds(
     set_train_mode(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = make_stepper(settings, model, masters_of(model, Start(model, ())))
-    seconds = []
+    seconds, device = [], find_device(model)
     for _ in range(1 + _TIMED):
         started = time.perf_counter()
         begin_step(techniques, model, batch, 0.0)
@@ -103,6 +111,7 @@ def _measure_seconds(
         apply_optimiser_step(
             model, techniques, optimiser, parameters, settings, StepInfo(round_number, 0, 1, settings.lr, settings.lr)
         )
+        synchronise(device)
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds[1:])
 

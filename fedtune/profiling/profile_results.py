@@ -13,6 +13,8 @@ class StepProfile:
     both passes, without parameters and their gradients. ``rss_bytes`` is the peak of the process while it trains, and
     ``loaded_bytes`` its memory before, with the model. ``seconds`` is the median of a whole step. A round sends
     ``wire_bytes`` up and ``down_bytes`` down. ``gradient_error`` is None if gradients were not checked.
+    On CUDA, ``accelerator_bytes`` and ``accelerator_reserved_bytes`` are torch's peaks of allocated and reserved memory
+    while it trains, with the model.
     """
 
     technique: str
@@ -25,6 +27,9 @@ class StepProfile:
     wire_bytes: int
     down_bytes: int
     gradient_error: float | None = None
+    device_type: str = "cpu"
+    accelerator_bytes: int | None = None
+    accelerator_reserved_bytes: int | None = None
 
 
 @dataclass(frozen=True)

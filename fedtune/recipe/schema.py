@@ -1,8 +1,8 @@
 """The recipe of a run: one frozen pydantic model, which is stored with the run."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import ByteSize, Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from fedtune.recipe.checkpoint_settings import Checkpoints, Keep
 from fedtune.recipe.data_settings import (
@@ -17,11 +17,13 @@ from fedtune.recipe.data_settings import (
     Size,
     SplitFractions,
 )
+from fedtune.recipe.device_class import OVERRIDABLE, DeviceClass, Dtype
+from fedtune.recipe.evaluation_settings import EvaluationSettings
 from fedtune.recipe.federation import Asynchronous, ClientSelection, Federation, Tag
 from fedtune.recipe.preprocessor_settings import Preprocessor
 from fedtune.recipe.settings_model import SettingsModel
 from fedtune.recipe.task_settings import TaskUnit
-from fedtune.recipe.train_settings import Optimiser, Train, Unit, split_joined
+from fedtune.recipe.train_settings import ComputeDevice, Optimiser, Train, Unit, split_joined
 from fedtune.recipe.versions import needs_translation, translate_recipe
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "Checkpoints",
     "ClientSelection",
     "ColumnSettings",
+    "ComputeDevice",
     "DataSettings",
     "DeviceClass",
     "Dirichlet",
@@ -55,8 +58,6 @@ __all__ = [
     "split_joined",
 ]
 
-Dtype = Literal["float32", "bfloat16"]
-
 
 class ModelSettings(SettingsModel):
     """The pretrained model. All updates are deltas to it."""
@@ -69,72 +70,6 @@ class ModelSettings(SettingsModel):
     preprocessor: Preprocessor | None = Field(
         None, description="image preprocessing; default: that of the model's folder"
     )
-
-
-_OWN = ("techniques", "batch_size", "dtype")
-
-
-class DeviceClass(SettingsModel):
-    """Devices of one kind: their number, their memory for a training step, and settings that replace those of all
-    devices.
-
-    Their techniques may train only tensors that ``train.techniques`` shares. Low-rank pairs may have a smaller rank.
-    """
-
-    name: str = "device"
-    count: int = Field(ge=1)
-    memory: ByteSize = Field(ByteSize(1_000_000_000), description="e.g. 512MB or 2GiB")
-    techniques: list[Unit] | None = Field(None, min_length=1, description="replaces train.techniques")
-    batch_size: int | None = Field(None, ge=1, description="replaces train.batch_size")
-    dtype: Dtype | None = Field(None, description="replaces model.dtype")
-    tags: list[Tag] = Field([], description="tags for federation.selection in a simulation")
-    examples_per_second: float | None = Field(
-        None, gt=0, description="examples per simulated second; without it, no deadline is missed"
-    )
-    spread: float = Field(0.25, ge=0, le=2, description="standard deviation of the logarithm of simulated durations")
-    dropout: float = Field(0.0, ge=0, lt=1, description="probability that a simulated client sends no reply in a round")
-
-    @field_validator("techniques", mode="before")
-    @classmethod
-    def _split_joined_techniques(cls, value: Any) -> Any:
-        return split_joined(value)
-
-    @property
-    def overridden_settings(self) -> tuple[str, ...]:
-        """The names of the settings that this class overrides."""
-        return tuple(name for name in _OWN if getattr(self, name) is not None)
-
-
-class EvaluationSettings(SettingsModel):
-    """Evaluation settings. Validation runs every few rounds; the test split is evaluated once, at the end."""
-
-    every_n_rounds: int = Field(1, ge=1)
-    max_examples: int | None = Field(
-        None,
-        ge=1,
-        description="validation examples evaluated before the last round, sampled with the seed; default: all",
-    )
-    batch_size: int = Field(64, ge=1)
-    local_holdout: float = Field(
-        0.0, ge=0, le=0.5, description="share of its examples that each client holds out for evaluation"
-    )
-    metrics: list[str] = Field(
-        [], max_length=16, description="metrics besides accuracy and loss: f1, auc, balanced-accuracy"
-    )
-    main_metric: str | None = Field(
-        None, description="metric that is shown in tables and selects the best checkpoint; default: the task's"
-    )
-    clients: Literal["all"] | Annotated[int, Field(ge=1)] | None = Field(
-        None, description="number of clients, or all, that evaluate results of rounds on their held-out data"
-    )
-
-    @model_validator(mode="after")
-    def _clients_have_examples(self) -> Self:
-        if self.clients is not None and not self.local_holdout:
-            raise ValueError(
-                "clients score on what they hold out, which is nothing; set local_holdout too, e.g. local_holdout: 0.2"
-            )
-        return self
 
 
 class PrivacySettings(SettingsModel):
@@ -197,10 +132,11 @@ class Recipe(SettingsModel):
 
     def apply_device_class(self, device: DeviceClass) -> Self:
         """Return the recipe of one device class. In the result, no class overrides settings."""
-        none = dict.fromkeys(_OWN)
+        none = dict.fromkeys(OVERRIDABLE)
         train = {
             "techniques": device.techniques or self.train.techniques,
             "batch_size": device.batch_size or self.train.batch_size,
+            "device": device.device or self.train.device,
         }
         return self.model_copy(
             update={

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_serializer, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from fedtune.recipe.augmentation_settings import Augmentation
 from fedtune.recipe.settings_model import SettingsModel
 from fedtune.recipe.versions import translate_unit
 
-__all__ = ["Optimiser", "Train", "Unit", "split_joined"]
+__all__ = ["ComputeDevice", "Optimiser", "Train", "Unit", "split_joined"]
 
 
 class Unit(SettingsModel):
@@ -38,6 +38,8 @@ def split_joined(value: Any) -> Any:
     """Split names joined by ``+`` into a list. Other values are returned unchanged."""
     return value.split("+") if isinstance(value, str) else value
 
+
+ComputeDevice = Literal["auto", "cpu", "cuda", "mps"]
 
 Optimiser = Literal["adamw", "sgd", "adamw_8bit", "paged_adamw_8bit", "lion_8bit"]
 
@@ -80,6 +82,13 @@ class Train(SettingsModel):
     threads: int = Field(
         1, ge=1, description="CPU threads per client; results are reproducible only with the same number"
     )
+    device: ComputeDevice = Field("cpu", description="where models compute; auto: cuda, else mps, else cpu")
+
+    @model_serializer(mode="wrap")
+    def _leave_out_cpu(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Recipes that compute on the CPU are written as before there was a choice, so that their runs resume."""
+        written: dict[str, Any] = serialise(self)
+        return {key: value for key, value in written.items() if (key, value) != ("device", "cpu")}
 
     @field_validator("techniques", mode="before")
     @classmethod

@@ -105,7 +105,8 @@ def _siblings(model: type[BaseModel], location: Location) -> list[str]:
     models = [model]
     for part in location[:-1]:
         if isinstance(part, str):
-            models = [m for field in _fields(models, part) for m in _models_in(field.annotation)]
+            inside = [m for field in _fields(models, part) for m in _models_in(field.annotation)]
+            models = inside or models  # the tag of a union is no field
     return sorted({name for m in models for name in m.model_fields})
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from fedtune.tracking import ClientRecord, MetricRecord, RoundRecord
 from fedtune.tracking.run_summary import compute_train_loss
+from fedtune.tracking.sample_text import format_samples
 
 __all__ = [
     "Event",
@@ -122,7 +123,11 @@ def _print(event: Event) -> None:
         case Unscored():
             print(describe_unscored_clients(event), flush=True)
         case RoundEnded():
-            print(f"round {event.record.number}  {format_round(event.record, event.main_metric)}", flush=True)
+            lines = [
+                f"round {event.record.number}  {format_round(event.record, event.main_metric)}",
+                *format_samples(event.record.samples),
+            ]
+            print("\n".join(lines), flush=True)
 
 
 event_handler: ContextVar[Callable[[Event], None]] = ContextVar("watcher", default=_print)

@@ -7,6 +7,7 @@ classes qualify matters to a simulation; devices bring their own examples, and a
 from fedtune.recipe.schema import Recipe
 from fedtune.server.privacy_accounting import require_privacy_accountant
 from fedtune.training import RunContext, clear_run_context, get_run_context
+from fedtune.training.generation import require_answer_room
 from fedtune.training.resolve import resolve_recipe
 
 __all__ = ["build_run_context", "check_recipe", "check_recipe_settings"]
@@ -35,5 +36,8 @@ def check_recipe_settings(recipe: Recipe) -> Recipe:
 def build_run_context(recipe: Recipe) -> RunContext:
     """Load the model and the data that the server scores; raise FedtuneError if they do not fit the recipe."""
     context = get_run_context(recipe.model_dump_json())
-    _ = context.validation, context.test
+    _ = context.validation, context.test, context.prompts
+    if context.evaluated_model.must_generate:
+        context.task.require_answers(context.corpus.train)
+        require_answer_room(context.model, (context.validation, context.test), context.recipe.evaluation.generation)
     return context

@@ -76,6 +76,9 @@ def receive_update(reply: Message, expected: ExpectedReply, spool: Path) -> tupl
         peak_memory=report.peak_memory,
         update_norm=norm,
         train_loss=report.loss,
+        device_type=report.device_type,
+        accelerator_memory=report.accelerator_memory,
+        accelerator_reserved=report.accelerator_reserved,
     )
     return record, ClientUpdate(
         expected.client, report.num_examples, path, report.holdout_metrics, report.trained_metrics

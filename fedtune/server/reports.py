@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from fedtune.errors import ClientUpdateError
 from fedtune.recipe.validation_errors import explain_validation_error
 from fedtune.untrusted import clean_text
-from fedtune.wire.client_update import ClientReport, HoldoutMetrics
+from fedtune.wire.client_update import DEVICE_TYPES, ClientReport, HoldoutMetrics
 
 __all__ = ["MOST_EXAMPLES", "read_report", "read_score"]
 
@@ -45,6 +45,9 @@ class _Bounded(BaseModel):
     holdout_loss: float = Field(ge=-_MOST_LOSS, le=_MOST_LOSS, allow_inf_nan=False)
     holdout_accuracy: float = Field(ge=0, le=1, allow_inf_nan=False)
     micro_batch_size: int | None = Field(None, ge=1, le=MOST_EXAMPLES)
+    device_code: int | None = Field(None, ge=0, lt=len(DEVICE_TYPES))
+    accelerator_memory: _Bytes | None = None
+    accelerator_reserved: _Bytes | None = None
     extra_holdout_metrics: list[_Loss] = Field(max_length=_MOST_FIGURES)
     trained_holdout_metrics: list[_Loss] = Field(max_length=_MOST_FIGURES)
 

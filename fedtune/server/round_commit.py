@@ -6,7 +6,7 @@ from typing import NamedTuple
 from fedtune import checkpoint, paths
 from fedtune.server.events import RoundEnded, emit_event
 from fedtune.server.scoring import State
-from fedtune.tracking import CheckpointRecord, ClientRecord, ClientScore, MetricRecord, RoundRecord, Store
+from fedtune.tracking import CheckpointRecord, ClientRecord, ClientScore, MetricRecord, RoundRecord, SampleRecord, Store
 from fedtune.wire.stored_state import StoredState
 
 __all__ = ["RoundResult", "commit_round", "get_checkpoint_path"]
@@ -22,6 +22,8 @@ class RoundResult(NamedTuple):
     failure: str | None = None
     client_scores: tuple[ClientScore, ...] = ()
     main_metric: str | None = None
+    device_type: str | None = None
+    samples: tuple[SampleRecord, ...] = ()
 
 
 def commit_round(store: Store, run_id: str, round_number: int, result: RoundResult) -> StoredState:
@@ -38,6 +40,8 @@ def commit_round(store: Store, run_id: str, round_number: int, result: RoundResu
         metrics=result.metrics,
         checkpoint=CheckpointRecord(path=path, sha256=sha256, bytes=file.stat().st_size),
         client_scores=result.client_scores,
+        device_type=result.device_type,
+        samples=result.samples,
     )
     store.commit_round(run_id, record)
     emit_event(RoundEnded(record, result.main_metric))

@@ -41,7 +41,7 @@ from fedtune.server.scheduling.factory import make_round_scheduler
 from fedtune.server.sending import Sending
 from fedtune.server.server_run import ServerRun
 from fedtune.server.spool import open_spool, sweep
-from fedtune.tracking import ClientRecord, MetricRecord, RoundRecord, Store
+from fedtune.tracking import ClientRecord, MetricRecord, RoundRecord, SampleRecord, Store
 from fedtune.tracking.pruning import find_checkpointed_round, remove_pruned_checkpoints
 from fedtune.training import RunContext, get_model_state
 from fedtune.training.model_counts import check_model_counts
@@ -100,7 +100,15 @@ def _commit_start(context: RunContext, store: Store, run_id: str) -> SharedState
     started = time.perf_counter()
     state = get_model_state(context.model, context.shared_names)
     metrics = scoring.validation(context, state, 0)
-    return commit_round(store, run_id, 0, RoundResult(state, started, metrics=metrics, main_metric=context.main_metric))
+    result = RoundResult(
+        state,
+        started,
+        metrics=metrics,
+        main_metric=context.main_metric,
+        device_type=context.device.type,
+        samples=scoring.write_samples(context, state),
+    )
+    return commit_round(store, run_id, 0, result)
 
 
 def _run_round(run: ServerRun, clients: RunClients, state: SharedState, round_number: int) -> SharedState | None:
@@ -134,9 +142,21 @@ def _run_round(run: ServerRun, clients: RunClients, state: SharedState, round_nu
     )
     metrics += run.safeguards.spending.compute_epsilon_after_round(("failed" if failure else "completed", records))
     scores = client_scores(updates, context.recipe.evaluation.metrics, context.task)
+    samples: tuple[SampleRecord, ...] = ()
     if scoring.scored_after(context, round_number):
+        samples = scoring.write_samples(context, state)
         scores += run.scoring.score_by_clients(clients, state, round_number, time.perf_counter() - started)
-    result = RoundResult(state, started, tuple(records), metrics, failure, scores, context.main_metric)
+    result = RoundResult(
+        state,
+        started,
+        tuple(records),
+        metrics,
+        failure,
+        scores,
+        context.main_metric,
+        device_type=context.device.type,
+        samples=samples,
+    )
     state = commit_round(run.store, run_id, round_number, result)
     run.safeguards.record_commit(records)
     run.sending.bases.record_commit(round_number, records)

@@ -1,16 +1,18 @@
 """Decide what is scored when: the validation split, or a sample of it, in some rounds; the test split at the end."""
 
+import json
 from collections.abc import Mapping
 
 import numpy as np
 from torch import Tensor
 
+from fedtune.recipe.evaluation_settings import Prompt
 from fedtune.seeds import derive_seed
 from fedtune.server.events import Scoring, emit_event
-from fedtune.tracking import MetricRecord
+from fedtune.tracking import MetricRecord, SampleRecord
 from fedtune.training import RunContext, evaluate_model, set_model_state
 
-__all__ = ["scored_after", "test", "to_score", "validation"]
+__all__ = ["scored_after", "test", "to_score", "validation", "write_samples"]
 
 State = Mapping[str, Tensor]
 
@@ -41,6 +43,26 @@ def validation(context: RunContext, state: State, round_number: int) -> tuple[Me
 def test(context: RunContext, start: State, state: State) -> tuple[MetricRecord, ...]:
     """Return scores on the whole test split, of the start state and of the last state."""
     return _scores(context, start, "test", "test-before", None) + _scores(context, state, "test", "test", None)
+
+
+def write_samples(context: RunContext, state: State) -> tuple[SampleRecord, ...]:
+    """Return what the model of a state generates for the prompts of the recipe. Each state draws the same numbers."""
+    prompts = context.recipe.evaluation.prompts
+    if not prompts:
+        return ()
+    set_model_state(context.model, state)
+    pairs = zip(prompts, context.generate_samples(), strict=True)
+    return tuple(
+        SampleRecord(number=number, prompt=_as_text(prompt), text=found.text, ended=found.ended)
+        for number, (prompt, found) in enumerate(pairs, 1)
+    )
+
+
+def _as_text(prompt: Prompt) -> str:
+    """A conversation is written as JSON."""
+    if isinstance(prompt, str):
+        return prompt
+    return json.dumps([message.model_dump() for message in prompt], ensure_ascii=False)
 
 
 def _some(context: RunContext) -> list[int] | None:

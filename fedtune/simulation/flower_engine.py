@@ -13,6 +13,7 @@ from pathlib import Path
 from flwr.proto.federation_config_pb2 import SimulationConfig
 
 from fedtune import paths
+from fedtune.accelerator import choose_device
 from fedtune.errors import RunError, ServerError
 from fedtune.flower.superlink import SuperLink
 from fedtune.recipe.schema import Recipe
@@ -31,17 +32,27 @@ def run_on_flower_engine(recipe: Recipe, run: str, store: str) -> None:
     secret token of this run.
     """
     settings = {"run": run, "store": store, "home": str(paths.get_home_folder())}
-    cores = SimulationConfig(num_supernodes=recipe.num_clients, client_resources_num_cpus=recipe.train.threads)
+    needed = SimulationConfig(
+        num_supernodes=recipe.num_clients,
+        client_resources_num_cpus=recipe.train.threads,
+        client_resources_num_gpus=_count_gpus(recipe),
+    )
     with tempfile.TemporaryDirectory(prefix="fedtune-flower-") as folder, _ray_with_a_secret():
         superlink = SuperLink(Path(folder), simulation=True)
         try:
             superlink.start()
-            flower_run_id = superlink.get_control_client().start_run(settings, cores)
+            flower_run_id = superlink.get_control_client().start_run(settings, needed)
             _follow(superlink, flower_run_id, recipe, run, store)
         except ServerError as error:
             raise RunError(f"{error}; try again or use --engine in-process") from error
         finally:
             superlink.close()
+
+
+def _count_gpus(recipe: Recipe) -> float:
+    """Return the GPUs of one client. Ray hides them from clients that ask for none, and lets clients take turns."""
+    settings = {recipe.train.device, *(one.device for one in recipe.devices if one.device is not None)}
+    return float(any(choose_device(setting).type == "cuda" for setting in settings))
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from flwr.app import Context, RecordDict
 from fedtune import paths
 from fedtune.device.client_app import app as client_app
 from fedtune.server.server_app import app as server_app
+from fedtune.simulation.compute_devices import uses_accelerator
 from fedtune.simulation.in_process_grid import InProcessGrid
 from fedtune.simulation.workers import ClientWorkers, ProcessPoolWorkers, SequentialWorkers
 from fedtune.training import RunContext
@@ -37,8 +38,14 @@ def run_in_process(run_context: RunContext, run: str, store: str, workers: int) 
 
 
 def choose_worker_count(run_context: RunContext) -> int:
-    """Return the number of worker processes: limited by the cores and the cohort, and 1 for small models."""
+    """Return the number of worker processes: limited by the cores and the cohort.
+
+    It is 1 for small models, and on an accelerator, where clients take turns and the model is held once.
+    """
     recipe = run_context.recipe
-    if sum(parameter.numel() for parameter in run_context.model.parameters()) < _WORTH_A_POOL:
+    if (
+        uses_accelerator(recipe)
+        or sum(parameter.numel() for parameter in run_context.model.parameters()) < _WORTH_A_POOL
+    ):
         return 1
     return max(1, min(recipe.cohort_size, (os.cpu_count() or 1) // recipe.train.threads))

@@ -87,7 +87,7 @@ class _MultiLabel(LabelProblem):
         return F.binary_cross_entropy_with_logits(_compute_logits(model, batch), batch["labels"])
 
     def score_logits(self, logits: Tensor, labels: Tensor) -> list[ExampleScore]:
-        return [_score_decisions(*pair) for pair in zip(logits, labels, strict=True)]
+        return [_score_decisions(*pair) for pair in zip(logits.cpu(), labels.cpu(), strict=True)]
 
     def compute_metrics(self, sums: ScoreSums) -> dict[str, float]:
         return _compute_f1(sums.outputs)

@@ -55,7 +55,7 @@ class ScoreSums:
 
 def score_classes(logits: Tensor, labels: Tensor) -> list[ExampleScore]:
     """One prediction for each example; logits [n, classes], labels [n]."""
-    known = list(zip(logits.softmax(-1), labels.tolist(), strict=True))
+    known = list(zip(logits.softmax(-1).cpu(), labels.tolist(), strict=True))
     return score_places(logits[:, None], labels[:, None], known)
 
 

@@ -10,8 +10,11 @@ from torch import Tensor, nn
 
 from fedtune import models
 from fedtune.data import EncodedDataset, Table
+from fedtune.data.encoded_prompts import EncodedPrompts
 from fedtune.data.label_encoders import add_blank_labels, find_label_column
 from fedtune.data.sampling import iter_inputs, sample_rows
+from fedtune.errors import RecipeError
+from fedtune.recipe.evaluation_settings import Prompt
 from fedtune.recipe.schema import ModelSettings, Recipe, Train
 from fedtune.recipe.unit_registry import NamedUnit
 from fedtune.tasks._scores import ExampleScore, ScoreSums
@@ -70,6 +73,22 @@ class Task(NamedUnit):
     def keeps_outputs(self) -> bool:
         """Whether its metrics need the output of each example."""
         return False
+
+    @property
+    def compares_answers(self) -> bool:
+        """Whether examples have a wanted answer, which ``exact_match`` and ``f1`` compare with a generated one."""
+        return False
+
+    def require_answers(self, examples: Table) -> None:
+        """Raise RecipeError if answers are to be compared, but the examples have none."""
+
+    def encode_prompts(self, prompts: Sequence[Prompt], examples: Table, recipe: Recipe, reader: Any) -> EncodedPrompts:
+        """The prompts of a recipe, read as ``examples`` are; RecipeError for a task that generates no text."""
+        raise RecipeError(f"evaluation.prompts: {self.name} generates no text; leave the prompts out")
+
+    def split_answers(self, batch: Mapping[str, Tensor], reader: Any) -> tuple[EncodedPrompts, list[str]]:
+        """A batch as prompts, and the answers that are wanted."""
+        raise NotImplementedError
 
     @property
     def main_metric(self) -> str:

@@ -1,6 +1,6 @@
 """What tasks on texts share: the tokenizer, padding and random tokens."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,12 @@ from torch.nn import functional as F
 
 from fedtune import models
 from fedtune.data.encoded_texts import IGNORED_LABEL
-from fedtune.errors import ModelError
+from fedtune.errors import ModelError, RecipeError
+from fedtune.recipe.evaluation_settings import Prompt
 from fedtune.recipe.schema import Recipe, Train
 from fedtune.tasks._task import Task
 
-__all__ = ["TextTask", "draw_tokens"]
+__all__ = ["TextTask", "draw_tokens", "require_texts"]
 
 
 class TextTask(Task):
@@ -47,6 +48,16 @@ class TextTask(Task):
     def describe_input_size(self, train: Train) -> str:
         """Tokens."""
         return f"{train.max_length} tokens"
+
+
+def require_texts(task: Task, prompts: Sequence[Prompt]) -> list[str]:
+    """The prompts of a task that reads texts alone; RecipeError for a conversation."""
+    for number, prompt in enumerate(prompts, 1):
+        if not isinstance(prompt, str):
+            raise RecipeError(
+                f"evaluation.prompts: {task.name} reads texts, not messages; write prompt {number} as text"
+            )
+    return [str(prompt) for prompt in prompts]
 
 
 def draw_tokens(model: nn.Module, recipe: Recipe, generator: torch.Generator) -> Tensor:

@@ -101,14 +101,16 @@ class FeatureExtraction(TextTask):
     def _compare(self, first: Tensor, second: Tensor, equal: Tensor) -> Tensor:
         """The contrastive loss of pairs [n, width]; ``equal`` [n, n] says which pairs have a text in common."""
         similar = self.scale * first @ second.T
-        return F.cross_entropy(similar.masked_fill(equal, -math.inf), torch.arange(len(first)))
+        return F.cross_entropy(
+            similar.masked_fill(equal.to(first.device), -math.inf), torch.arange(len(first), device=first.device)
+        )
 
     def score_batch(self, model: nn.Module, batch: Mapping[str, Tensor], reader: Any) -> list[ExampleScore]:
         """One prediction for each pair; the output is both embeddings and the label."""
         first, second = self._embed(model, batch)
         errors = ((first * second).sum(-1) - batch["labels"]).square().tolist()
         texts = zip(*_hash_texts(batch), strict=True)
-        outputs = zip(first, second, batch["labels"].tolist(), texts, strict=True)
+        outputs = zip(first.cpu(), second.cpu(), batch["labels"].tolist(), texts, strict=True)
         return [ExampleScore(1, 0, error, output) for error, output in zip(errors, outputs, strict=True)]
 
     def compute_metrics(self, sums: ScoreSums) -> dict[str, float]:
@@ -165,7 +167,7 @@ def _write_json(file: Path, value: object) -> None:
 
 def _hash_texts(batch: Mapping[str, Tensor]) -> tuple[list[int], list[int]]:
     """A number for each of the first and of the second texts; padding behind a text does not change it."""
-    rows = zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)
+    rows = zip(batch["input_ids"].cpu(), batch["attention_mask"].bool().cpu(), strict=True)
     found = [hash(tuple(ids[mask].tolist())) for ids, mask in rows]
     return found[: len(found) // 2], found[len(found) // 2 :]
 

@@ -20,6 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from fedtune.accelerator import move_tensors
 from fedtune.data import EncodedDataset, Table
 from fedtune.data.encoded_masks import encode_maskable_texts
 from fedtune.data.encoded_texts import IGNORED_LABEL
@@ -102,7 +103,7 @@ def _vocabulary_size(model: nn.Module) -> int:
 
 def _make_generators(batch: Mapping[str, Tensor]) -> list[torch.Generator]:
     """One for each text, seeded by its tokens alone, so that a text's score is always the same."""
-    rows = zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)
+    rows = zip(batch["input_ids"].cpu(), batch["attention_mask"].bool().cpu(), strict=True)
     return [torch.Generator().manual_seed(zlib.crc32(ids[mask].numpy().tobytes())) for ids, mask in rows]
 
 
@@ -115,8 +116,11 @@ def hide_tokens(
     """The batch with ``counts`` [n] tokens of each text hidden, and labels for these alone.
 
     Candidates are the places with a label. ``mask_token`` [n] is the number of the mask token. Without a generator a
-    text's random numbers come from torch's own.
+    text's random numbers come from torch's own. Tokens are drawn and hidden on the CPU, so that they are the same for
+    every device.
     """
+    device = batch["input_ids"].device
+    batch, counts = move_tensors(batch, torch.device("cpu")), counts.cpu()
     ids, labels = batch["input_ids"].clone(), torch.full_like(batch["labels"], IGNORED_LABEL)
     for row, generator in enumerate(generators):
         candidates = (batch["labels"][row] != IGNORED_LABEL).nonzero()[:, 0]
@@ -126,4 +130,5 @@ def hide_tokens(
         hidden = torch.where(roles < _REPLACED, others, batch["mask_token"][row])
         labels[row, chosen] = ids[row, chosen]
         ids[row, chosen] = torch.where(roles < _KEPT, ids[row, chosen], hidden)
-    return {**{name: one for name, one in batch.items() if name != "mask_token"}, "input_ids": ids, "labels": labels}
+    hidden_batch = {**batch, "input_ids": ids, "labels": labels}
+    return move_tensors({name: one for name, one in hidden_batch.items() if name != "mask_token"}, device)

@@ -12,7 +12,7 @@ Source: Rafailov et al., "Direct Preference Optimization" (arXiv 2305.18290), se
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -21,13 +21,16 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedtune.accelerator import find_device, move_tensors
 from fedtune.data import EncodedDataset, Table
 from fedtune.data.encoded_preferences import EncodedPreferences, encode_preferences
+from fedtune.data.encoded_prompts import EncodedPrompts, encode_text_prompts
 from fedtune.data.encoded_texts import IGNORED_LABEL
 from fedtune.errors import ModelError
+from fedtune.recipe.evaluation_settings import Prompt
 from fedtune.recipe.schema import Recipe
 from fedtune.tasks._scores import ExampleScore, ScoreSums
-from fedtune.tasks._text_task import TextTask, draw_tokens
+from fedtune.tasks._text_task import TextTask, draw_tokens, require_texts
 
 __all__ = ["Preference"]
 
@@ -66,6 +69,10 @@ class Preference(TextTask):
         """Token ids of both texts, with labels in the completions."""
         return encode_preferences(examples, reader, recipe.train.max_length)
 
+    def encode_prompts(self, prompts: Sequence[Prompt], examples: Table, recipe: Recipe, reader: Any) -> EncodedPrompts:
+        """Texts to continue."""
+        return encode_text_prompts(reader, require_texts(self, prompts))
+
     @torch.no_grad()
     def add_reference(self, model: nn.Module, examples: EncodedDataset) -> EncodedDataset:
         """The examples with the log-probabilities of their completions under ``model``."""
@@ -74,7 +81,9 @@ class Preference(TextTask):
         model.eval()
         starts = range(0, len(examples), _REFERENCE_BATCH)
         rows = [range(start, min(start + _REFERENCE_BATCH, len(examples))) for start in starts]
-        found = [_compute_log_probabilities(model, examples.make_batch(part)).chunk(2) for part in rows]
+        device = find_device(model)
+        batches = (move_tensors(examples.make_batch(part), device) for part in rows)
+        found = [_compute_log_probabilities(model, batch).cpu().chunk(2) for batch in batches]
         model.train(training)
         return replace(examples, references=torch.cat([side[number] for number in (0, 1) for side in found]))
 

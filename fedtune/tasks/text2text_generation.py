@@ -7,7 +7,7 @@ tokens of a batch. Padding does not count.
 Metrics: rouge-l (the main one), rouge-1 and rouge-2 between the target and the text that the model writes greedily
 (F-measure with stemming, by rouge-score); perplexity, loss and accuracy of the next target token. Writing takes most of
 the time of a scoring: ``rouge: false`` leaves it out, and perplexity (lower is better) is the main metric then. Clients
-that score on their own hold-out never write.
+that score on their own hold-out never write. ``evaluation.metrics: [exact_match, f1]`` compares both as SQuAD does.
 Models: those of transformers' ``AutoModelForSeq2SeqLM``, such as T5 and BART.
 Source: Lin, "ROUGE: a package for automatic evaluation of summaries" (ACL workshop 2004).
 """
@@ -21,11 +21,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedtune.data import EncodedDataset, Table
+from fedtune.data.encoded_prompts import EncodedPrompts
 from fedtune.data.encoded_targets import encode_targets
 from fedtune.data.encoded_texts import IGNORED_LABEL
+from fedtune.recipe.evaluation_settings import Prompt
 from fedtune.recipe.schema import Recipe
 from fedtune.tasks._scores import ExampleScore, ScoreSums, score_places
-from fedtune.tasks._text_task import TextTask, draw_tokens
+from fedtune.tasks._text_task import TextTask, draw_tokens, require_texts
 
 __all__ = ["Text2TextGeneration"]
 
@@ -57,6 +59,22 @@ class Text2TextGeneration(TextTask):
     def keeps_outputs(self) -> bool:
         """Whether texts are written and compared."""
         return self.rouge
+
+    @property
+    def compares_answers(self) -> bool:
+        """Return True: the target is the wanted answer."""
+        return True
+
+    def encode_prompts(self, prompts: Sequence[Prompt], examples: Table, recipe: Recipe, reader: Any) -> EncodedPrompts:
+        """Texts to write a text for, cut as those of training are."""
+        texts = require_texts(self, prompts)
+        found = reader(texts, truncation=True, max_length=recipe.train.max_length)["input_ids"]
+        return EncodedPrompts([list(row) for row in found])
+
+    def split_answers(self, batch: Mapping[str, Tensor], reader: Any) -> tuple[EncodedPrompts, list[str]]:
+        """Texts and targets."""
+        rows = zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)
+        return EncodedPrompts([ids[mask].tolist() for ids, mask in rows]), _decode(batch["labels"], reader)
 
     def count_predictions(self, labels: Tensor) -> int:
         """Target tokens; labels [n, tokens]."""

@@ -24,12 +24,13 @@ texts. A model that cannot keep the texts of a row apart is refused. Scoring is 
 Source of packing: Ding et al., "Fewer Truncations Improve Language Modeling" (arXiv 2404.10830). Deviation: a text
 longer than ``train.max_length`` is cut to it, not split into pieces.
 Metrics: perplexity (the main one; lower is better), loss in nats per target, and accuracy of the next token, all over
-targets alone.
+targets alone. ``evaluation.metrics: [exact_match, f1]`` also compares the last reply of each conversation with the one
+that the model generates greedily for what stands before it, as SQuAD does.
 Models: those of transformers' ``AutoModelForCausalLM``.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -40,9 +41,17 @@ from fedtune.data import EncodedDataset, Table
 from fedtune.data.chat_formats import read_chat_template, set_chat_template
 from fedtune.data.conversation_forms import ANY_FORM
 from fedtune.data.encoded_conversations import LossOn, encode_conversations, iter_conversation_tokens
+from fedtune.data.encoded_prompts import (
+    EncodedPrompts,
+    encode_chat_prompts,
+    encode_text_prompts,
+    find_reply_end,
+    split_last_reply,
+)
 from fedtune.data.encoded_texts import IGNORED_LABEL, encode_texts
 from fedtune.data.token_blocks import iter_shuffled_tokens, iter_token_blocks, shuffle_rows
 from fedtune.errors import RecipeError
+from fedtune.recipe.evaluation_settings import Prompt
 from fedtune.recipe.schema import Recipe
 from fedtune.tasks._scores import ExampleScore, ScoreSums, score_places
 from fedtune.tasks._text_task import TextTask, draw_tokens
@@ -94,6 +103,41 @@ class TextGeneration(TextTask):
     def can_pack(self) -> bool:
         """Return True: every prediction is of one token of one text."""
         return True
+
+    @property
+    def compares_answers(self) -> bool:
+        """Whether the targets of a conversation are replies."""
+        return self.loss_on != "all"
+
+    def require_answers(self, examples: Table) -> None:
+        """Raise RecipeError for texts, which have no replies."""
+        if "messages" not in examples.column_names:
+            raise RecipeError(
+                "evaluation.metrics: exact_match and f1 compare replies, but the data are read as texts; drop the "
+                "metrics, or name the format of the conversations"
+            )
+
+    def encode_prompts(self, prompts: Sequence[Prompt], examples: Table, recipe: Recipe, reader: Any) -> EncodedPrompts:
+        """Texts to continue; conversations, and texts where the data are conversations, as the template writes them."""
+        chat = "messages" in examples.column_names
+        asked = [
+            [{"role": "user", "content": prompt}] if isinstance(prompt, str) and chat else prompt for prompt in prompts
+        ]
+        found = [
+            encode_text_prompts(reader, [one])
+            if isinstance(one, str)
+            else encode_chat_prompts(reader, [[dict(message) for message in one]])
+            for one in asked
+        ]
+        rows, stops = [row for one in found for row in one.rows], frozenset(end for one in found for end in one.stops)
+        return EncodedPrompts(rows, stops)
+
+    def split_answers(self, batch: Mapping[str, Tensor], reader: Any) -> tuple[EncodedPrompts, list[str]]:
+        """What stands before the last reply, and that reply."""
+        rows = zip(batch["input_ids"], batch["labels"], strict=True)
+        pairs = [split_last_reply(ids, labels) for ids, labels in rows]
+        answers = reader.batch_decode([answer for _, answer in pairs], skip_special_tokens=True)
+        return EncodedPrompts([prompt for prompt, _ in pairs], find_reply_end(reader)), list(answers)
 
     def count_predictions(self, labels: Tensor) -> int:
         """Tokens that are predicted from those before them; labels [n, tokens]."""

@@ -9,7 +9,7 @@ from itertools import permutations
 
 from torch import Tensor, nn
 
-from fedtune.errors import RecipeError
+from fedtune.errors import ModelError, RecipeError
 from fedtune.recipe.schema import Unit
 from fedtune.recipe.unit_registry import build_unit
 from fedtune.tasks import Task
@@ -34,6 +34,7 @@ __all__ = [
     "begin_round",
     "begin_step",
     "build_techniques",
+    "check_device_type",
     "collect_loss_terms",
     "collect_metrics",
     "compute_extra_payload",
@@ -58,6 +59,13 @@ def build_techniques(units: Sequence[Unit], recipe_key: str = "train.techniques"
     if not any(technique.selects_trainable_tensors for technique in chosen):
         raise RecipeError(f"{recipe_key}: {'+'.join(present)} trains nothing; add full, lora, bias or head-only")
     return chosen
+
+
+def check_device_type(techniques: Sequence[Technique], device_type: str) -> None:
+    """Raise ModelError if a technique cannot compute on this type of device."""
+    for technique in techniques:
+        if why := technique.unsupported_devices.get(device_type):
+            raise ModelError(f"{technique.name} cannot run on {device_type}, {why}; compute on the CPU")
 
 
 def apply_techniques(techniques: Sequence[Technique], model: nn.Module, task: Task, seed: int) -> list[str]:

@@ -60,7 +60,7 @@ def trace_modules(model: nn.Module) -> list[ModuleCall]:
             module.register_forward_hook(partial(recorder.end, name)),
         )
     ]
-    picture = torch.zeros(1, 3, _SIDE, _SIDE, dtype=next(model.parameters()).dtype)
+    picture = next(model.parameters()).new_zeros(1, 3, _SIDE, _SIDE)
     try:
         with torch.no_grad(), _use_eval_mode(model):
             model(pixel_values=picture)

@@ -40,8 +40,13 @@ class Technique(NamedUnit):
 
     selects_trainable_tensors: ClassVar[bool] = True
     """Whether it selects trained tensors; a run needs at least one technique that does."""
+    allows_kv_cache: ClassVar[bool] = False
+    """Whether text can be generated with cached keys and values: the model computes each token from those before it."""
     conflicts_with: ClassVar[Mapping[str, str]] = {}
     """Techniques that it cannot be combined with, and why: the end of a sentence."""
+
+    unsupported_devices: ClassVar[Mapping[str, str]] = {}
+    """Device types that it cannot compute on, and why: the end of a sentence."""
 
     def find_conflict(self, other: "Technique") -> str | None:
         """Why both cannot be combined with their settings, as the end of a sentence; None if they can."""

@@ -32,6 +32,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fedtune.accelerator import find_device, fork_random_state
 from fedtune.errors import ModelError
 from fedtune.tasks import Task
 from fedtune.techniques._filtered_loss import FilteredLoss, compute_error_norms, filter_loss, find_filtered_loss
@@ -47,6 +48,7 @@ class ErrorNormTruncation(Technique):
 
     name: ClassVar[str] = "error-norm-truncation"
     selects_trainable_tensors: ClassVar[bool] = False
+    allows_kv_cache: ClassVar[bool] = True
 
     threshold: float = Field(1.35, gt=0, description="tokens with a larger error norm are dropped; √2 is the largest")
     fraction: float | None = Field(None, gt=0, lt=1, description="instead: the share of a batch's tokens to drop")
@@ -102,9 +104,10 @@ def _require_use(model: nn.Module, loss: FilteredLoss) -> None:
     asked: list[Any] = []
     training, base = model.training, loss.base
     loss.base = lambda *given, **named: asked.append(given) or base(*given, **named)  # type: ignore[func-returns-value]
-    ids = torch.zeros(1, 2, dtype=torch.long)
+    device = find_device(model)
+    ids = torch.zeros(1, 2, dtype=torch.long, device=device)
     try:  # in training mode, as a base of four bits is rearranged by its first step in evaluation mode
-        with torch.random.fork_rng(devices=[]):
+        with fork_random_state(device):
             model.train()(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
     finally:
         loss.base = base

@@ -24,6 +24,7 @@ class Full(Technique):
     """Train everything."""
 
     name: ClassVar[str] = "full"
+    allows_kv_cache: ClassVar[bool] = True
     conflicts_with: ClassVar[Mapping[str, str]] = {
         "bias": "full trains biases among all the rest",
         "head-only": "full trains the head among all the rest",

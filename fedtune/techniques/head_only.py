@@ -24,6 +24,7 @@ class HeadOnly(Technique):
     """Train the head alone."""
 
     name: ClassVar[str] = "head-only"
+    allows_kv_cache: ClassVar[bool] = True
     conflicts_with: ClassVar[Mapping[str, str]] = {
         "bias": "the head is already trained with the biases",
         "full": "full trains the head among all the rest",

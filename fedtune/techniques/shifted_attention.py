@@ -43,6 +43,7 @@ class ShiftedAttention(Technique):
 
     name: ClassVar[str] = _NAME
     selects_trainable_tensors: ClassVar[bool] = False
+    allows_kv_cache: ClassVar[bool] = True
 
     group_size: int = Field(512, ge=2, multiple_of=2, description="tokens that see each other")
 

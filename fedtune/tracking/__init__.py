@@ -13,6 +13,7 @@ from fedtune.tracking.records import (
     OperatorRecord,
     RoundRecord,
     RunRecord,
+    SampleRecord,
     TokenRecord,
 )
 from fedtune.tracking.run_lock import claim_run, is_run_active
@@ -30,6 +31,7 @@ __all__ = [
     "OperatorRecord",
     "RoundRecord",
     "RunRecord",
+    "SampleRecord",
     "Store",
     "TokenRecord",
     "claim_run",

@@ -1,12 +1,16 @@
 """Column types that mean the same in every database."""
 
 import math
+import re
 from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import Boolean, DateTime, Double, Text, TypeDecorator
 
-__all__ = ["Flag", "Measured", "Utc", "Words"]
+__all__ = ["AnyText", "Flag", "Measured", "Utc", "Words"]
+
+
+_UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 
 
 class Utc(TypeDecorator[datetime]):
@@ -52,6 +56,17 @@ class Words(TypeDecorator[tuple[str, ...]]):
     def process_result_value(self, value: str | None, dialect: Any) -> tuple[str, ...]:
         """Split the text into its words."""
         return tuple((value or "").split())
+
+
+class AnyText(TypeDecorator[str]):
+    """Text of any origin. U+FFFD replaces what a database refuses: U+0000 (PostgreSQL) and lone surrogates."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Any) -> str | None:
+        """Replace the characters that cannot be stored."""
+        return value and _UNSTORABLE.sub("\ufffd", value)
 
 
 class Flag(TypeDecorator[bool]):

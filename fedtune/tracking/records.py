@@ -15,6 +15,7 @@ __all__ = [
     "OperatorRecord",
     "RoundRecord",
     "RunRecord",
+    "SampleRecord",
     "TokenRecord",
 ]
 
@@ -43,6 +44,10 @@ class ClientRecord:
     ``status`` is merged, rejected, declined, error, missing or unused. ``device_name`` is None in a simulation, and
     ``device_class`` in runs on real devices that were recorded before it was. ``train_loss`` is NaN if the client does
     not report it. ``staleness`` counts the rounds since the state the client began with, None in synchronous runs.
+
+    ``device_type`` is that of the device that the figures were measured on: cpu, cuda or mps. It is None if nothing was
+    measured, and in rounds that were recorded before it was. ``accelerator_memory`` and ``accelerator_reserved`` are
+    torch's peaks on CUDA.
     """
 
     client: int
@@ -59,6 +64,9 @@ class ClientRecord:
     update_norm: float
     train_loss: float
     staleness: int | None = None
+    device_type: str | None = None
+    accelerator_memory: int | None = None
+    accelerator_reserved: int | None = None
 
     @property
     def device(self) -> str:
@@ -99,8 +107,25 @@ class CheckpointRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SampleRecord:
+    """What the model of a round generated for prompt ``number`` of the recipe, counted from 1.
+
+    ``prompt`` is the text or, of a conversation, JSON. ``ended`` says whether the model ended the text itself; else it
+    reached ``max_new_tokens``.
+    """
+
+    number: int
+    prompt: str
+    text: str
+    ended: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class RoundRecord:
-    """One round, completed or failed. Number 0 has the state and the metrics before any training."""
+    """One round, completed or failed. Number 0 has the state and the metrics before any training.
+
+    ``device_type`` is that of the device that the metrics were computed on, None if it was not recorded.
+    """
 
     number: int
     status: str
@@ -110,6 +135,8 @@ class RoundRecord:
     metrics: tuple[MetricRecord, ...]
     checkpoint: CheckpointRecord | None
     client_scores: tuple[ClientScore, ...] = ()
+    device_type: str | None = None
+    samples: tuple[SampleRecord, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

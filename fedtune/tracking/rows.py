@@ -8,7 +8,14 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection, Table, and_, delete, func, select
 
 from fedtune.tracking import tables
-from fedtune.tracking.records import CheckpointRecord, ClientRecord, ClientScore, MetricRecord, RoundRecord
+from fedtune.tracking.records import (
+    CheckpointRecord,
+    ClientRecord,
+    ClientScore,
+    MetricRecord,
+    RoundRecord,
+    SampleRecord,
+)
 
 __all__ = [
     "delete_rounds",
@@ -19,14 +26,14 @@ __all__ = [
     "read_rounds",
 ]
 
-Child = TypeVar("Child", ClientRecord, MetricRecord, CheckpointRecord, ClientScore)
+Child = TypeVar("Child", ClientRecord, MetricRecord, CheckpointRecord, ClientScore, SampleRecord)
 Row = dict[str, Any]
 Key = tuple[str, int]
 
 
 def make_round_row(run_id: str, record: RoundRecord) -> Row:
     """Return the row of the table of rounds."""
-    own = ("number", "status", "reason", "seconds")
+    own = ("number", "status", "reason", "seconds", "device_type")
     return {"run_id": run_id} | {name: getattr(record, name) for name in own}
 
 
@@ -36,7 +43,7 @@ def make_child_rows(run_id: str, record: RoundRecord) -> list[tuple[Table, list[
     checkpoint = (record.checkpoint,) if record.checkpoint else ()
     groups = zip(
         tables.ROUND_CHILD_TABLES,
-        (record.client_records, record.metrics, checkpoint, record.client_scores),
+        (record.client_records, record.metrics, checkpoint, record.client_scores, record.samples),
         strict=True,
     )
     return [(table, [key | asdict(child) for child in children]) for table, children in groups if children]
@@ -58,6 +65,7 @@ def read_rounds(connection: Connection, run_ids: Sequence[str], after: int = -1)
     metrics = _read_children(connection, tables.metrics, MetricRecord, run_ids, after)
     checkpoints = _read_children(connection, tables.checkpoints, CheckpointRecord, run_ids, after)
     client_scores = _read_children(connection, tables.client_scores, ClientScore, run_ids, after)
+    samples = _read_children(connection, tables.samples, SampleRecord, run_ids, after)
     found: dict[str, list[RoundRecord]] = {run_id: [] for run_id in run_ids}
     for row in _select(connection, tables.rounds, run_ids, after):
         run_id = row.pop("run_id")
@@ -70,6 +78,7 @@ def read_rounds(connection: Connection, run_ids: Sequence[str], after: int = -1)
                 metrics=tuple(metrics[key]),
                 checkpoint=checkpoint,
                 client_scores=tuple(client_scores[key]),
+                samples=tuple(samples[key]),
             )
         )
     return found

@@ -51,7 +51,9 @@ def _round(record: RoundRecord) -> dict[str, Any]:
         "status": record.status,
         "reason": record.reason,
         "seconds": record.seconds,
+        "device_type": record.device_type,
         "client_records": [asdict(client) for client in record.client_records],
         "client_scores": [asdict(score) for score in record.client_scores],
+        "samples": [asdict(sample) for sample in record.samples],
         "checkpoint": _checkpoint(record.number, record.checkpoint) if record.checkpoint else None,
     }

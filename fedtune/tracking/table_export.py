@@ -22,6 +22,7 @@ from fedtune.tracking.records import (
     MetricRecord,
     RoundRecord,
     RunRecord,
+    SampleRecord,
 )
 
 __all__ = ["FORMATS", "export_runs"]
@@ -51,8 +52,8 @@ def export_runs(recorded: Recorded, format: str, path: Path) -> list[Path]:  # n
     """Write runs and return the files.
 
     ``json``: ``path`` is one file. ``csv`` and ``parquet``: ``path`` becomes a folder with one file each for runs,
-    rounds, client records, metrics, client scores and checkpoints, joined by ``run_id`` and ``round``. StoreError when
-    the folder is there already or cannot be written; nothing is left half-written.
+    rounds, client records, metrics, client scores, checkpoints and samples, joined by ``run_id`` and ``round``.
+    StoreError when the folder is there already or cannot be written; nothing is left half-written.
     """
     if format == "json":
         documents = [run_json.make_run_document(run, rounds, detailed=True) for run, rounds in recorded]
@@ -78,7 +79,7 @@ def _write_folder(written: Mapping[str, pa.Table], format: str, path: Path) -> l
 
 
 def make_arrow_tables(recorded: Recorded) -> dict[str, pa.Table]:
-    """Make the six tables. Each row has the keys that join it to the others."""
+    """Make the seven tables. Each row has the keys that join it to the others."""
     every = [(run.id, record) for run, rounds in recorded for record in rounds]
     return {
         "runs": _table({}, RunRecord, [asdict(run) for run, _ in recorded]),
@@ -89,6 +90,7 @@ def make_arrow_tables(recorded: Recorded) -> dict[str, pa.Table]:
         "checkpoints": _table(
             _ROUND, CheckpointRecord, _children(every, lambda record: filter(None, [record.checkpoint]))
         ),
+        "samples": _table(_ROUND, SampleRecord, _children(every, lambda record: record.samples)),
     }
 
 

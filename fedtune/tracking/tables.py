@@ -13,7 +13,7 @@ from sqlalchemy import (
     Text,
 )
 
-from fedtune.tracking.column_types import Flag, Measured, Utc, Words
+from fedtune.tracking.column_types import AnyText, Flag, Measured, Utc, Words
 
 __all__ = [
     "ROUND_CHILD_TABLES",
@@ -29,6 +29,7 @@ __all__ = [
     "operators",
     "rounds",
     "runs",
+    "samples",
 ]
 
 
@@ -73,6 +74,7 @@ rounds = Table(
     Column("status", String(16), nullable=False),
     Column("reason", Text, nullable=False),
     Column("seconds", Measured),
+    Column("device_type", String(16)),
     ForeignKeyConstraint(["run_id"], ["runs.id"], ondelete="CASCADE"),
 )
 
@@ -94,6 +96,9 @@ client_records = Table(
     Column("update_norm", Measured),
     Column("train_loss", Measured),
     Column("staleness", Integer),
+    Column("device_type", String(16)),
+    Column("accelerator_memory", BigInteger),
+    Column("accelerator_reserved", BigInteger),
 )
 
 metrics = Table(
@@ -127,7 +132,17 @@ client_scores = Table(
     Column("num_predictions", BigInteger, nullable=False),
 )
 
-ROUND_CHILD_TABLES = (client_records, metrics, checkpoints, client_scores)
+samples = Table(
+    "samples",
+    metadata,
+    *_of_round(),
+    Column("number", Integer, primary_key=True),
+    Column("prompt", AnyText, nullable=False),
+    Column("text", AnyText, nullable=False),
+    Column("ended", Flag),
+)
+
+ROUND_CHILD_TABLES = (client_records, metrics, checkpoints, client_scores, samples)
 
 assignments = Table(
     "assignments",

@@ -8,13 +8,13 @@ from fedtune.training.evaluation import EvaluatedModel, Metric, evaluate_model
 from fedtune.training.local_training import (
     LocalTrainingResult,
     apply_optimiser_step,
-    compute_step_loss,
     set_train_mode,
     train_local_model,
 )
 from fedtune.training.model_state import get_model_state, get_tensor_shapes, named_tensors, precise, set_model_state
 from fedtune.training.received_state import score_received
 from fedtune.training.run_context import RunContext, clear_run_context, get_run_context, prepare_model, set_run_context
+from fedtune.training.training_step import compute_step_loss
 
 __all__ = [
     "ClientRound",

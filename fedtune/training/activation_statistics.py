@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fedtune.accelerator import find_device, move_tensors
 from fedtune.errors import RecipeError
 from fedtune.merging import ActivationRelaxStep, ActivationStatistics
 from fedtune.techniques import Technique, begin_step
@@ -127,11 +128,12 @@ def sum_activations(
     """
     found = {name: ActivationSums(torch.zeros(place.size, dtype=torch.float64)) for name, place in places.items()}
     model.eval()
+    device = find_device(model)
     with hook_layer_inputs(
         {name: (place.layer, place.input_axis) for name, place in places.items()}, partial(_add, found)
     ) as begin:
         for batch in batches:
-            inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+            inputs = move_tensors({name: tensor for name, tensor in batch.items() if name != "labels"}, device)
             begin_step(techniques, model, inputs, 1.0)
             begin(inputs)
             model(**inputs)
@@ -142,8 +144,13 @@ def _add(found: Mapping[str, ActivationSums], name: str, rows: Tensor) -> None:
     total = found[name]
     if rows.shape[1] != len(total.sums):  # a norm over another axis than the last
         return
-    total.sums += rows.abs().sum(0, dtype=torch.float64)
+    total.sums += sum_in_double(rows.abs()).cpu()
     total.count += len(rows)
+
+
+def sum_in_double(rows: Tensor) -> Tensor:
+    """Return the sum over rows in double precision. MPS has none, so such rows are summed on the CPU."""
+    return (rows.cpu() if rows.device.type == "mps" else rows).sum(0, dtype=torch.float64)
 
 
 def average_activations(

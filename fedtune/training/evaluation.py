@@ -3,18 +3,22 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
+from fedtune.accelerator import find_device, is_out_of_memory, move_tensors, release_memory, use_autocast
 from fedtune.data import EncodedDataset
+from fedtune.recipe.evaluation_settings import GenerationSettings
 from fedtune.tasks import ExampleScore, ScoreSums, Task
 from fedtune.techniques import Technique, begin_step, collect_metrics
+from fedtune.training.answer_metrics import compare_answers
 from fedtune.training.client_round import ClientRound
-from fedtune.training.metrics import measure
+from fedtune.training.generation import TextGenerator
+from fedtune.training.metrics import list_client_metrics, measure
 from fedtune.wire.client_update import HoldoutMetrics
 
 __all__ = ["EvaluatedModel", "Metric", "evaluate_model", "score_held_out"]
@@ -41,16 +45,24 @@ class EvaluatedModel:
     techniques: Sequence[Technique] = ()
     metrics: Sequence[str] = ()
     reader: Any = None
+    generation: GenerationSettings = field(default_factory=GenerationSettings)
 
     @property
     def keeps_outputs(self) -> bool:
         """Whether the metrics need the output of each example."""
         return bool(self.metrics) or self.task.keeps_outputs
 
+    @property
+    def must_generate(self) -> bool:
+        """Whether answers are generated for the metrics, besides those that the task's own metrics need."""
+        return bool(self.metrics) and not self.task.has_classes and not self.task.keeps_outputs
+
     def compute_further_metrics(self, sums: ScoreSums) -> dict[str, float]:
-        """Return the metrics besides the task's own, from probabilities and labels."""
+        """Return the metrics besides the task's own: from probabilities and labels, or from answers."""
         if not (self.metrics and sums.outputs):
             return dict.fromkeys(self.metrics, math.nan)
+        if not self.task.has_classes:
+            return compare_answers(self.metrics, sums.outputs)
         probabilities, labels = zip(*sums.outputs, strict=True)
         return measure(self.metrics, torch.stack(probabilities).double().numpy(), np.array(labels))
 
@@ -82,6 +94,10 @@ def evaluate_model(
             if examples.domains is not None:
                 sums[examples.domains[index]].add(score, keep_output=evaluated.keeps_outputs)
         watched = [Metric("all", name, value) for name, value in figures().items()]
+    if evaluated.must_generate:
+        for index, pair in _iter_answers(evaluated, examples, order):
+            for domain in ("all", *(() if examples.domains is None else (examples.domains[index],))):
+                sums[domain].outputs.append(pair)
     return [*_compute_metrics(sums, evaluated), *watched]
 
 
@@ -92,7 +108,7 @@ def score_held_out(client: ClientRound, held_out: Sequence[int]) -> HoldoutMetri
     if not held_out:
         return HoldoutMetrics()
     client.model.eval()
-    metrics, size = recipe.evaluation.metrics, recipe.train.batch_size
+    metrics, size = list_client_metrics(recipe), recipe.train.batch_size
     evaluated = EvaluatedModel(client.model, client.task, size, client.techniques, metrics)
     sums = ScoreSums()
     for _, score in _iter_scores(evaluated, client.examples, held_out):
@@ -108,9 +124,38 @@ def _iter_scores(
     """Yield the row and the score of each example."""
     for start in range(0, len(rows), evaluated.batch_size):
         chosen = rows[start : start + evaluated.batch_size]
-        batch = examples.make_batch(chosen)
+        yield from zip(chosen, _score_rows(evaluated, examples, chosen), strict=True)
+
+
+def _score_rows(evaluated: EvaluatedModel, examples: EncodedDataset, rows: Sequence[int]) -> list[ExampleScore]:
+    """Return the score of each example. Where an accelerator's memory is too small for them, they are halved."""
+    device = find_device(evaluated.model)
+    batch = move_tensors(examples.make_batch(rows), device)
+    try:
         begin_step(evaluated.techniques, evaluated.model, batch, 1.0)
-        yield from zip(chosen, evaluated.task.score_batch(evaluated.model, batch, evaluated.reader), strict=True)
+        with use_autocast(evaluated.model):
+            return evaluated.task.score_batch(evaluated.model, batch, evaluated.reader)
+    except RuntimeError as error:
+        if len(rows) == 1 or not is_out_of_memory(error):
+            raise
+    del batch
+    release_memory(device)
+    half = len(rows) // 2
+    return [score for part in (rows[:half], rows[half:]) for score in _score_rows(evaluated, examples, part)]
+
+
+def _iter_answers(
+    evaluated: EvaluatedModel, examples: EncodedDataset, rows: Sequence[int]
+) -> Iterator[tuple[int, tuple[str, str]]]:
+    """Yield the row of each example, and its generated and its wanted answer. Generation is greedy."""
+    settings = evaluated.generation.model_copy(update={"temperature": 0.0, "top_p": 1.0})
+    generator = TextGenerator(evaluated.model, evaluated.techniques, evaluated.reader, settings, evaluated.batch_size)
+    for start in range(0, len(rows), evaluated.batch_size):
+        chosen = rows[start : start + evaluated.batch_size]
+        prompts, wanted = evaluated.task.split_answers(examples.make_batch(chosen), evaluated.reader)
+        written = generator.generate_texts(prompts)
+        pairs = [(one.text, answer) for one, answer in zip(written, wanted, strict=True)]
+        yield from zip(chosen, pairs, strict=True)
 
 
 def _order_by_length(examples: EncodedDataset, rows: Sequence[int] | None) -> list[int]:

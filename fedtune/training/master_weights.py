@@ -25,7 +25,7 @@ def masters_of(model: nn.Module, start: Start) -> dict[str, nn.Parameter]:
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16)
     }
     return {
-        name: nn.Parameter(start[name].clone() if name in start else parameter.detach().float())
+        name: nn.Parameter(start[name].to(parameter.device, copy=True) if name in start else parameter.detach().float())
         for name, parameter in coarse.items()
     }
 

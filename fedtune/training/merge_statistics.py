@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from fedtune.accelerator import find_device, move_tensors
 from fedtune.errors import DataError
 from fedtune.merging.combine.fisher import square_gradient
 from fedtune.merging.combine.regmean import accumulate_gram
@@ -25,17 +26,19 @@ def compute_fisher_information(model: nn.Module, batches: Iterable[Batch]) -> di
     labels). It takes one backward pass per example. The model is left in evaluation mode.
     """
     parameters = {name: one for name, one in model.named_parameters() if one.is_floating_point()}
-    sums = {name: torch.zeros(one.shape) for name, one in parameters.items()}
+    sums = {name: torch.zeros(one.shape, device=one.device) for name, one in parameters.items()}
+    device = find_device(model)
     count = 0
     model.eval()
     with _require_gradients(parameters.values()):
         for example in (example for batch in batches for example in _examples(batch)):
-            gradients = torch.autograd.grad(model(**example).loss, list(parameters.values()), allow_unused=True)
+            moved = move_tensors(example, device)
+            gradients = torch.autograd.grad(model(**moved).loss, list(parameters.values()), allow_unused=True)
             for name, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:
                     sums[name] += square_gradient(gradient)
             count += 1
-    return {name: total / _require_examples(count) for name, total in sums.items()}
+    return {name: (total / _require_examples(count)).cpu() for name, total in sums.items()}
 
 
 def _examples(batch: Batch) -> Iterator[Batch]:
@@ -65,21 +68,26 @@ def compute_input_grams(model: nn.Module, batches: Iterable[Batch]) -> dict[str,
     embedding and layers that are never called are left out. The model is left in evaluation mode.
     """
     layers = _linear_layers(model)
-    sums = {name: torch.zeros(layer.in_features, layer.in_features).double() for name, layer in layers.items()}
+    device = find_device(model)
+    kept = torch.device("cpu") if device.type == "mps" else device  # MPS has no double precision
+    sums = {
+        name: torch.zeros(layer.in_features, layer.in_features, dtype=torch.float64, device=kept)
+        for name, layer in layers.items()
+    }
     counts = dict.fromkeys(layers, 0)
     model.eval()
 
     def add(name: str, rows: Tensor) -> None:
-        accumulate_gram(sums[name], rows)
+        accumulate_gram(sums[name], rows.to(kept))
         counts[name] += len(rows)
 
     with hook_layer_inputs({name: (layer, -1) for name, layer in layers.items()}, add) as begin:
         for batch in batches:
-            inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+            inputs = move_tensors({name: tensor for name, tensor in batch.items() if name != "labels"}, device)
             begin(inputs)
             model(**inputs)
     _require_examples(sum(counts.values()))
-    return {name: (total / counts[name]).float() for name, total in sums.items() if counts[name]}
+    return {name: (total / counts[name]).float().cpu() for name, total in sums.items() if counts[name]}
 
 
 def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:

@@ -13,9 +13,10 @@ from fedtune.errors import RecipeError
 from fedtune.recipe.plug_ins import find_plug_in, find_plug_ins
 from fedtune.recipe.schema import Recipe
 from fedtune.recipe.validation_errors import suggest_nearest
-from fedtune.tasks import get_task
+from fedtune.tasks import Task, get_task
+from fedtune.training.answer_metrics import ANSWER_METRICS
 
-__all__ = ["Metric", "check_metrics", "list_metric_names", "load_metrics", "measure", "register"]
+__all__ = ["Metric", "check_metrics", "list_client_metrics", "list_metric_names", "load_metrics", "measure", "register"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -47,19 +48,37 @@ def measure(names: Sequence[str], probabilities: Floats, labels: Ints) -> dict[s
 
 
 def load_metrics(recipe: Recipe) -> None:
-    """Import a recipe's metrics; RecipeError for one that is unknown or not installed."""
-    for name in recipe.evaluation.metrics:
+    """Import the metrics that clients compute too; RecipeError for one that is unknown or not installed."""
+    for name in list_client_metrics(recipe):
         _find(name)
 
 
 def check_metrics(recipe: Recipe) -> None:
-    """Raise RecipeError for metrics that are unknown, or that need classes if the task has none."""
+    """Raise RecipeError for metrics that are unknown, or that the task cannot have."""
+    task = get_task(recipe.task)
+    if not task.has_classes:
+        for name in recipe.evaluation.metrics:
+            _check_answer_metric(name, task)
+        return
+    if "exact_match" in recipe.evaluation.metrics:
+        raise RecipeError(f"{_WHERE}: exact_match compares generated answers, but {task.name} has classes; drop it")
     load_metrics(recipe)
-    names = recipe.evaluation.metrics
-    if names and not get_task(recipe.task).has_classes:
+
+
+def _check_answer_metric(name: str, task: Task) -> None:
+    """Raise RecipeError for a task without classes that does not have the metric."""
+    if name not in ANSWER_METRICS:
+        _require_known(name)
+        raise RecipeError(f"{_WHERE}: {name} is of classes, which {task.name} has none of; drop it")
+    if not task.compares_answers:
         raise RecipeError(
-            f"evaluation.metrics: {names[0]} is of classes, which {recipe.task.name} has none of; drop it"
+            f"{_WHERE}: {name} is of classes or answers, which {task.name} has none of as it is set; drop it"
         )
+
+
+def list_client_metrics(recipe: Recipe) -> list[str]:
+    """Return the further metrics that clients compute on held-out examples. They generate no answers."""
+    return list(recipe.evaluation.metrics) if get_task(recipe.task).has_classes else []
 
 
 def _find(name: str) -> Metric:
@@ -71,10 +90,14 @@ def _find(name: str) -> Metric:
         found: Metric = plug_in.load(_WHERE, code="metric-unavailable")
         return found
     if built_in is None:
-        raise RecipeError(
-            f"{_WHERE}: there is no {name!r}; {suggest_nearest(name, list_metric_names())}", code="metric-unavailable"
-        )
+        _require_known(name)
     return _built_in(name)
+
+
+def _require_known(name: str) -> None:
+    known = sorted({*list_metric_names(), *ANSWER_METRICS})
+    if name not in known:
+        raise RecipeError(f"{_WHERE}: there is no {name!r}; {suggest_nearest(name, known)}", code="metric-unavailable")
 
 
 def _built_in(name: str) -> Metric:

@@ -9,21 +9,21 @@ __all__ = ["get_model_state", "get_tensor_shapes", "named_tensors", "precise", "
 
 
 def get_model_state(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """Return copies of the named tensors. Floats become fp32; integers keep their type."""
+    """Return copies of the named tensors on the CPU. Floats become fp32; integers keep their type."""
     tensors = named_tensors(model)
     return {name: _copy(tensors[name].detach()) for name in names}
 
 
 def precise(tensor: Tensor) -> Tensor:
-    """Return a tensor in the precision of the shared state: fp32, or unchanged for integers.
+    """Return a tensor on the CPU in the precision of the shared state: fp32, or unchanged for integers.
 
     It copies only if needed.
     """
-    return tensor.float() if tensor.is_floating_point() else tensor
+    return tensor.to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype)
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.float32, copy=True) if tensor.is_floating_point() else tensor.clone()
+    return tensor.to("cpu", torch.float32, copy=True) if tensor.is_floating_point() else tensor.to("cpu", copy=True)
 
 
 @torch.no_grad()

@@ -71,6 +71,7 @@ class _Sgd:
             dampening=0.0,
             nesterov=self._settings.nesterov,
             maximize=False,
+            foreach=False,
         )
         self._buffers |= dict(zip(moved, buffers, strict=True))  # sgd fills the list in the first step
 
@@ -79,7 +80,8 @@ class _AdamW:
     """torch.optim.AdamW with its default betas and epsilon.
 
     Large parameters are updated some rows at a time. torch's function allocates two tensors of the size of its
-    parameter; for an embedding, each can be a fifth of the model. The results are the same.
+    parameter; for an embedding, each can be a fifth of the model. The results are the same. For the same reason
+    ``foreach``, which accelerators use by default, is off.
     """
 
     def __init__(self, parameters: Sequence[Parameter], weight_decay: float) -> None:
@@ -106,6 +108,7 @@ class _AdamW:
             weight_decay=self._weight_decay,
             eps=1e-8,
             maximize=False,
+            foreach=False,
         )
         for parameter in moved:
             self._state[parameter][2].add_(1)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedtune.accelerator import find_device, move_tensors
 from fedtune.data import EncodedDataset
 from fedtune.data.token_files import StoredTexts
 from fedtune.errors import DataError, ModelError
@@ -129,7 +130,7 @@ def _reads(model: nn.Module, inputs: dict[str, Tensor]) -> str | None:
     training = model.training
     try:
         with torch.no_grad():
-            model.eval()(**inputs)
+            model.eval()(**move_tensors(inputs, find_device(model)))
     except _BROKEN as error:
         return " ".join(str(error).split("\n")[0].split()).rstrip(".")
     finally:

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
+from fedtune.accelerator import find_device, fork_random_state
 from fedtune.errors import ClientUpdateError
 from fedtune.techniques import begin_round, list_local_tensors
 from fedtune.training.client_round import ClientRound
@@ -31,5 +31,5 @@ def score_received(client: ClientRound, state: Mapping[str, Tensor]) -> HoldoutM
     """Return the metrics of ``state``, the result of a round, on the client's held-out rows. Nothing is trained."""
     _, held_out = client.split_rows()
     receive_state(client, state)
-    with use_cpu_threads(client.recipe.train.threads), torch.random.fork_rng(devices=[]):
+    with use_cpu_threads(client.recipe.train.threads), fork_random_state(find_device(client.model)):
         return score_held_out(client, held_out.tolist())

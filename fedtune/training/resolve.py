@@ -131,6 +131,10 @@ def _check_own(chosen: Sequence[Technique], pipeline: merging.MergePipeline, eva
             f"evaluation.local_holdout: {keeping} leaves the server no whole model to score, so clients must hold "
             "examples out; set a share, e.g. 0.2"
         )
+    if evaluation.prompts:
+        raise RecipeError(
+            f"evaluation.prompts: {keeping} leaves the server no whole model to generate text with; drop the prompts"
+        )
     unfit = [step.name for step in pipeline.steps if step.needs or step in (*pipeline.align, *pipeline.renormalise)]
     if unfit:
         raise RecipeError(

@@ -10,10 +10,13 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
 from fedtune import data, merging, models, tasks, techniques
+from fedtune.accelerator import choose_device, find_device
+from fedtune.data.encoded_prompts import EncodedPrompts
 from fedtune.errors import ModelError, RecipeError
 from fedtune.recipe.schema import ColumnSettings, DataSettings, Recipe
 from fedtune.recipe.validation_errors import explain_validation_error
@@ -22,6 +25,7 @@ from fedtune.techniques import Technique
 from fedtune.training.activation_statistics import check_merge_has_targets
 from fedtune.training.device_classes import check_device_class
 from fedtune.training.evaluation import EvaluatedModel
+from fedtune.training.generation import GeneratedText, TextGenerator, require_positions
 from fedtune.training.model_checks import check_model_privacy
 from fedtune.training.model_state import get_model_state, named_tensors
 from fedtune.training.packing_checks import check_packing
@@ -30,8 +34,15 @@ from fedtune.training.readable import require_readable
 __all__ = ["RunContext", "clear_run_context", "get_run_context", "prepare_model", "set_run_context"]
 
 
-def prepare_model(recipe: Recipe, labels: Sequence[str]) -> tuple[nn.Module, tuple[Technique, ...], list[str]]:
-    """Return the model with its techniques applied, the techniques, and the names of the shared tensors."""
+def prepare_model(
+    recipe: Recipe, labels: Sequence[str], *, device: str | None = None
+) -> tuple[nn.Module, tuple[Technique, ...], list[str]]:
+    """Return the model with its techniques applied, the techniques, and the names of the shared tensors.
+
+    It is built on the CPU, so that the same numbers are drawn everywhere, and moved to ``device``, by default
+    ``train.device``. Where there is no such device it stays, as on a server whose devices have one. ``require_device``
+    refuses before.
+    """
     chosen = techniques.build_techniques(recipe.train.techniques)
     quantised = [found for found in (technique.make_quantisation_config() for technique in chosen) if found is not None]
     if len(quantised) > 1:
@@ -46,7 +57,13 @@ def prepare_model(recipe: Recipe, labels: Sequence[str]) -> tuple[nn.Module, tup
     )
     shared = techniques.apply_techniques(chosen, model, task, derive_seed(recipe.seed, "techniques"))
     check_packing(recipe, model)
-    return model, chosen, shared
+    return _move_model(model, choose_device(device or recipe.train.device), chosen), chosen, shared
+
+
+def _move_model(model: nn.Module, device: torch.device, chosen: Sequence[Technique]) -> nn.Module:
+    """Move a model to a device; ModelError if one of its techniques cannot compute there."""
+    techniques.check_device_type(chosen, device.type)
+    return model if device.type == "cpu" else model.to(device)
 
 
 @dataclass
@@ -76,6 +93,11 @@ class RunContext:
     def for_client(self, client: int) -> "RunContext":
         """Return the context of a client: that of its device class, or this one."""
         return self.by_device_class.get(self.recipe.get_device_class(client).name, self)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model."""
+        return find_device(self.model)
 
     @cached_property
     def client_rows(self) -> list[np.ndarray]:
@@ -117,8 +139,33 @@ class RunContext:
         """The model with the evaluation settings of the server."""
         settings = self.recipe.evaluation
         return EvaluatedModel(
-            self.model, self.task, settings.batch_size, self.techniques, settings.metrics, self.reader
+            self.model,
+            self.task,
+            settings.batch_size,
+            self.techniques,
+            settings.metrics,
+            self.reader,
+            settings.generation,
         )
+
+    @cached_property
+    def prompts(self) -> EncodedPrompts:
+        """The encoded prompts of ``evaluation.prompts``; RecipeError or ModelError if the model cannot answer them."""
+        settings = self.recipe.evaluation
+        if not settings.prompts:
+            return EncodedPrompts([])
+        found = self.task.encode_prompts(settings.prompts, self.corpus.train, self.recipe, self.reader)
+        require_positions(self.model, found, settings.generation)
+        return found
+
+    def generate_samples(self) -> list[GeneratedText]:
+        """Generate a text for each prompt with the model as it is now."""
+        if not self.recipe.evaluation.prompts:
+            return []
+        settings = self.recipe.evaluation
+        generator = TextGenerator(self.model, self.techniques, self.reader, settings.generation, settings.batch_size)
+        seeds = [derive_seed(self.recipe.seed, "samples", number) for number in range(1, len(settings.prompts) + 1)]
+        return generator.generate_texts(self.prompts, seeds)
 
     @cached_property
     def client_domains(self) -> dict[int, str]:

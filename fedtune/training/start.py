@@ -23,7 +23,9 @@ class Start:
         self._changed = get_model_state(model, [name for name in names if not self._holds(name, tensors[name])])
 
     def _holds(self, name: str, tensor: Tensor) -> bool:
-        return any(name in each and torch.equal(tensor, each[name].to(tensor.dtype)) for each in self._received)
+        return any(
+            name in each and torch.equal(tensor, each[name].to(tensor.device, tensor.dtype)) for each in self._received
+        )
 
     def __contains__(self, name: str) -> bool:
         return any(name in each for each in (self._changed, *self._received))
@@ -32,5 +34,8 @@ class Start:
         return next(each[name] for each in (self._changed, *self._received) if name in each)
 
     def deltas(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-        """Return trained minus start tensors, in fp32. ``names`` may be fewer than those of the constructor."""
+        """Return trained minus start tensors, in fp32 on the CPU.
+
+        ``names`` may be fewer than those of the constructor.
+        """
         return {name: precise(tensors[name].detach()) - self[name] for name in names}

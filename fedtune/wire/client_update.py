@@ -14,6 +14,7 @@ from fedtune.errors import ClientUpdateError
 from fedtune.wire.tensor_payload import pack, packed_size
 
 __all__ = [
+    "DEVICE_TYPES",
     "FEWEST",
     "ClientReport",
     "ClientUpdate",
@@ -35,6 +36,9 @@ _PIECE = 1 << 18
 
 FEWEST = 5
 """Statistics over fewer examples than this stay on the device, because they could reveal single examples."""
+
+DEVICE_TYPES = ("cpu", "cuda", "mps")
+"""The types of devices that a client may train on. A report holds only numbers, so it names one by its place."""
 
 UpdateKind = Literal["tensors", "one factor", "pairs", "pairs and base"]
 """What clients train.
@@ -114,6 +118,9 @@ class ClientReport:
     ``loss`` is NaN if the client does not share it. ``activation_memory`` is the memory of activations kept for
     backward, ``peak_memory`` that of the process. ``micro_batch_size`` is None if the whole batch fitted in memory.
 
+    ``device_code`` is the place of the device's type in ``DEVICE_TYPES``, None for the CPU. On CUDA,
+    ``accelerator_memory`` and ``accelerator_reserved`` are torch's peaks of allocated and reserved memory.
+
     The holdout fields are metrics of the received model on held-out examples; ``extra_holdout_metrics`` are the
     recipe's further metrics. ``trained_holdout_metrics`` are loss, accuracy and further metrics of the trained model.
     Without held-out examples, counts and metrics are 0 and both lists are empty.
@@ -128,8 +135,16 @@ class ClientReport:
     holdout_loss: float = 0.0
     holdout_accuracy: float = 0.0
     micro_batch_size: int | None = None
+    device_code: int | None = None
+    accelerator_memory: int | None = None
+    accelerator_reserved: int | None = None
     extra_holdout_metrics: Sequence[float] = ()
     trained_holdout_metrics: Sequence[float] = ()
+
+    @property
+    def device_type(self) -> str:
+        """The type of the device that the figures were measured on."""
+        return DEVICE_TYPES[self.device_code or 0]
 
     @property
     def holdout_metrics(self) -> HoldoutMetrics | None:

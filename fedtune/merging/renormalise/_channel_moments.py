@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fedtune.accelerator import find_device, move_tensors
 from fedtune.merging._layer_hooks import hook_layers
 
 __all__ = ["Batches", "ChannelMoments", "measure_channel_moments"]
@@ -56,7 +57,7 @@ def measure_channel_moments(net: nn.Module, batches: Batches, layers: Set[str]) 
 
         with hook_layers(net, layers, note), torch.no_grad():
             try:
-                net(**batch)
+                net(**move_tensors(batch, find_device(net)))
             except _StopForwardError:
                 continue
     return {layer: pool.moments() for layer, pool in pools.items()}
@@ -65,4 +66,4 @@ def measure_channel_moments(net: nn.Module, batches: Batches, layers: Set[str]) 
 def _rows(output: Tensor, layer: nn.Module) -> Tensor:
     """[n, c, h, w] of a convolution or its norm, or [..., c] of a linear layer, as samples [m, c]."""
     moved = output if isinstance(layer, nn.Linear) else output.movedim(1, -1)
-    return moved.reshape(-1, moved.shape[-1]).double()
+    return moved.reshape(-1, moved.shape[-1]).cpu().double()

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fedtune.accelerator import find_device, move_tensors
 from fedtune.errors import ModelError
 from fedtune.merging._layer_hooks import hook_layers
 
@@ -63,7 +64,7 @@ def _record_runs(net: nn.Module, batch: Mapping[str, Tensor], weighted: list[str
         runs.append(_Run(layer, inputs, output))
 
     with hook_layers(net, {*weighted, *norms}, note), torch.no_grad():
-        net(**batch)
+        net(**move_tensors(batch, find_device(net)))
     return runs
 
 
@@ -78,7 +79,7 @@ def _check_layer(name: str, layer: Any, *, shifts: bool) -> None:
 def merge_affine_into_layer(name: str, layer: Any, change: ChannelAffine) -> dict[str, Tensor]:
     """Change a layer's output by its own weight and bias; the tensors that changed, by their names in the state."""
     gain = change.gain.reshape(-1, *[1] * (layer.weight.dim() - 1))
-    changed = {f"{name}.weight": layer.weight.copy_(layer.weight.double() * gain)}
+    changed = {f"{name}.weight": layer.weight.copy_(layer.weight.cpu().double() * gain)}
     if layer.bias is not None:
-        changed[f"{name}.bias"] = layer.bias.copy_(layer.bias.double() * change.gain + change.shift)
-    return {key: tensor.detach().clone() for key, tensor in changed.items()}
+        changed[f"{name}.bias"] = layer.bias.copy_(layer.bias.cpu().double() * change.gain + change.shift)
+    return {key: tensor.detach().to("cpu", copy=True) for key, tensor in changed.items()}

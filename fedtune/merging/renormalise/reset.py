@@ -20,6 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from fedtune.accelerator import find_device, move_tensors
 from fedtune.errors import ModelError
 from fedtune.merging._layer_hooks import use_state_dict
 from fedtune.merging._step import MergeContext, RenormaliseStep
@@ -45,9 +46,11 @@ class Reset(RenormaliseStep):
             raise ModelError(f"reset: {type(net).__name__} has no batch norm with running statistics; use repair")
         with use_state_dict(net, merged), _collecting(list(norms.values())), torch.no_grad():
             for batch in batches:
-                net(**batch)
+                net(**move_tensors(batch, find_device(net)))
             found = {f"{name}.{key}": tensor for name, norm in norms.items() for key, tensor in norm.named_buffers()}
-            return {key: found[key].clone() for key in found if key.endswith(("running_mean", "running_var"))}
+            return {
+                key: found[key].to("cpu", copy=True) for key in found if key.endswith(("running_mean", "running_var"))
+            }
 
 
 def _collects(layer: nn.Module) -> bool:

@@ -38,6 +38,7 @@ class ChunkedMlp(Technique):
 
     name: ClassVar[str] = "chunked-mlp"
     selects_trainable_tensors: ClassVar[bool] = False
+    allows_kv_cache: ClassVar[bool] = True
     conflicts_with: ClassVar[Mapping[str, str]] = {
         "deft": "densities are measured over all tokens of a step at once",
     }

@@ -27,6 +27,7 @@ class GradientCheckpointing(Technique):
 
     name: ClassVar[str] = "gradient-checkpointing"
     selects_trainable_tensors: ClassVar[bool] = False
+    allows_kv_cache: ClassVar[bool] = True
 
     def rewrite_model(self, model: nn.Module, task: Task, seed: int) -> None:
         """Enable the model's own non-reentrant checkpointing."""

@@ -55,6 +55,7 @@ class SelectiveCheckpointing(Technique):
 
     name: ClassVar[str] = "selective-checkpointing"
     selects_trainable_tensors: ClassVar[bool] = False
+    allows_kv_cache: ClassVar[bool] = True
     conflicts_with: ClassVar[Mapping[str, str]] = {
         "gradient-checkpointing": "both decide which activations the same blocks store",
         "meft": "reversible blocks store no activations that could be recomputed",

@@ -40,12 +40,12 @@ def estimate_activation_scale(product: Tensor, counted: Tensor | None) -> float:
 def sample_magnitudes(a: Tensor, counted: Tensor | None, most: int) -> Tensor:
     """About ``most`` of the |a| of counted tokens, always at the same places: fp32 [n]."""
     rows = _rows(a.detach())
-    tokens = torch.arange(len(rows)) if counted is None else counted.nonzero()[:, 0]
+    tokens = torch.arange(len(rows), device=rows.device) if counted is None else counted.nonzero()[:, 0]
     if len(tokens) * rows.shape[1] <= most:
         return rows[tokens].abs().float().flatten()
     # steps of the golden ratio: no period of the batch's length, whose first tokens are outliers
     steps = torch.arange(max(1, most // 512), dtype=torch.float64) * 0.6180339887498949 % 1
-    entries = rows[tokens[(steps * len(tokens)).long()]].abs().float().flatten()
+    entries = rows[tokens[(steps * len(tokens)).long().to(rows.device)]].abs().float().flatten()
     return entries[:: max(1, len(entries) // most)]
 
 
@@ -91,7 +91,7 @@ class _WithDensity(torch.autograd.Function):
 def _smooth_zeros(part: Tensor, eps: float) -> Tensor:
     """The sum over units of 1 - s(a) = eps / (a^2 + eps), per token, fp64; exactly the units for a = 0."""
     near = _square_plus(part, eps)
-    return torch.div(near.new_tensor(eps), near, out=near).sum(1).double()
+    return torch.div(near.new_full((), eps), near, out=near).sum(1).double()
 
 
 def _add_slope(part: Tensor, base: Tensor, weight: float, eps: float, into: Tensor) -> None:
@@ -102,7 +102,7 @@ def _add_slope(part: Tensor, base: Tensor, weight: float, eps: float, into: Tens
 
 def _square_plus(part: Tensor, eps: float) -> Tensor:
     wide = part.to(_wide(part.dtype))
-    return torch.addcmul(wide.new_tensor(eps), wide, wide)
+    return torch.addcmul(wide.new_full((), eps), wide, wide)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

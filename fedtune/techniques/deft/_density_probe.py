@@ -126,6 +126,10 @@ class DensityProbe:
         product = self._emit(args[0], torch.mul, *factors) if self.can_recompute else self._emit(args[0])
         return product, *args[1:]
 
+    def forget_factors(self) -> None:
+        """Forget the factors of a forward pass that did not end."""
+        self._gate, self._wide = (), []
+
     def _factors(self) -> tuple[Tensor, ...]:
         """The gate and the output of the up projection; they are not stored."""
         gate, wide = self._gate, self._wide

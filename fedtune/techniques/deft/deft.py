@@ -74,7 +74,9 @@ class Deft(Technique):
     """Train for fewer non-zero activations."""
 
     name: ClassVar[str] = "deft"
+    unsupported_devices: ClassVar[Mapping[str, str]] = {"mps": "which has no double precision"}
     selects_trainable_tensors: ClassVar[bool] = False
+    allows_kv_cache: ClassVar[bool] = True
 
     density_weight: float = Field(1.0, ge=0, description="weight of the density in the loss; 0: the loss is unchanged")
     eps: float = Field(1e-7, ge=1e-12, description="activations far below its root count as zero")
@@ -110,6 +112,8 @@ class Deft(Technique):
     def begin_step(self, model: nn.Module, batch: Mapping[str, Tensor], progress: float) -> None:
         """Set epsilon and exclude the padding."""
         start = self.eps if self.eps_start is None else self.eps_start
+        for probe in get_probes(model):
+            probe.forget_factors()
         get_probes(model)[0].step.begin_step(batch, start * (self.eps / start) ** progress)
         if (weights := _weights(model)) is not None:
             weights.begin_step()

@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils.generic import ModelOutput
 
+from fedtune.accelerator import find_device, fork_random_state
 from fedtune.errors import ModelError
 from fedtune.tasks import Task
 from fedtune.techniques._filtered_loss import set_base_loss
@@ -46,6 +47,7 @@ class FusedCrossEntropy(Technique):
 
     name: ClassVar[str] = "fused-cross-entropy"
     selects_trainable_tensors: ClassVar[bool] = False
+    allows_kv_cache: ClassVar[bool] = True
 
     chunk_size: int = Field(128, ge=1, description="tokens whose logits exist at the same time")
 
@@ -129,10 +131,11 @@ def _plain_head(model: nn.Module) -> tuple[str, nn.Linear]:
 
 def _try_step(model: nn.Module) -> None:
     """A step on two tokens meets whatever the model does between its head and its loss."""
-    ids = torch.zeros(1, 2, dtype=torch.long)
+    device = find_device(model)
+    ids = torch.zeros(1, 2, dtype=torch.long, device=device)
     mode = model.training
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), fork_random_state(device):
             model.train()(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
     except (IndexError, RuntimeError, ValueError) as error:  # a loss of its own chokes on hidden states
         raise _misfit(model) from error

@@ -25,11 +25,13 @@ class Qlora(LowRankTechnique):
     """A low-rank pair beside NF4 layers."""
 
     name: ClassVar[str] = "qlora"
+    allows_kv_cache: ClassVar[bool] = True
     conflicts_with: ClassVar[Mapping[str, str]] = {
         "head-only": "the head is already trained with the low-rank pairs",
         "full": "full trains the weights that qlora freezes",
         "lora": "both add a low-rank pair to the same layers",
     }
+    unsupported_devices: ClassVar[Mapping[str, str]] = {"mps": "which bitsandbytes has no kernels for"}
 
     @model_validator(mode="after")
     def _base_is_not_writable(self) -> Self:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedtune.accelerator import find_device, fork_random_state
 from fedtune.errors import ModelError
 from fedtune.techniques.meft._halves import (
     BlockArguments,
@@ -103,9 +104,9 @@ def _inputs(model: nn.Module) -> dict[str, Tensor]:
         size = able.config.image_size
         sides = (size, size) if isinstance(size, int) else tuple(size)
         pixels = torch.randn(2, able.config.num_channels, *sides, generator=random)
-        return {"pixel_values": pixels.to(next(model.parameters()).dtype)}
+        return {"pixel_values": pixels.to(next(model.parameters()))}
     vocabulary: int = able.get_input_embeddings().num_embeddings
-    return {"input_ids": torch.randint(vocabulary, (2, 16), generator=random)}
+    return {"input_ids": torch.randint(vocabulary, (2, 16), generator=random).to(find_device(model))}
 
 
 def split_block(name: str, block: nn.Module, hidden: Tensor, call: BlockArguments) -> BlockParts:
@@ -172,7 +173,7 @@ def use_seeded_train_mode(module: nn.Module) -> Iterator[None]:
     before = module.training
     module.train()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), fork_random_state(find_device(module)):
             torch.manual_seed(0)
             yield
     finally:

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves
 
+from fedtune.accelerator import fork_random_state
 from fedtune.errors import ModelError
 from fedtune.techniques._loss_terms import add_loss_term, collect_loss_terms
 from fedtune.techniques.meft._couplings import Stage, Stages
@@ -35,7 +36,8 @@ def run_reversible(stack: ReversibleStack, hidden: Tensor, calls: Sequence[Block
     calls = [drop_cache_arguments(call) for call in calls]
     if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(calls)):
         raise ModelError("meft cannot give gradients to what is passed to its blocks beside the hidden states; drop it")
-    forward_pass = _ReversiblePass(stack, calls, draw_dropout_seed(stack), hidden.dtype, _get_autocast(), parameters)
+    autocast = _get_autocast(hidden.device.type)
+    forward_pass = _ReversiblePass(stack, calls, draw_dropout_seed(stack), hidden.dtype, autocast, parameters)
     out: Tensor
     out, term = _Reversible.apply(forward_pass, hidden, *parameters)
     if forward_pass.emitted:
@@ -51,18 +53,17 @@ class _ReversiblePass:
     calls: Sequence[BlockArguments]
     seed: int | None
     dtype: torch.dtype
-    autocast: tuple[bool, torch.dtype]
+    autocast: tuple[str, torch.dtype, bool]
     parameters: list[Parameter]
     emitted: bool = False
 
     def use_forward_autocast(self) -> AbstractContextManager[Any]:
         """The autocast of the forward pass. Casts are not cached, because some are made without a graph."""
-        enabled, dtype = self.autocast
-        return torch.autocast("cpu", dtype, enabled, cache_enabled=False)
+        return torch.autocast(*self.autocast, cache_enabled=False)
 
 
-def _get_autocast() -> tuple[bool, torch.dtype]:
-    return torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+def _get_autocast(kind: str) -> tuple[str, torch.dtype, bool]:
+    return kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
 
 
 class _Reversible(torch.autograd.Function):
@@ -70,7 +71,8 @@ class _Reversible(torch.autograd.Function):
     def forward(ctx: Any, forward_pass: _ReversiblePass, hidden: Tensor, *_: Parameter) -> tuple[Tensor, Tensor]:
         stack, kept = forward_pass.stack, dict[int, Streams]()
         start = stack.make_streams(hidden)
-        with torch.random.fork_rng(devices=[]), forward_pass.use_forward_autocast(), collect_loss_terms() as terms:
+        state = fork_random_state(hidden.device)
+        with state, forward_pass.use_forward_autocast(), collect_loss_terms() as terms:
             ends = stack.forward_blocks(start, forward_pass.calls, forward_pass.seed, forward_pass.dtype, kept)
         forward_pass.emitted = bool(terms)
         ctx.forward_pass, ctx.kept = forward_pass, list(kept)
@@ -91,7 +93,7 @@ class _Reversible(torch.autograd.Function):
         backward_pass = _BackwardPass(
             forward_pass, (saved.pop(0), saved.pop(0)), forward_pass.stack.compute_stream_gradients(d_out), d_term
         )
-        with torch.random.fork_rng(devices=[]):
+        with fork_random_state(d_out.device):
             for index in reversed(range(len(forward_pass.calls))):
                 kept = (saved.pop(-2), saved.pop(-1)) if index in ctx.kept else None
                 backward_pass.reverse_block(index, kept, index > 0 or ctx.needs_input_grad[1])

@@ -97,7 +97,7 @@ class ReversibleStack:
         """Part of a block on piece ``at`` of its input; ``seed`` makes its dropout the same whenever it runs."""
         if seed is not None:
             place = (index * self.plan.pieces + at) * len(STAGES) + STAGES.index(stage)
-            torch.default_generator.manual_seed(seed + place)
+            _seed_generators(seed + place, x.device)
         block, parts = self.blocks[index], self.plan.parts[index]
         if stage == "attention":
             return run_attention_half(block, parts, x, call)
@@ -206,7 +206,8 @@ _ALONG: dict[Stage, int] = {"attention": 0, "feed": 1}
 def run_with_autograd(stack: ReversibleStack, hidden: Tensor, calls: Sequence[BlockArguments]) -> Tensor:
     """The stack by ordinary operations: for scoring, and with every activation stored, for checking gradients."""
     seed = draw_dropout_seed(stack)
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+    cards = [hidden.device] if hidden.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cards, enabled=seed is not None):
         return stack.compute_output(
             stack.forward_blocks(stack.make_streams(hidden), calls, seed, hidden.dtype), hidden.dtype
         )
@@ -215,6 +216,13 @@ def run_with_autograd(stack: ReversibleStack, hidden: Tensor, calls: Sequence[Bl
 def draw_dropout_seed(stack: ReversibleStack) -> int | None:
     """The seed of a pass's dropout, drawn from the global generator; None while scoring."""
     return int(torch.randint(2**31, ())) if stack.blocks[0].training else None
+
+
+def _seed_generators(seed: int, device: torch.device) -> None:
+    """Seed the generators of the CPU and of the device, which draws dropout."""
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
 
 
 class _Round(torch.autograd.Function):

@@ -64,6 +64,7 @@ class Meft(Technique):
     """Couple the blocks reversibly; train adapters and a classifier's head."""
 
     name: ClassVar[str] = "meft"
+    unsupported_devices: ClassVar[Mapping[str, str]] = {"mps": "which has no double precision"}
     conflicts_with: ClassVar[Mapping[str, str]] = {
         "gradient-checkpointing": "reversible blocks already store no activations",
         "selective-checkpointing": "reversible blocks store no activations that could be recomputed",

@@ -31,21 +31,22 @@ class OutputCache:
     def read_output(self, x: Tensor) -> Tensor | None:
         """The cached output for one example's pixels [1, c, h, w], or None."""
         try:
-            return safetensors.torch.load(self._path(x).read_bytes())["output"]
+            return safetensors.torch.load(self._path(x).read_bytes())["output"].to(x.device)
         except (OSError, SafetensorError):
             return None
 
     def write_output(self, x: Tensor, output: Tensor) -> None:
         """Store an example's output; StoreError if the disk is full."""
-        write_bytes_atomically(self._path(x), safetensors.torch.save({"output": output.contiguous()}))
+        write_bytes_atomically(self._path(x), safetensors.torch.save({"output": output.cpu().contiguous()}))
 
     def _path(self, x: Tensor) -> Path:
-        """The name contains the number of threads, which may change the order of sums and so the last bit."""
-        return self.folder / f"{_hash_tensors([x], f'{tuple(x.shape)} {torch.get_num_threads()}')}.safetensors"
+        """The name contains the number of threads, or an accelerator's type: both may change the last bit."""
+        by = torch.get_num_threads() if x.device.type == "cpu" else x.device.type
+        return self.folder / f"{_hash_tensors([x], f'{tuple(x.shape)} {by}')}.safetensors"
 
 
 def _hash_tensors(tensors: Iterable[Tensor], text: str) -> str:
     digest = hashlib.sha256(text.encode())
     for tensor in tensors:
-        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

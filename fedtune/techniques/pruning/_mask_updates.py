@@ -13,7 +13,7 @@ __all__ = ["average_gradients", "mask_largest", "mask_smallest_active", "update_
 
 def mask_largest(scores: Tensor, count: int) -> Tensor:
     """uint8 like ``scores``: 1 at its ``count`` largest entries, of equal ones the first."""
-    mask = torch.zeros(scores.numel(), dtype=torch.uint8)
+    mask = torch.zeros(scores.numel(), dtype=torch.uint8, device=scores.device)
     mask[scores.flatten().sort(descending=True, stable=True).indices[:count]] = 1
     return mask.view(scores.shape)
 

@@ -57,6 +57,7 @@ class DynamicPruning(Technique):
     """Train all weights under a mask that changes."""
 
     name: ClassVar[str] = "dynamic-pruning"
+    unsupported_devices: ClassVar[Mapping[str, str]] = {"mps": "which has no double precision"}
     conflicts_with: ClassVar[Mapping[str, str]] = {
         "bias": "all weights are trained under masks",
         "head-only": "all weights are trained under masks",
@@ -96,7 +97,7 @@ class DynamicPruning(Technique):
         for name, layer in layers.items():
             drawn = torch.rand(layer.weight.shape, generator=random)
             scores = drawn if self.initial_mask == "random" else layer.weight.detach().abs()
-            mask = mask_largest(scores, counts[f"{name}.weight"])
+            mask = mask_largest(scores, counts[f"{name}.weight"]).to(layer.weight.device)
             layer.register_buffer("mask", mask)
             layer.weight.data *= mask
         unfreeze_parameters(model, [name for name, _ in model.named_parameters()])
@@ -244,7 +245,7 @@ def _pack_mask_updates(model: nn.Module) -> dict[str, Tensor]:
 
 def _largest_inactive(name: str, weight: Tensor, mask: Tensor, count: int) -> dict[str, Tensor]:
     """Return the largest inactive entries of a gradient and free the rest; zeros if there is no gradient."""
-    gradient = torch.zeros(weight.numel(), dtype=weight.dtype) if weight.grad is None else weight.grad.flatten()
+    gradient = (torch.zeros_like(weight) if weight.grad is None else weight.grad).flatten()
     weight.grad = None
     places = gradient.abs().masked_fill(mask.flatten() == 1, -1.0).topk(count).indices.sort().values
     kept = gradient[places].bfloat16()

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fedtune.accelerator import find_device, move_tensors
 from fedtune.merging._layer_hooks import hook_layers, use_state_dict
 from fedtune.merging.align.rebasin._assignment import GainMatrices, compute_total_gain, solve_assignment
 from fedtune.merging.align.rebasin._permutations import Permutations, PermutationSpec, PermutedAxis
@@ -151,10 +152,10 @@ def _collect_units(
         for site in (site for site in sites if site.layer == layer):
             values = inputs if site.reads else output
             convolves = isinstance(net.get_submodule(layer), nn.modules.conv._ConvNd)
-            seen[site] = _samples(values, 1 if convolves else values.dim() - 1, site, symmetry)
+            seen[site] = _samples(values.cpu(), 1 if convolves else values.dim() - 1, site, symmetry)
 
     with use_state_dict(net, state), hook_layers(net, {site.layer for site in sites}, note), torch.no_grad():
-        net(**batch)
+        net(**move_tensors(batch, find_device(net)))
     return seen
 
 

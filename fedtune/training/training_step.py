@@ -1,0 +1,132 @@
+"""One training step of a client: the loss and the gradients of a batch, in micro-batches where memory is short.
+
+The examples of a batch are on the CPU and move to the model's device one micro-batch at a time. If an accelerator runs
+out of memory, the micro-batch is halved and the step begins again from the same random state. Its gradients are those
+of the whole batch, except for rounding, and dropout, which draws anew for every micro-batch.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fedtune.accelerator import find_device, is_out_of_memory, move_tensors, release_memory, use_autocast
+from fedtune.data import EncodedDataset
+from fedtune.errors import FedtuneWarning, MemoryBudgetError
+from fedtune.memory import StorageMeter
+from fedtune.tasks import Task
+from fedtune.techniques import begin_step, collect_loss_terms
+from fedtune.training.client_round import ClientRound
+from fedtune.training.micro_batches import can_split_batch, compute_loss_weights, split_into_micro_batches
+
+__all__ = ["StepResult", "compute_step_loss", "run_step"]
+
+
+class StepResult(NamedTuple):
+    """The losses of a step's micro-batches with their shares of the predictions, still on the model's device.
+
+    ``kept_bytes`` is the largest number of bytes that a micro-batch kept for backward, if that was measured.
+    ``micro_batch_size`` is None if the whole batch passed at once.
+    """
+
+    losses: list[tuple[float, Tensor]]
+    kept_bytes: int
+    micro_batch_size: int | None
+
+    def compute_loss(self) -> float:
+        """Return the loss of the batch. This waits for an accelerator."""
+        total = 0.0
+        for share, loss in self.losses:
+            total += share * float(loss)
+        return total
+
+
+def run_step(
+    client: ClientRound,
+    examples: EncodedDataset,
+    rows: Sequence[int],
+    progress: float,
+    micro_batch_size: int | None,
+    *,
+    metered: bool,
+) -> StepResult:
+    """Compute the gradients of the loss on the rows, in smaller micro-batches if an accelerator's memory is too small.
+
+    Raise MemoryBudgetError if the smallest ones do not fit either.
+    """
+    device, size = find_device(client.model), micro_batch_size
+    while True:
+        restore = _save_random_state(device)
+        try:
+            parts = [examples.make_batch(part) for part in split_into_micro_batches(rows, size or len(rows))]
+            return StepResult(*_add_gradients(client, parts, progress, metered=metered), size)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        client.model.zero_grad()  # outside the handler, whose error holds the tensors of the step
+        release_memory(device)
+        restore()
+        size = _halve(client, size or len(rows), device)
+
+
+def _halve(client: ClientRound, size: int, device: torch.device) -> int:
+    """Return half the micro-batch size, with a warning."""
+    if size == 1 or not can_split_batch(client.task, client.model):
+        whole = "even one example at a time" if size == 1 else "and its batch cannot be split"
+        raise MemoryBudgetError(
+            f"a step needs more memory than {device} has, {whole}; lower train.batch_size or train.max_length, or add "
+            "gradient-checkpointing",
+            code="memory-short",
+        )
+    warnings.warn(
+        f"client {client.client}: {device} ran out of memory in round {client.number}; it continues in micro-batches "
+        f"of {size // 2}",
+        FedtuneWarning,
+        stacklevel=3,
+    )
+    return size // 2
+
+
+def _save_random_state(device: torch.device) -> Callable[[], None]:
+    """Return a function that restores the generators of the CPU and of an accelerator."""
+    backends: list[Any] = [torch] if device.type == "cpu" else [torch, torch.get_device_module(device)]
+    states = [backend.get_rng_state() for backend in backends]
+
+    def restore() -> None:
+        for backend, state in zip(backends, states, strict=True):
+            backend.set_rng_state(state)
+
+    return restore
+
+
+def _add_gradients(
+    client: ClientRound, parts: Sequence[Mapping[str, Tensor]], progress: float, *, metered: bool
+) -> tuple[list[tuple[float, Tensor]], int]:
+    """Add the gradients of each micro-batch. Return their losses, and the bytes kept for backward.
+
+    Micro-batches without predictions, such as texts of one token, are skipped.
+    """
+    model, task = client.model, client.task
+    device, excluded = find_device(model), [*model.parameters(), *model.buffers()]
+    losses: list[tuple[float, Tensor]] = []
+    kept = 0
+    predicting = [(part, share) for part, share in zip(parts, compute_loss_weights(task, parts), strict=True) if share]
+    for part, share in predicting:
+        batch = move_tensors(part, device)
+        begin_step(client.techniques, model, batch, progress)
+        with StorageMeter(excluded=excluded) if metered else nullcontext() as meter:
+            loss = compute_step_loss(task, model, batch)
+            kept = max(kept, meter.current_bytes if meter is not None else 0)
+        (loss if len(parts) == 1 else loss * share).backward()
+        losses.append((share, loss.detach()))
+    return losses, kept
+
+
+def compute_step_loss(task: Task, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the loss of a step: the task's loss plus the terms that techniques add inside the model."""
+    with collect_loss_terms() as terms, use_autocast(model):
+        loss = task.compute_loss(model, batch)
+    return torch.stack([loss, *terms]).sum() if terms else loss
