@@ -7,8 +7,6 @@ import click
 
 from fedtune.cli.operator_client import OperatorClient
 from fedtune.errors import RunError
-from fedtune.tracking import SampleRecord
-from fedtune.tracking.sample_text import format_samples
 from fedtune.untrusted import clean_text
 
 __all__ = ["follow_run"]
@@ -27,7 +25,7 @@ def follow_run(connection: OperatorClient, run: str, *, quiet: bool = False) -> 
         run = found["id"]  # another may be the latest by the next look
         for record in found["rounds"]:
             show(f"round {record['number']}/{found['rounds_planned']}  {_summarise_round(record, found)}")
-            for line in format_samples([SampleRecord(**one) for one in record.get("samples", ())]):
+            for line in _format_samples(record.get("samples", [])):
                 show(line)
             last = record["number"]
         if found["status"] not in _WORKING:
@@ -45,6 +43,15 @@ def follow_run(connection: OperatorClient, run: str, *, quiet: bool = False) -> 
 def _show(line: str) -> None:
     """Print a line, which may quote a device."""
     click.echo(clean_text(line, _LONGEST_LINE))
+
+
+def _format_samples(samples: list[dict[str, Any]]) -> list[str]:
+    if not samples:
+        return []
+    from fedtune.tracking import SampleRecord  # with SQLAlchemy, which a run without samples can do without
+    from fedtune.tracking.sample_text import format_samples
+
+    return format_samples([SampleRecord(**one) for one in samples])
 
 
 def _summarise_round(record: dict[str, Any], run: dict[str, Any]) -> str:
