@@ -27,6 +27,9 @@ KEYS = {
     "trainable",
     "wire_bytes",
     "down_bytes",
+    "device_type",
+    "accelerator_bytes",
+    "accelerator_reserved_bytes",
 }
 A_ROW = StepProfile(
     "full", 576_000_000, 585_000_000, 1_640_000_000, 500_000_000, 4.38, 22_700_000, 90_900_000, 90_900_000
