@@ -82,7 +82,7 @@ def test_a_device_trains_within_what_it_allows_or_declines(
     told = re.fullmatch(r"in micro-batches of (\d+), to fit its memory", short.sent["reason"])
     assert told, short.sent["reason"]
     size = int(told[1])  # how much of its memory a process gives back differs between machines
-    assert size in {4, 8, 16, 32}
+    assert size in {4, 8, 16, 32, 64}
     assert short.sent["peak_memory"] <= allowed
     assert short.sent["activation_memory"] == pytest.approx(ample.sent["activation_memory"] * size / 128, rel=0.01)
     assert short.sent["num_examples"] == ample.sent["num_examples"] == 128
