@@ -77,6 +77,9 @@ def test_without_the_harness_one_sentence_says_how_to_install_it(
     done = CliRunner().invoke(cli, ["evaluate", "any", "--lm-eval", "a.yaml", "--split", "test"])
     assert done.exit_code == 2
     assert "--lm-eval reads the data that its file names" in done.output
+    done = CliRunner().invoke(cli, ["evaluate", "any", "--lm-eval", "a.yaml", "--device", "cpu"])
+    assert done.exit_code == 2
+    assert "--lm-eval computes on the CPU; remove --device" in done.output
 
 
 @pytest.mark.filterwarnings("ignore")

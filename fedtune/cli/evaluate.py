@@ -64,15 +64,8 @@ def evaluate(
     from fedtune.tracking.sample_text import format_samples
     from fedtune.training import evaluate_model, get_run_context, set_model_state
 
-    if source is not None and split is not None:
-        raise click.UsageError(
-            "--split selects a split of the run's own data, but all of --data is scored; remove one of them"
-        )
-    if source is None and columns is not None:
-        raise click.UsageError("--columns names the columns of --data; add it, e.g. --data csv:reviews.csv")
+    _refuse_conflicts(source, columns, split, device, harness_task)
     if harness_task is not None:
-        if source is not None or split is not None:
-            raise click.UsageError("--lm-eval reads the data that its file names; remove --data and --split")
         _run_harness(target, harness_task, round_number, store, as_json)
         return
     recipe, state, run, at = load_checkpoint_target(target, round_number, store)
@@ -102,6 +95,21 @@ def evaluate(
         _show_scores(scores, f"{run}, round {at}, on {scored} ({len(examples)} examples)")
         for line in format_samples(samples):
             click.echo(line)
+
+
+def _refuse_conflicts(
+    source: str | None, columns: str | None, split: str | None, device: str | None, harness_task: Path | None
+) -> None:
+    if source is not None and split is not None:
+        raise click.UsageError(
+            "--split selects a split of the run's own data, but all of --data is scored; remove one of them"
+        )
+    if source is None and columns is not None:
+        raise click.UsageError("--columns names the columns of --data; add it, e.g. --data csv:reviews.csv")
+    if harness_task is not None and (source is not None or split is not None):
+        raise click.UsageError("--lm-eval reads the data that its file names; remove --data and --split")
+    if harness_task is not None and device is not None:
+        raise click.UsageError("--lm-eval computes on the CPU; remove --device")
 
 
 def _run_harness(target: str, task: Path, round_number: int | None, store: str | None, as_json: bool) -> None:

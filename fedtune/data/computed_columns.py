@@ -34,7 +34,7 @@ class _Expression(NamedTuple):
     text: str
     where: str
 
-    def fail(self, problem: str, code: str = "") -> DataError:
+    def make_error(self, problem: str, code: str = "") -> DataError:
         return DataError(f"{self.where} {quote_expression(self.text)}: {problem}", code=code)
 
 
@@ -56,15 +56,15 @@ def filter_rows(table: Table, text: str, source: str, key: str) -> Table:
     """Return the rows for which the filter is true; DataError if it removes all of them."""
     expression = _Expression(text, f"{source}: {key}")
     if not list_columns(text):
-        raise expression.fail("it names no column, so it keeps all rows or none; name one")
+        raise expression.make_error("it names no column, so it keeps all rows or none; name one")
     kept = [np.zeros(0, np.int64)]
     for start, values in _compute(table, expression):
         if (kind := get_kind(values)) not in ("true or false", "nothing"):
-            raise expression.fail(f"it is {kind}, not true or false; compare it with a value")
+            raise expression.make_error(f"it is {kind}, not true or false; compare it with a value")
         kept.append(start + np.flatnonzero(values.cast(pa.bool_()).fill_null(False).to_numpy(zero_copy_only=False)))
     rows = np.concatenate(kept)
     if len(table) and not len(rows):
-        raise expression.fail(f"it removes all {len(table)} rows; loosen it")
+        raise expression.make_error(f"it removes all {len(table)} rows; loosen it")
     return table.select(rows)
 
 
@@ -112,10 +112,12 @@ def _compute_part(parsed: ast.expr, part: Mapping[str, pa.Array], count: int, ex
     try:
         return compute_expression(parsed, part, count)
     except WrongTypeError as error:
-        raise expression.fail(str(error), "data-unfit") from error
+        raise expression.make_error(str(error), "data-unfit") from error
     except (pa.ArrowException, OverflowError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise expression.fail(f"it cannot be computed ({reason}); fill or fix the values", "data-unfit") from error
+        raise expression.make_error(
+            f"it cannot be computed ({reason}); fill or fix the values", "data-unfit"
+        ) from error
 
 
 def _take_slice(column: pa.ChunkedArray, start: int) -> pa.Array:
@@ -127,7 +129,7 @@ def _require_columns(table: Table, expression: _Expression) -> None:
     for name in list_columns(expression.text):
         if name not in table.column_names:
             hint = suggest_nearest(name, table.column_names)
-            raise expression.fail(f"there is no column {name!r}; {hint}", "data-columns")
+            raise expression.make_error(f"there is no column {name!r}; {hint}", "data-columns")
 
 
 def _as_chunks(table: Table, name: str, expression: _Expression) -> pa.ChunkedArray:
@@ -137,7 +139,7 @@ def _as_chunks(table: Table, name: str, expression: _Expression) -> pa.ChunkedAr
         found = column.select_chunks() if isinstance(column, Arrow) else _convert_values(column)
     except (pa.ArrowException, TypeError, OverflowError) as error:
         problem = f"column {name!r} holds values of several types or images; use another column"
-        raise expression.fail(problem, "data-unfit") from error
+        raise expression.make_error(problem, "data-unfit") from error
     if isinstance(kind, Classes):
         names = pa.array(kind.names, pa.string())
         found = pa.chunked_array([_name_classes(chunk, names) for chunk in found.chunks], pa.string())
