@@ -11,7 +11,7 @@ former, which only nac and scale need. Scores are of batches of test examples. A
 with those of the reference's own, over all twelve pairs, and batches of one class with mixed ones. For text, batches
 are drawn sentence by sentence, as if a device had sentences of many reviews.
 
-Run: python -m benchmarks.drift [--seeds 3] [--short]
+Run: python -m benchmarks.drift [--seeds 3] [--short] [--keep FOLDER]
 """
 
 import argparse
@@ -41,6 +41,7 @@ from fedtune.continual._drift_signals import (
     compute_neuron_states,
     compute_plain_score,
     count_neuron_states,
+    sum_energies,
 )
 from fedtune.continual._drift_threshold import compute_threshold, count_scores
 from fedtune.data import EncodedDataset
@@ -69,6 +70,7 @@ class Examples(NamedTuple):
     labels: Tensor
 
     def select(self, rows: NDArray[np.int64]) -> "Examples":
+        """Return some of them."""
         return Examples(self.features[rows], self.labels[rows])
 
 
@@ -81,13 +83,27 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--short", action="store_true", help="one seed, 20 batches of each kind")
+    parser.add_argument("--keep", type=Path, help="folder that keeps the features, so that the next run has them")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
     seeds, batches = (1, 20) if arguments.short else (arguments.seeds, 200)
     rows: list[dict[str, Any]] = []
     for data, load in {"text": load_texts, "text, pooler": load_pooler_texts, "pictures": load_pictures}.items():
-        found = [measure_domains(load(seed), batches, seed) for seed in range(seeds)]
+        found = [measure_domains(keep_features(arguments.keep, load, seed), batches, seed) for seed in range(seeds)]
         rows += [{"data": data, "signal": signal, **summarise(found, signal)} for signal in SIGNALS]
     save("drift", {"seeds": seeds, "batches_of_each_kind": batches, "rows": rows, "gate_g7": compare_with_gate(rows)})
+
+
+def keep_features(folder: Path | None, load: Callable[[int], Domains], seed: int) -> Domains:
+    """Return the features of a seed, from the folder if they are there."""
+    if folder is None:
+        return load(seed)
+    file = folder / f"{load.__name__}-{seed}.pt"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save({d: {s: tuple(one) for s, one in splits.items()} for d, splits in load(seed).items()}, file)
+    kept = torch.load(file, weights_only=True)
+    return {domain: {split: Examples(*one) for split, one in splits.items()} for domain, splits in kept.items()}
 
 
 def summarise(found: Sequence[dict[str, dict[str, Any]]], signal: str) -> dict[str, Any]:
@@ -115,11 +131,9 @@ def compare_with_gate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def measure_domains(domains: Domains, batches: int, seed: int) -> dict[str, dict[str, Any]]:
     """Measure each signal with each domain as the reference."""
     classes = 1 + max(int(part.labels.max()) for splits in domains.values() for part in splits.values())
-    found = {}
-    for signal in SIGNALS:
-        measured = [measure_reference(domains, name, signal, classes, batches, seed) for name in domains]
-        found[signal] = combine_references(measured)
-    return found
+    draws = [Batches(size, batches, seed) for size in SIZES]
+    measured = [measure_reference(domains, name, classes, draws) for name in domains]
+    return {signal: combine_references([one[signal] for one in measured]) for signal in SIGNALS}
 
 
 def combine_references(measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -135,20 +149,22 @@ def combine_references(measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def measure_reference(
-    domains: Domains, reference: str, signal: str, classes: int, batches: int, seed: int
-) -> dict[str, Any]:
-    """Measure one signal with one reference domain."""
-    shares = deal(domains[reference]["train"], seed)
-    summed = [share.select(np.arange(0, 3 * len(share.labels) // 4)) for share in shares]
+    domains: Domains, reference: str, classes: int, draws: Sequence["Batches"]
+) -> dict[str, dict[str, Any]]:
+    """Measure all signals with one reference domain."""
+    shares = deal(domains[reference]["train"], draws[0].seed)
+    summed = [share.select(np.arange(3 * len(share.labels) // 4)) for share in shares]
     spared = [share.select(np.arange(3 * len(share.labels) // 4, len(share.labels))) for share in shares]
-    score, size_of_reference = make_score(signal, summed, classes)
-    result: dict[str, Any] = {"reference_bytes": size_of_reference}
-    for size in SIZES:
-        draw = Batches(size, batches, seed)
-        counts = sum(count_scores(signal, draw.score(part, score, again=True)) for part in spared)
-        threshold = compute_threshold(signal, counts)
-        result[size] = measure_batches(domains, reference, draw, score, threshold)
-    return result
+    head, found = fit_head(summed), {}
+    for signal in SIGNALS:
+        score, size_of_reference = make_score(signal, summed, classes, head)
+        found[signal] = {"reference_bytes": size_of_reference}
+        for draw in draws:
+            counts = torch.stack([count_scores(signal, draw.score(part, score, again=True)) for part in spared]).sum(0)
+            found[signal][draw.size] = measure_batches(
+                domains, reference, draw, score, compute_threshold(signal, counts)
+            )
+    return found
 
 
 def measure_batches(
@@ -178,7 +194,7 @@ class Batches:
     seed: int
 
     def score(self, part: Examples, score: Score, *, one_class: bool = False, again: bool = False) -> list[float]:
-        """Scores of batches drawn without replacement, or with (``again``), as a client calibrates with few examples."""
+        """Scores of batches drawn without replacement, or with (``again``), as a client with few examples does."""
         random = np.random.default_rng(self.seed)
         labels, found = part.labels.numpy(), []
         for _ in range(self.count):
@@ -189,7 +205,7 @@ class Batches:
         return found
 
 
-def make_score(signal: str, parts: Sequence[Examples], classes: int) -> tuple[Score, int]:
+def make_score(signal: str, parts: Sequence[Examples], classes: int, layer: LastLayer) -> tuple[Score, int]:
     """Return the signal of a batch given the clients' reference examples, and the bytes of the reference."""
     if signal in ("centred", "plain"):
         sums = add_feature_sums([sum_part(part, classes if signal == "centred" else 0) for part in parts])
@@ -197,7 +213,6 @@ def make_score(signal: str, parts: Sequence[Examples], classes: int) -> tuple[Sc
         if signal == "centred":
             return lambda batch: compute_centred_score(batch.features, batch.labels, moments), sums.count_bytes()
         return lambda batch: compute_plain_score(batch.features, moments), sums.count_bytes()
-    layer = fit_head(tuple(parts))
     if signal == "nac":
         counts = torch.stack([count_neuron_states(compute_neuron_states(part.features, layer)) for part in parts]).sum(
             0
@@ -206,9 +221,8 @@ def make_score(signal: str, parts: Sequence[Examples], classes: int) -> tuple[Sc
             lambda batch: compute_coverage_score(compute_neuron_states(batch.features, layer), counts),
             4 * counts.numel(),
         )
-    energies = torch.cat([compute_energies(part.features, layer) for part in parts])
-    three = torch.stack([torch.tensor(float(len(energies))), energies.sum(), energies.square().sum()])
-    return lambda batch: compute_energy_score(compute_energies(batch.features, layer), three), 4 * 3
+    summed = torch.stack([sum_energies(compute_energies(part.features, layer)) for part in parts]).sum(0)
+    return lambda batch: compute_energy_score(compute_energies(batch.features, layer), summed), 4 * len(summed)
 
 
 def sum_part(part: Examples, classes: int) -> FeatureSums:
@@ -240,11 +254,11 @@ def share_above(scores: Sequence[float], threshold: float) -> float:
 
 def load_texts(seed: int) -> Domains:
     """Mean-pooled features."""
-    return {name: splits for name, splits in encode_texts(seed)[0].items()}
+    return encode_texts(seed)[0]
 
 
 def load_pooler_texts(seed: int) -> Domains:
-    return {name: splits for name, splits in encode_texts(seed)[1].items()}
+    return encode_texts(seed)[1]
 
 
 @cache
@@ -261,8 +275,8 @@ def encode_texts(seed: int) -> tuple[Domains, Domains]:
 
 def open_texts(seed: int) -> RunContext:
     clear_run_context()
-    changes = [f"seed={seed}", "merge=[mean]", f"data.splits.seed={seed}"][:2]
-    return get_run_context(resolve_recipe(read_recipe(RECIPES / "aim.yaml", changes)).model_dump_json())
+    recipe = resolve_recipe(read_recipe(RECIPES / "aim.yaml", [f"seed={seed}", "merge=[mean]"]))
+    return get_run_context(recipe.model_dump_json())
 
 
 def encode_split(
@@ -272,8 +286,9 @@ def encode_split(
     domains, order = np.array(examples.domains), np.random.default_rng(seed).permutation(len(examples))
     found = {}
     for domain in sorted(set(examples.domains)):
-        rows = order[domains[order] == domain][:count].tolist()
-        batches = [examples.make_batch(rows[start : start + 50]) for start in range(0, len(rows), 50)]
+        rows = order[domains[order] == domain][:count]
+        by_length = rows[np.argsort(torch.as_tensor(examples.lengths).numpy()[rows], kind="stable")].tolist()
+        batches = [examples.make_batch(by_length[start : start + 50]) for start in range(0, len(rows), 50)]
         pooled, inputs = (torch.cat(one) for one in zip(*(encode_batch(context, one) for one in batches), strict=True))
         labels = torch.cat([batch["labels"] for batch in batches])
         found[domain] = Examples(pooled, labels), Examples(inputs, labels)

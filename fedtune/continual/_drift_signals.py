@@ -27,6 +27,7 @@ __all__ = [
     "compute_neuron_states",
     "compute_plain_score",
     "count_neuron_states",
+    "sum_energies",
 ]
 
 SCALE_PERCENTILE = 85
@@ -107,8 +108,14 @@ def compute_energies(features: Tensor, layer: LastLayer) -> Tensor:
     return -(scaled @ layer.weight.double().T + layer.bias.double()).logsumexp(-1)
 
 
+def sum_energies(energies: Tensor) -> Tensor:
+    """Return count, sum and sum of squares [3], which add up over clients."""
+    values = energies.double()
+    return torch.stack([torch.tensor(float(len(values)), dtype=torch.float64), values.sum(), values.square().sum()])
+
+
 def compute_energy_score(energies: Tensor, reference: Tensor) -> BatchScore:
-    """Return the z-score of the mean energy. ``reference`` is count, sum and sum of squares, which add up."""
+    """Return the z-score of the mean energy. ``reference`` is that of ``sum_energies``."""
     count, total, squares = reference.double().tolist()
     mean = total / count
     variance = max((squares - count * mean**2) / max(count - 1, 1), 0.0)
