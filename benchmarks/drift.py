@@ -30,7 +30,6 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from benchmarks.report import save
-from fedtune.continual._drift_reference import FeatureSums, add_feature_sums, compute_moments, sum_features
 from fedtune.continual._drift_signals import (
     BatchScore,
     LastLayer,
@@ -43,6 +42,7 @@ from fedtune.continual._drift_signals import (
     count_neuron_states,
     sum_energies,
 )
+from fedtune.continual._drift_sums import FeatureSums, add_feature_sums, compute_moments, sum_features
 from fedtune.continual._drift_threshold import compute_threshold, count_scores
 from fedtune.data import EncodedDataset
 from fedtune.data.image_samples import fashion_mnist
@@ -136,7 +136,7 @@ def measure_domains(domains: Domains, batches: int, seed: int) -> dict[str, dict
     return {signal: combine_references([one[signal] for one in measured]) for signal in SIGNALS}
 
 
-def combine_references(measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def combine_references(measured: Sequence[dict[Any, Any]]) -> dict[str, Any]:
     """Means over references and pairs, and the worst pair."""
     pairs = {size: [value for one in measured for value in one[size]["pairs"]] for size in SIZES}
     result: dict[str, Any] = {"reference_bytes": measured[0]["reference_bytes"]}
@@ -150,12 +150,12 @@ def combine_references(measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def measure_reference(
     domains: Domains, reference: str, classes: int, draws: Sequence["Batches"]
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, dict[Any, Any]]:
     """Measure all signals with one reference domain."""
     shares = deal(domains[reference]["train"], draws[0].seed)
     summed = [share.select(np.arange(3 * len(share.labels) // 4)) for share in shares]
     spared = [share.select(np.arange(3 * len(share.labels) // 4, len(share.labels))) for share in shares]
-    head, found = fit_head(summed), {}
+    head, found = fit_head(summed), dict[str, dict[Any, Any]]()
     for signal in SIGNALS:
         score, size_of_reference = make_score(signal, summed, classes, head)
         found[signal] = {"reference_bytes": size_of_reference}

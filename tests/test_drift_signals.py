@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedtune.continual._drift_reference import FeatureSums, add_feature_sums, compute_moments, sum_features
+from fedtune.continual._drift_sums import FeatureSums, add_feature_sums, compute_moments, sum_features
 from fedtune.continual._drift_signals import (
     LastLayer,
     compute_centred_score,

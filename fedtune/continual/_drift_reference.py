@@ -1,71 +1,76 @@
-"""Sums over the reference examples of a drift signal. They add up over clients and tasks.
+"""The reference of each drift signal as tensors that add up: what clients send of their examples, and their scores.
 
-The sums are n, S and diag G of the analytic heads: the examples and the feature sums of each class, and the sums of
-squares over all classes. Sums of parts equal those of the whole, so no client sees the features of another.
+centred  counts, sums and squares; plain: the same, as if all examples were of one class.
+nac      how many examples have each feature's state in each bin.
+scale    count, sum and sum of squares of the energies.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple, Self
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["FeatureMoments", "FeatureSums", "add_feature_sums", "compute_moments", "sum_features"]
+from fedtune.continual._drift_signals import (
+    NAC_BINS,
+    BatchScore,
+    LastLayer,
+    compute_centred_score,
+    compute_coverage_score,
+    compute_energies,
+    compute_energy_score,
+    compute_neuron_states,
+    compute_plain_score,
+    count_neuron_states,
+    sum_energies,
+)
+from fedtune.continual._drift_sums import FeatureSums, compute_moments, sum_features
+from fedtune.wire.client_update import TensorSpec
 
-VARIANCE_FLOOR = 0.01
-"""Share of the mean variance that is added to each variance: a feature that never varied does not count infinitely."""
+__all__ = ["compute_score", "declare_reference", "make_reference", "read_last_layer"]
 
-
-class FeatureSums(NamedTuple):
-    """``counts`` [classes], ``sums`` [classes, width] and ``squares`` [width], in double precision."""
-
-    counts: Tensor
-    sums: Tensor
-    squares: Tensor
-
-    def to_float32(self) -> Self:
-        """Return the sums as they are sent: four bytes a number."""
-        return type(self)(*(one.float() for one in self))
-
-    def count_bytes(self) -> int:
-        """Return the bytes of the sums as they are sent."""
-        return 4 * sum(one.numel() for one in self)
-
-
-class FeatureMoments(NamedTuple):
-    """``means`` [classes, width], whether each class was ``seen`` [classes], and the floored ``variance`` [width].
-
-    The variance is the one within classes, pooled over them.
-    """
-
-    means: Tensor
-    seen: Tensor
-    variance: Tensor
+Tensors = Mapping[str, Tensor]
 
 
-def sum_features(features: Tensor, labels: Tensor | None, num_classes: int) -> FeatureSums:
-    """Return the sums of some examples. Without labels, all examples are of one class."""
-    rows = features.to("cpu", torch.float64)
-    classes = torch.zeros(len(rows), dtype=torch.int64) if labels is None else labels.to("cpu", torch.int64)
-    width = 1 if labels is None else num_classes
-    counts = torch.bincount(classes, minlength=width).double()
-    sums = torch.zeros(width, rows.shape[1], dtype=torch.float64).index_add_(0, classes, rows)
-    return FeatureSums(counts, sums, rows.square().sum(0))
+def declare_reference(signal: str, width: int, num_labels: int) -> dict[str, TensorSpec]:
+    """Return the form of a client's part of the reference."""
+    if signal == "nac":
+        return {"bins": TensorSpec((NAC_BINS, width), negative=False)}
+    if signal == "scale":
+        return {"energies": TensorSpec((3,))}
+    classes = num_labels if signal == "centred" else 1
+    counts, squares = TensorSpec((classes,), negative=False), TensorSpec((width,), negative=False)
+    return {"counts": counts, "sums": TensorSpec((classes, width)), "squares": squares}
 
 
-def add_feature_sums(parts: Sequence[FeatureSums]) -> FeatureSums:
-    """Return the sums of the union of parts, added in their order."""
-    return FeatureSums(*(torch.stack([one.double() for one in column]).sum(0) for column in zip(*parts, strict=True)))
+def make_reference(signal: str, features: Tensor, labels: Tensor | None, num_labels: int, layer: LastLayer) -> Tensors:
+    """Return a client's part of the reference, in single precision."""
+    if signal == "nac":
+        found: Tensors = {"bins": count_neuron_states(compute_neuron_states(features, layer))}
+    elif signal == "scale":
+        found = {"energies": sum_energies(compute_energies(features, layer))}
+    else:
+        found = sum_features(features, labels if signal == "centred" else None, num_labels)._asdict()
+    return {name: tensor.float() for name, tensor in found.items()}
 
 
-def compute_moments(sums: FeatureSums) -> FeatureMoments:
-    """Return class means and the pooled within-class variance, sum_c sum_i (x_ij - mu_cj)^2 / (N - classes).
+def compute_score(
+    signal: str, features: Tensor, labels: Tensor | None, reference: Tensors, layer: LastLayer
+) -> BatchScore | None:
+    """Return the signal of a batch; None if the reference has seen none of its classes."""
+    if signal == "nac":
+        return compute_coverage_score(compute_neuron_states(features, layer), reference["bins"])
+    if signal == "scale":
+        return compute_energy_score(compute_energies(features, layer), reference["energies"])
+    moments = compute_moments(FeatureSums(*(reference[name] for name in FeatureSums._fields)))
+    if signal == "plain":
+        return compute_plain_score(features, moments)
+    assert labels is not None
+    return compute_centred_score(features, labels, moments)
 
-    Sums sent in single precision may leave a variance below zero by rounding. It counts as zero.
-    """
-    counts, totals, squares = (one.double() for one in sums)
-    seen = counts > 0
-    means = totals / counts.clamp(min=1)[:, None]
-    within = (squares - (counts[:, None] * means.square()).sum(0)).clamp(min=0)
-    variance = within / (counts.sum() - seen.sum()).clamp(min=1)
-    return FeatureMoments(means, seen, variance + VARIANCE_FLOOR * variance.mean())
+
+def read_last_layer(layer: nn.Module, classes: list[int] | None) -> LastLayer:
+    """Return the weight and bias of the last layer, only of the classes in use."""
+    weight = layer.get_parameter("weight").detach().float().cpu()
+    bias = layer._parameters.get("bias")
+    offset = torch.zeros(len(weight)) if bias is None else bias.detach().float().cpu()
+    return LastLayer(weight, offset) if classes is None else LastLayer(weight[classes], offset[classes])

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedtune.continual._drift_reference import FeatureMoments
+from fedtune.continual._drift_sums import FeatureMoments
 
 __all__ = [
     "BatchScore",

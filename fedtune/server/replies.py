@@ -81,7 +81,12 @@ def receive_update(reply: Message, expected: ExpectedReply, spool: Path) -> tupl
         accelerator_reserved=report.accelerator_reserved,
     )
     return record, ClientUpdate(
-        expected.client, report.num_examples, path, report.holdout_metrics, report.trained_metrics
+        expected.client,
+        report.num_examples,
+        path,
+        report.holdout_metrics,
+        report.trained_metrics,
+        drift=report.drift,
     )
 
 

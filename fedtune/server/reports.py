@@ -50,6 +50,8 @@ class _Bounded(BaseModel):
     accelerator_reserved: _Bytes | None = None
     extra_holdout_metrics: list[_Loss] = Field(max_length=_MOST_FIGURES)
     trained_holdout_metrics: list[_Loss] = Field(max_length=_MOST_FIGURES)
+    drift_score: float | None = Field(None, ge=-_MOST_LOSS, le=_MOST_LOSS, allow_inf_nan=False)
+    drift_examples: int | None = Field(None, ge=1, le=MOST_EXAMPLES)
 
     @field_validator("trained_holdout_metrics")
     @classmethod

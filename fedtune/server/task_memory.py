@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedtune import checkpoint, continual, paths
+from fedtune.server.drift_reference import list_sent_reference
 from fedtune.tracking import RoundRecord
 from fedtune.training import RunContext
 
@@ -36,10 +37,12 @@ def read_newest_memory(done: Sequence[RoundRecord]) -> dict[str, Tensor]:
 def list_sent_memory(context: RunContext, memory: Tensors, round_number: int) -> dict[str, Tensor]:
     """Return the memory that clients receive in a round, named by its method."""
     plan = context.stream_plan
-    place = None if plan is None or not memory else plan.find_place(round_number, 0)
-    if place is None:
+    if plan is None or not memory:
         return {}
-    found: dict[str, Tensor] = {}
+    found = list_sent_reference(memory)
+    place = plan.find_place(round_number, 0)
+    if place is None:
+        return found
     for method in context.methods:
         own = continual.select_memory(method, memory)
         found |= continual.name_memory(method, {name: own[name] for name in method.list_sent_memory(own, place)})

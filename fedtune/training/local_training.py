@@ -34,6 +34,7 @@ from fedtune.techniques import (
 from fedtune.training.batches import batches, total_steps
 from fedtune.training.client_round import ClientRound
 from fedtune.training.cpu_threads import use_cpu_threads
+from fedtune.training.drift_measurement import measure_drift
 from fedtune.training.evaluation import score_held_out
 from fedtune.training.master_weights import make_stepper, masters_of
 from fedtune.training.model_state import get_model_state, named_tensors
@@ -51,7 +52,7 @@ from fedtune.training.stream_training import (
 from fedtune.training.training_rows import make_training_rows
 from fedtune.training.training_step import StepResult, run_step
 from fedtune.training.uploaded_statistics import compute_uploaded_statistics
-from fedtune.wire.client_update import HoldoutMetrics
+from fedtune.wire.client_update import DriftScore, HoldoutMetrics
 
 IntArray = NDArray[np.int64]
 
@@ -87,6 +88,7 @@ class LocalTrainingResult:
     micro_batch_size: int | None = None
     remembered: dict[str, Tensor] = field(default_factory=dict)
     """What continual methods keep on the device of this visit of a task."""
+    drift: DriftScore | None = None
 
 
 def train_local_model(client: ClientRound, state: Mapping[str, Tensor]) -> LocalTrainingResult:
@@ -109,6 +111,7 @@ def train_local_model(client: ClientRound, state: Mapping[str, Tensor]) -> Local
         client = begin_methods(client)
         with mask_seen_classes(client):
             received_score = score_held_out(client, held_out.tolist())
+        drift = measure_drift(client)
         statistics = compute_uploaded_statistics(client, rows, names)
         torch.manual_seed(client.derive_seed("dropout"))
         release_freed()
@@ -127,7 +130,7 @@ def train_local_model(client: ClientRound, state: Mapping[str, Tensor]) -> Local
         added = compute_extra_payload(client.techniques, model, client.number, backward)
         with mask_trained_classes(client):
             remembered, uploads = collect_stored_tensors(client), collect_uploads(client)
-        extras = {**statistics, **move_tensors(added, torch.device("cpu")), **uploads}
+        extras = {**statistics, **move_tensors(added, torch.device("cpu")), **uploads, **drift.upload}
         with mask_seen_classes(client):  # last, so that it cannot affect anything else
             trained_score = score_held_out(client, held_out.tolist())
     seconds = time.perf_counter() - started
@@ -146,6 +149,7 @@ def train_local_model(client: ClientRound, state: Mapping[str, Tensor]) -> Local
         accelerator_peak=read_accelerator_peak(device),
         micro_batch_size=steps.micro_batch_size,
         remembered=remembered,
+        drift=drift.score,
     )
 
 

@@ -109,6 +109,11 @@ class RunContext:
         """The plan of the recipe's stream, None without one."""
         return None if self.recipe.stream is None else continual.StreamPlan(self.recipe)
 
+    def change_stream(self, recipe: Recipe) -> None:
+        """Go on with a recipe whose stream has the same tasks in other visits."""
+        self.recipe = recipe
+        self.__dict__.pop("stream_plan", None)
+
     @cached_property
     def methods(self) -> tuple[continual.ContinualMethod, ...]:
         """The continual methods of the stream."""
@@ -255,6 +260,8 @@ def _build(recipe: str) -> RunContext:
     model, chosen, shared = prepare_model(parsed, corpus.label_names)
     check_merge_has_targets(merging.build_pipeline(parsed.merge).steps, model, shared)
     check_model_privacy(parsed, model, chosen, shared)
+    if parsed.stream is not None and parsed.stream.drift is not None:
+        continual.check_features_stay(chosen, model, len(corpus.label_names))
     context = RunContext(parsed, corpus, model, chosen, shared)
     context.by_device_class = _build_device_classes(context)
     if context.task.needs_reference:  # while the model is untrained

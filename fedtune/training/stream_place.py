@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedtune import continual
+from fedtune.continual._drift_phases import find_phase
 from fedtune.errors import NoTaskError
 from fedtune.seeds import derive_seed
 from fedtune.training.run_context import RunContext
@@ -54,6 +55,8 @@ def make_stream_round(
         place.last and plan.stream.arrival == "together",
         stored or {},
         received or {},
+        plan.stream.drift,
+        find_phase(plan, number) if plan.stream.drift else None,
     )
 
 

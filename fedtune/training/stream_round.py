@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedtune.continual import ContinualMethod, Place
+from fedtune.continual._drift_phases import Phase
+from fedtune.recipe.stream_settings import Drift
 
 __all__ = ["StreamRound"]
 
@@ -18,7 +20,8 @@ class StreamRound:
 
     ``rows`` are the examples of its task. ``classes`` are those that the loss compares, and ``seen_classes`` those that
     the model may predict, None for all. ``stored`` are the tensors of earlier visits on the device, by visit, and
-    ``received`` the server's memory; both are named by their method.
+    ``received`` the server's memory; both are named by their method. ``drift_phase`` says what the client sends for the
+    drift signal besides its score.
     """
 
     place: Place
@@ -30,3 +33,5 @@ class StreamRound:
     uploads: bool = False
     stored: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
     received: Mapping[str, Tensor] = field(default_factory=dict)
+    drift: Drift | None = None
+    drift_phase: Phase | None = None

@@ -18,6 +18,7 @@ __all__ = [
     "FEWEST",
     "ClientReport",
     "ClientUpdate",
+    "DriftScore",
     "HoldoutMetrics",
     "LowRankPair",
     "TensorSpec",
@@ -111,6 +112,13 @@ class HoldoutMetrics(NamedTuple):
     more: tuple[float, ...] = ()
 
 
+class DriftScore(NamedTuple):
+    """The drift signal of a batch of a client's examples, and how many examples it is of."""
+
+    value: float
+    num_examples: int
+
+
 @dataclass(frozen=True)
 class ClientReport:
     """What a client reports besides the deltas: examples, mean training loss, seconds and bytes of memory.
@@ -124,6 +132,8 @@ class ClientReport:
     The holdout fields are metrics of the received model on held-out examples; ``extra_holdout_metrics`` are the
     recipe's further metrics. ``trained_holdout_metrics`` are loss, accuracy and further metrics of the trained model.
     Without held-out examples, counts and metrics are 0 and both lists are empty.
+
+    ``drift_score`` is the drift signal of ``drift_examples`` examples, None if there is none.
     """
 
     num_examples: int
@@ -140,6 +150,15 @@ class ClientReport:
     accelerator_reserved: int | None = None
     extra_holdout_metrics: Sequence[float] = ()
     trained_holdout_metrics: Sequence[float] = ()
+    drift_score: float | None = None
+    drift_examples: int | None = None
+
+    @property
+    def drift(self) -> DriftScore | None:
+        """The drift signal, or None if the client has none."""
+        if self.drift_score is None or not self.drift_examples:
+            return None
+        return DriftScore(self.drift_score, self.drift_examples)
 
     @property
     def device_type(self) -> str:
@@ -180,6 +199,7 @@ class ClientUpdate:
     holdout_metrics: HoldoutMetrics | None = None
     trained_metrics: HoldoutMetrics | None = None
     scale: float = 1.0
+    drift: DriftScore | None = None
 
     def list_tensor_names(self) -> set[str]:
         """Return the names of its tensors, including extra tensors besides the deltas."""
