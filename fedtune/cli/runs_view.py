@@ -11,7 +11,9 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
+from fedtune.cli.drift_view import format_drift
 from fedtune.library.privacy_text import describe_privacy
+from fedtune.recipe.versions import read_stored_recipe
 from fedtune.tracking import ClientRecord, RoundRecord, RunRecord
 from fedtune.tracking.client_spread import compute_spreads
 from fedtune.tracking.run_summary import (
@@ -68,6 +70,8 @@ def show_run(run: RunRecord, rounds: Rounds, last: int | None = None) -> None:
         console.print(_clients(rounds), "")
     if any(record.client_records for record in rounds):
         console.print(_devices(rounds), "")
+    for line in format_drift(rounds, _find_patience(run)):
+        console.print(line, style="yellow" if "alarm in" in line or "drifts" in line else "")
     for line in _newest(list_problems(rounds), last):
         console.print(line, style="yellow")
     console.print(f"Next: fedtune runs plot {run.id}", soft_wrap=True)
@@ -87,6 +91,11 @@ def show_comparison(recorded: Recorded, settings: Mapping[str, Sequence[Any]]) -
     for key, values in settings.items():
         table.add_row(key, *(_setting(value) for value in values))
     _console().print(table)
+
+
+def _find_patience(run: RunRecord) -> int:
+    drift = (read_stored_recipe(run.recipe).get("stream") or {}).get("drift") or {}
+    return int(drift.get("patience", 1))
 
 
 def _facts(run: RunRecord, rounds: Rounds) -> Table:
