@@ -1,6 +1,7 @@
 """The reference of the drift signal on the server: sums of what clients sent, in double precision, over all tasks.
 
-It lies in the server's memory of earlier tasks, and travels with each train request in single precision.
+It lies in the server's memory of earlier tasks, and travels with each train request in single precision. Only energies
+keep double precision, because they may hardly vary.
 """
 
 from collections.abc import Mapping, Sequence
@@ -59,7 +60,10 @@ def add_scores(context: RunContext, round_number: int, updates: Sequence[ClientU
 
 def list_sent_reference(memory: Memory) -> dict[str, Tensor]:
     """Return the reference as clients receive it; empty before there is one."""
-    return {name: tensor.float() for name, tensor in _select(memory).items()}
+    return {
+        name: tensor if name == f"{DRIFT_PREFIX}energies" else tensor.float()
+        for name, tensor in _select(memory).items()
+    }
 
 
 def list_reference_rounds(plan: StreamPlan) -> list[int]:

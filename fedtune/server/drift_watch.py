@@ -44,8 +44,8 @@ class DriftWatch:
         self._streak = 0 if "opens" in found else int(found.get("streak", self._streak))
         self._newest |= {one.client: one.value for one in scores if one.name == self._score_name}
 
-    def list_asking_clients(self) -> list[int]:
-        """Return the clients that ask to be trained: their newest signal lies above the threshold."""
+    def list_rising_clients(self) -> list[int]:
+        """Return the clients that ask to be trained, if they may: their newest signal lies above the threshold."""
         if self._settings is None or not self._settings.asks or self._threshold is None:
             return []
         return sorted(client for client, value in self._newest.items() if value > self._threshold)

@@ -88,7 +88,7 @@ def run_rounds(grid: Grid, context: RunContext, store: Store, run_id: str) -> No
         ended: SharedState | None = None
         while ended is None:
             clients = roster.refresh_devices(clients, scheduler)
-            scheduler.prefer(watch.list_asking_clients())
+            scheduler.prefer(watch.list_rising_clients())
             ended = _run_round(run, clients, state, round_number)
         state = ended
         prune_checkpoints(store, run_id, context.recipe)
