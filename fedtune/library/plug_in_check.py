@@ -24,7 +24,7 @@ __all__ = ["check_plug_in"]
 
 
 def check_plug_in(name: str) -> Iterator[CheckResult]:
-    """Check a technique, merge step, task, continual method, metric or callback by its name; RecipeError for an unknown one."""
+    """Check a method of any kind by its name; RecipeError for an unknown one."""
     known = list_methods()
     kind = next((kind for kind, one in known if one == name), None)
     if kind is None:
