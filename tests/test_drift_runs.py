@@ -101,7 +101,7 @@ def test_a_signal_rises_with_the_next_task_and_changes_nothing_else(words: Path,
 
 
 def test_the_reference_is_that_of_all_examples_together(words: Path) -> None:
-    recipe = make_recipe(words, {}, devices=[{"name": "toy", "count": 3}])
+    recipe = make_recipe(words, {}, devices=[{"name": "toy", "count": 3}], checkpoints={"keep": "all"})
     execute(recipe)
     first, second = read_reference(1), read_reference(4)
     context = get_run_context(recipe.model_dump_json())

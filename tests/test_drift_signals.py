@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedtune.continual._drift_sums import FeatureSums, add_feature_sums, compute_moments, sum_features
 from fedtune.continual._drift_signals import (
     LastLayer,
     compute_centred_score,
@@ -18,6 +17,7 @@ from fedtune.continual._drift_signals import (
     count_neuron_states,
     sum_energies,
 )
+from fedtune.continual._drift_sums import FeatureSums, add_feature_sums, compute_moments, sum_features
 from fedtune.continual._drift_threshold import SCORE_BINS, compute_threshold, count_scores, list_bin_edges
 
 CLASSES, WIDTH = 3, 5

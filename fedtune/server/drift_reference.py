@@ -26,18 +26,19 @@ def update_memory(
     """Return the server's whole memory after a round, None if it does not change.
 
     ``after_task`` is what the methods remember, in a round that ends a task. In a round that begins one, what the
-    clients of ``updates`` sent is added to the reference.
+    clients of ``updates`` sent is added to the reference. The memory is written there even if nothing came, because
+    that of earlier tasks is pruned.
     """
     kept = _select(memory)
     plan = context.stream_plan
     watches = plan is not None and plan.stream.drift is not None
-    begins = watches and plan is not None and find_phase(plan, round_number) == "reference" and bool(updates)
+    begins = watches and plan is not None and find_phase(plan, round_number) == "reference"
     if after_task is None and not begins:
         return None
     methods = after_task if after_task is not None else {name: memory[name] for name in memory if name not in kept}
-    if begins:
+    if begins and updates:
         kept = add_tensors(kept, _read(context, round_number, updates))
-    return {**methods, **kept}
+    return {**methods, **kept} or None
 
 
 def add_tensors(before: Memory, parts: Sequence[Memory]) -> dict[str, Tensor]:
