@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fedtune.continual._drift_checks import check_drift
 from fedtune.continual._drift_features import check_features_stay, find_last_layer
+from fedtune.continual._drift_opening import end_visit
 from fedtune.continual._masked_head import find_head, list_classes, mask_classes
 from fedtune.continual._method import Border, BorderResult, ContinualMethod, MethodRound, MethodSetup, TaskUpload
 from fedtune.continual._plan import Place, StreamPlan, find_stream
@@ -32,6 +33,7 @@ __all__ = [
     "build_methods",
     "check_features_stay",
     "check_stream",
+    "end_visit",
     "find_head",
     "find_last_layer",
     "find_stream",

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from fedtune.continual._drift_opening import end_visit
 from fedtune.server.drift_watch import SPLIT
 from fedtune.tracking import MetricRecord, RoundRecord
 from fedtune.training import RunContext, set_run_context
@@ -25,5 +24,5 @@ def reopen_tasks(context: RunContext, done: Sequence[RoundRecord]) -> None:
 def open_task(context: RunContext, last_round: int) -> None:
     """Let the task that is running end with a round, and a new one begin after it."""
     for each in (context, *context.by_device_class.values()):
-        each.change_stream(end_visit(each.recipe, last_round))
+        each.open_task(last_round)
     set_run_context(context)  # clients in this process find it by the new recipe

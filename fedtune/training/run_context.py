@@ -77,6 +77,8 @@ class RunContext:
     shared_names: list[str] = field(repr=False)
     by_device_class: dict[str, "RunContext"] = field(default_factory=dict, repr=False)
     """The contexts of device classes with their own settings, by name. They share this context's examples."""
+    opened_after: list[int] = field(default_factory=list, repr=False)
+    """The rounds after which a drift alarm opened a task."""
     local_tensors: dict[str, Tensor] = field(init=False, repr=False)
     """The tensors that stay on each device, with their values before training."""
     _split_tasks: dict[str, np.ndarray] = field(default_factory=dict, init=False, repr=False)
@@ -110,9 +112,10 @@ class RunContext:
         """The plan of the recipe's stream, None without one."""
         return None if self.recipe.stream is None else continual.StreamPlan(self.recipe)
 
-    def change_stream(self, recipe: Recipe) -> None:
-        """Go on with a recipe whose stream has the same tasks in other visits."""
-        self.recipe = recipe
+    def open_task(self, last_round: int) -> None:
+        """Let the visit that is running end with a round, and the rest of its rounds be another visit."""
+        self.recipe = continual.end_visit(self.recipe, last_round)
+        self.opened_after.append(last_round)
         self.__dict__.pop("stream_plan", None)
 
     @cached_property
