@@ -160,7 +160,7 @@ def measure_reference(
         score, size_of_reference = make_score(signal, summed, classes, head)
         found[signal] = {"reference_bytes": size_of_reference}
         for draw in draws:
-            counts = torch.stack([count_scores(signal, draw.score(part, score, again=True)) for part in spared]).sum(0)
+            counts = torch.stack([count_scores(signal, draw.score(part, score)) for part in spared]).sum(0)
             found[signal][draw.size] = measure_batches(
                 domains, reference, draw, score, compute_threshold(signal, counts)
             )
@@ -193,13 +193,13 @@ class Batches:
     count: int
     seed: int
 
-    def score(self, part: Examples, score: Score, *, one_class: bool = False, again: bool = False) -> list[float]:
-        """Scores of batches drawn without replacement, or with (``again``), as a client with few examples does."""
+    def score(self, part: Examples, score: Score, *, one_class: bool = False) -> list[float]:
+        """Scores of batches drawn without replacement; a batch is at most half of the examples."""
         random = np.random.default_rng(self.seed)
         labels, found = part.labels.numpy(), []
         for _ in range(self.count):
             rows = np.flatnonzero(labels == random.choice(np.unique(labels))) if one_class else np.arange(len(labels))
-            chosen = random.choice(rows, self.size, replace=again)
+            chosen = random.permutation(rows)[: self.size if one_class else min(self.size, len(rows) // 2)]
             scored = score(part.select(chosen))
             found += [] if scored is None else [scored.value]
         return found

@@ -48,7 +48,9 @@ def score_slowly(features: Tensor, labels: Tensor, reference: tuple[Tensor, Tens
     for j in range(WIDTH):
         mean = sum(float(x[j]) - float(mu[int(y)][j]) for x, y in zip(features, labels, strict=True)) / len(features)
         total += mean**2 / (float(within[j]) + 0.01 * float(within.mean()))
-    return len(features) / WIDTH * total
+    shares = [int((labels == c).sum()) / len(labels) for c in mu]
+    errors = sum(share**2 / int((classes == c).sum()) for share, c in zip(shares, mu, strict=True))
+    return total / WIDTH / (1 / len(features) + errors)
 
 
 def test_centred_score_is_the_formula() -> None:
@@ -78,6 +80,21 @@ def test_in_domain_score_is_about_one_whatever_the_size() -> None:
         scores = [compute_centred_score(*draw(size, seed), moments) for seed in range(300)]
         mean = sum(score.value for score in scores if score is not None) / len(scores)
         assert mean == pytest.approx(1, abs=0.15)
+
+
+def test_one_class_of_a_small_reference_is_no_stranger_than_a_mixed_batch() -> None:
+    """Of 20 reference examples a class, the mean has an error that counts in full for a batch of one class."""
+    mixed, alone = [], []
+    for seed in range(300):
+        reference, (features, labels) = draw(60, seed), draw(120, 1000 + seed)
+        moments = compute_moments(sum_features(*reference, CLASSES))
+        one = labels == labels[0]
+        for found, rows in ((mixed, slice(0, 32)), (alone, torch.where(one)[0][:32])):
+            score = compute_centred_score(features[rows], labels[rows], moments)
+            assert score is not None
+            found.append(score.value)
+    assert sum(mixed) / len(mixed) == pytest.approx(1, abs=0.1)
+    assert sum(alone) / len(alone) == pytest.approx(1, abs=0.1)
 
 
 def test_shift_by_delta_adds_n_delta_squared() -> None:

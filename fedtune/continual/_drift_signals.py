@@ -53,27 +53,31 @@ class LastLayer(NamedTuple):
 
 
 def compute_centred_score(features: Tensor, labels: Tensor, moments: FeatureMoments) -> BatchScore | None:
-    """Return n/d sum_j mean_i(x_ij - mu_cj)^2 / w_j^2 with c the class of example i.
+    """Return 1/d sum_j mean_i(x_ij - mu_cj)^2 / (w_j^2 v) with c the class of example i.
 
-    An example of a class that the reference has not seen is no score: it is counted apart. None without any other.
+    v = 1/n + sum_c (n_c/n)^2 / N_c: the means of N_c reference examples have errors too, which a batch of one class has
+    in full and a mixed one hardly. An example of a class that the reference has not seen is no score: it is counted
+    apart. None without any other.
     """
-    known = moments.seen[labels]
+    known = moments.counts[labels] > 0
     rows, classes = features[known].double(), labels[known]
     if not len(rows):
         return None
-    shift = (rows - moments.means[classes]).mean(0)
-    return BatchScore(_compute_t2(shift, moments.variance, len(rows)), len(rows), int((~known).sum()))
+    shares = torch.bincount(classes, minlength=len(moments.counts)) / len(rows)
+    return BatchScore(_compute_t2(rows - moments.means[classes], shares, moments), len(rows), int((~known).sum()))
 
 
 def compute_plain_score(features: Tensor, moments: FeatureMoments) -> BatchScore:
     """Return T2/d of the batch mean. ``moments`` are those of sums made without labels."""
-    shift = features.double().mean(0) - moments.means[0]
-    return BatchScore(_compute_t2(shift, moments.variance, len(features)), len(features))
+    whole = torch.ones(1, dtype=torch.float64)
+    return BatchScore(_compute_t2(features.double() - moments.means[0], whole, moments), len(features))
 
 
-def _compute_t2(shift: Tensor, variance: Tensor, num_examples: int) -> float:
+def _compute_t2(centred: Tensor, shares: Tensor, moments: FeatureMoments) -> float:
     """Return 0 for features that never varied and did not move either."""
-    return float(num_examples * (shift.square() / variance.clamp(min=torch.finfo(torch.float64).tiny)).mean())
+    variance = moments.variance.clamp(min=torch.finfo(torch.float64).tiny)
+    spread = 1 / len(centred) + float((shares.double().square() / moments.counts.clamp(min=1)).sum())
+    return float((centred.mean(0).square() / variance).mean()) / spread
 
 
 def compute_neuron_states(features: Tensor, layer: LastLayer) -> Tensor:

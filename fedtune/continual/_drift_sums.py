@@ -33,13 +33,13 @@ class FeatureSums(NamedTuple):
 
 
 class FeatureMoments(NamedTuple):
-    """``means`` [classes, width], whether each class was ``seen`` [classes], and the floored ``variance`` [width].
+    """``means`` [classes, width] of ``counts`` [classes] examples, and the floored ``variance`` [width].
 
     The variance is the one within classes, pooled over them.
     """
 
     means: Tensor
-    seen: Tensor
+    counts: Tensor
     variance: Tensor
 
 
@@ -68,4 +68,4 @@ def compute_moments(sums: FeatureSums) -> FeatureMoments:
     means = totals / counts.clamp(min=1)[:, None]
     within = (squares - (counts[:, None] * means.square()).sum(0)).clamp(min=0)
     variance = within / (counts.sum() - seen.sum()).clamp(min=1)
-    return FeatureMoments(means, seen, variance + VARIANCE_FLOOR * variance.mean())
+    return FeatureMoments(means, counts, variance + VARIANCE_FLOOR * variance.mean())
