@@ -27,6 +27,10 @@ class MethodSetup:
     ``rows`` are the rows of ``examples`` that the client trains on. ``stored`` are the tensors that this method kept on
     the device in earlier visits, by visit; ``received`` is what the server sent of its memory. ``classes`` are the
     classes that the loss compares, None for all. ``derive_seed`` gives this client's seeds of this round, by purpose.
+
+    ``all_rows`` are the client's examples of any task, as far as it has them now. ``list_classes`` returns the classes
+    of some tasks, None for all. ``run_forward`` returns the loss of a batch of other examples, as a training step
+    computes it, and the model's logits.
     """
 
     model: nn.Module
@@ -42,6 +46,9 @@ class MethodSetup:
     classes: Sequence[int] | None = None
     num_labels: int = 0
     micro_batch_size: int | None = None
+    all_rows: NDArray[np.int64] | None = None
+    list_classes: Callable[[Sequence[int]], Sequence[int] | None] | None = None
+    run_forward: Callable[[Tensors], tuple[Tensor, Tensor | None]] | None = None
 
 
 class MethodRound:
