@@ -16,7 +16,7 @@ from fedtune import files
 from fedtune.device import own_memory
 from fedtune.device.memory_file import decode_memory, encode_memory, make_mark
 from fedtune.device.memory_key import load_or_create_memory_key, read_memory_key
-from fedtune.device.own_memory import OwnMemory, delete_own_memory
+from fedtune.device.own_memory import MemoryFolder, delete_own_memory
 from fedtune.errors import MemoryBudgetError, StoreError
 
 KEY, OTHER = bytes(range(32)), bytes(32)
@@ -27,8 +27,14 @@ def make_tensors(number: int, count: int = 100) -> dict[str, Tensor]:
     return {"replay/content": torch.full((count,), number, dtype=torch.uint8), "replay/sizes": torch.tensor([number])}
 
 
-def make_memory(folder: Path, budget: int = 10_000, key: bytes | None = None, run: str = "run") -> OwnMemory:
-    return OwnMemory(folder, run, budget, key)
+def make_memory(folder: Path, budget: int = 10_000, key: bytes | None = None, run: str = "run") -> MemoryFolder:
+    return MemoryFolder(folder, run, budget, key)
+
+
+def read(memory: MemoryFolder, visit: int) -> dict[str, Tensor]:
+    """What the newest earlier visit stored."""
+    [tensors] = memory.read_earlier(visit).values() or [{}]
+    return tensors
 
 
 def list_names(folder: Path) -> list[str]:
@@ -48,9 +54,10 @@ def test_only_files_of_earlier_visits_are_read(tmp_path: Path, key: bytes | None
     assert memory.read_earlier(1) == {}
     memory.write(2, make_tensors(2))
     memory.write(2, make_tensors(20))  # the next round of the same visit
-    assert_equal_tensors(memory.read_earlier(2), make_tensors(1))
-    assert_equal_tensors(memory.read_earlier(3), make_tensors(20))
-    assert_equal_tensors(memory.read_earlier(9), make_tensors(20))  # away for some visits
+    assert_equal_tensors(read(memory, 2), make_tensors(1))
+    assert_equal_tensors(read(memory, 3), make_tensors(20))
+    assert_equal_tensors(read(memory, 9), make_tensors(20))  # away for some visits
+    assert list(memory.read_earlier(9)) == [2]
 
 
 @KEYS
@@ -99,7 +106,7 @@ def test_a_file_of_more_than_half_the_budget_is_refused_and_nothing_changes(tmp_
 def test_a_disk_without_room_is_told_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = make_memory(tmp_path / "own" / "run", 5_000)
     memory.require_disk_room()
-    monkeypatch.setattr(own_memory.shutil, "disk_usage", lambda _: os.terminal_size((0, 0)) and _Usage(4_000))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: _Usage(4_000))
     with pytest.raises(
         MemoryBudgetError, match="may store 5000 more bytes for the run, but its disk has 4000 left"
     ) as e:
@@ -123,7 +130,7 @@ def test_ciphertexts_hide_the_content_and_differ(tmp_path: Path) -> None:
     assert first != second
     assert bytes([7] * 8) not in first
     assert b"replay" not in first
-    assert_equal_tensors(memory.read_earlier(2), make_tensors(7))
+    assert_equal_tensors(read(memory, 2), make_tensors(7))
 
 
 def test_plain_files_are_safetensors_and_always_the_same_bytes(tmp_path: Path) -> None:
@@ -216,10 +223,14 @@ def test_the_key_is_deleted_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     memory = make_memory(tmp_path, key=load_or_create_memory_key(tmp_path))
     memory.write(1, make_tensors(1))
     (tmp_path / "round-0001.safetensors").write_bytes(b"of a technique")
-    deleted, real = [], Path.unlink
-    monkeypatch.setattr(
-        Path, "unlink", lambda path, missing_ok=False: deleted.append(path.name) or real(path, missing_ok)
-    )
+    deleted: list[str] = []
+    real = Path.unlink
+
+    def note_and_delete(path: Path, missing_ok: bool = False) -> None:
+        deleted.append(path.name)
+        real(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", note_and_delete)
     delete_own_memory(tmp_path)
     assert deleted == ["memory.key", "memory-0001.safetensors"]
     assert list_names(tmp_path) == ["round-0001.safetensors"]
@@ -243,8 +254,13 @@ def _write_and_die(folder: str, budget: int, point: str) -> None:
         real_replace(path, target)
         die()
 
+    def cut_and_die(path: Path) -> None:
+        os.truncate(path, 50)
+        real_flush(path)
+        die()
+
     if point == "half-written":
-        files._flush = lambda path: (os.truncate(path, 50), real_flush(path), die())  # type: ignore[assignment]
+        files._flush = cut_and_die
     else:
         Path.replace = die if point == "before rename" else replace_and_die  # type: ignore[assignment]
     make_memory(Path(folder), budget, KEY).write(2, make_tensors(22, 200))
@@ -263,7 +279,7 @@ def test_a_killed_write_leaves_no_broken_file(tmp_path: Path, point: str, budget
     assert process.exitcode == -signal.SIGKILL
     assert memory.count_bytes() <= budget
     expected = 22 if point == "after rename" else 2 if budget == 4_000 else 1
-    assert [int(memory.read_earlier(visit)["replay/sizes"]) for visit in (3, 2)] == [expected, 1]
+    assert [int(read(memory, visit)["replay/sizes"]) for visit in (3, 2)] == [expected, 1]
     memory.write(2, make_tensors(23, 200))  # the round is begun again
     assert list_names(tmp_path) == ["memory-0001.safetensors", "memory-0002.safetensors"]
-    assert int(memory.read_earlier(3)["replay/sizes"]) == 23
+    assert int(read(memory, 3)["replay/sizes"]) == 23

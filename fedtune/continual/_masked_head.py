@@ -66,8 +66,8 @@ def mask_classes(model: nn.Module, classes: Sequence[int] | None, num_labels: in
     def hide(_: nn.Module, __: Any, logits: Tensor) -> Tensor:
         return logits.masked_fill(hidden.to(logits.device), -torch.inf) if masks[-1] is hidden else logits
 
-    masks.append(hidden)
     handle = find_head(model, num_labels).register_forward_hook(hide)
+    masks.append(hidden)
     try:
         yield
     finally:

@@ -123,6 +123,10 @@ class ContinualMethod(NamedUnit):
     uses_all_tasks: ClassVar[bool] = False
     """Whether every round trains on the examples of all tasks."""
 
+    def count_stored_bytes(self) -> int:
+        """Return the bytes of the tensors that the method is set to keep on each device, as far as they are known."""
+        return 0
+
     def check(self, recipe: Recipe) -> None:
         """Raise RecipeError if the method cannot do what the rest of the recipe asks."""
 

@@ -6,14 +6,22 @@ from pathlib import Path
 from fedtune.errors import StoreError
 from fedtune.files import write_bytes_atomically
 
-__all__ = ["KEY_BYTES", "KEY_NAME", "load_or_create_memory_key", "read_memory_key"]
+__all__ = ["KEY_BYTES", "KEY_NAME", "KEY_VARIABLE", "find_memory_key", "load_or_create_memory_key", "read_memory_key"]
 
 KEY_BYTES = 32
 KEY_NAME = "memory.key"
+KEY_VARIABLE = "FEDTUNE_MEMORY_KEY"
+"""The environment variable that names a key in place of the run's own one, e.g. in a mounted keyring."""
+
+
+def find_memory_key(folder: Path) -> bytes:
+    """Return the key that ``FEDTUNE_MEMORY_KEY`` names, or else the run's own key in ``folder``."""
+    named = os.environ.get(KEY_VARIABLE)
+    return read_memory_key(Path(named)) if named else load_or_create_memory_key(folder)
 
 
 def load_or_create_memory_key(folder: Path) -> bytes:
-    """Return the run's key in ``folder``, created from the operating system's randomness if it does not exist."""
+    """Return the run's own key in ``folder``, created from the operating system's randomness if it does not exist."""
     path = folder / KEY_NAME
     if not path.exists():
         write_bytes_atomically(path, os.urandom(KEY_BYTES))  # created with mode 0600
@@ -29,10 +37,11 @@ def read_memory_key(path: Path) -> bytes:
             f"the memory key {path} cannot be read ({error.strerror}); mount it, or name another"
         ) from error
     if mode & 0o077:
-        raise StoreError(f"the memory key {path} can be read by other users; chmod 600 it")
+        raise StoreError(f"the memory key {path} can be read by other users; chmod 600 it", code="memory-key")
     if len(content) != KEY_BYTES:
         raise StoreError(
             f"the memory key {path} has {len(content)} bytes and needs {KEY_BYTES}; make one by "
-            f"head -c {KEY_BYTES} /dev/urandom > FILE, or delete it with the files beside it to start anew"
+            f"head -c {KEY_BYTES} /dev/urandom > FILE, or delete it with the files beside it to start anew",
+            code="memory-key",
         )
     return content

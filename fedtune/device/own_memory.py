@@ -5,6 +5,7 @@ begun again finds what it found the first time. The files of the newest two visi
 one that is being written, stay within a budget of bytes. For this, a file has at most half of it.
 """
 
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,25 +18,29 @@ from fedtune.device.memory_key import KEY_NAME
 from fedtune.errors import MemoryBudgetError, StoreError
 from fedtune.files import write_bytes_atomically
 
-__all__ = ["OwnMemory", "delete_own_memory"]
+__all__ = ["MemoryFolder", "delete_own_memory"]
 
 
 @dataclass(frozen=True)
-class OwnMemory:
-    """The memory of one device in one run. ``budget`` is in bytes; without a ``key``, files are not encrypted."""
+class MemoryFolder:
+    """The memory of one device in one run.
+
+    ``budget`` is in bytes, None for no limit. Without a ``key``, files are not encrypted.
+    """
 
     folder: Path
     run_id: str
-    budget: int
+    budget: int | None = None
     key: bytes | None = field(default=None, repr=False)
 
     @property
-    def file_limit(self) -> int:
+    def file_limit(self) -> float:
         """The most bytes of a file: that of an earlier visit and that of this one share the budget."""
-        return self.budget // 2 if self.key is None else min(self.budget // 2, MOST_ENCRYPTED_BYTES)
+        half = math.inf if self.budget is None else self.budget // 2
+        return half if self.key is None else min(half, MOST_ENCRYPTED_BYTES)
 
-    def read_earlier(self, visit: int) -> dict[str, Tensor]:
-        """Return what the newest earlier visit stored; an empty dict if there was none.
+    def read_earlier(self, visit: int) -> dict[int, dict[str, Tensor]]:
+        """Return what the newest earlier visit stored, by its number; an empty dict if there was none.
 
         Raise StoreError for a file that was changed, or is from another run, visit or key.
         """
@@ -44,7 +49,8 @@ class OwnMemory:
             return {}
         path = _get_path(self.folder, earlier[-1])
         try:
-            return decode_memory(_read_bytes(path, self.budget), make_mark(self.run_id, earlier[-1]), self.key)
+            content = _read_bytes(path, self.budget)
+            return {earlier[-1]: decode_memory(content, make_mark(self.run_id, earlier[-1]), self.key)}
         except StoreError as error:
             raise StoreError(
                 f"{path} {error}; delete it to start this run's memory anew", code="memory-damaged"
@@ -63,7 +69,7 @@ class OwnMemory:
 
     def require_disk_room(self) -> None:
         """Raise MemoryBudgetError if the disk has no room for what the budget still allows to write."""
-        missing = self.budget - self.count_bytes()
+        missing = 0 if self.budget is None else self.budget - self.count_bytes()
         free = shutil.disk_usage(_find_existing(self.folder)).free
         if missing > free:
             raise MemoryBudgetError(
@@ -79,11 +85,12 @@ class OwnMemory:
 
     def _require_size(self, size: int) -> None:
         if size > self.file_limit:
+            limit = int(self.file_limit)
             raise MemoryBudgetError(
-                f"what this device stores of a task takes {size} bytes, and it may take {self.file_limit}, half of "
-                f"the budget; raise stream.own_memory.budget to {2 * size}, or let stream.memory store less",
+                f"what this device stores of a task takes {size} bytes, and it may take {limit}, half of the budget; "
+                f"raise stream.own_memory.budget to {2 * size}, or let stream.memory store less",
                 code="storage-exceeded",
-                counts={"needed_kb": -(-size // 1000), "allowed_kb": self.file_limit // 1000},
+                counts={"needed_kb": -(-size // 1000), "allowed_kb": limit // 1000},
             )
 
     def _make_room(self, visit: int, size: int) -> None:
@@ -96,7 +103,7 @@ class OwnMemory:
         for path in _list_files(self.folder):
             if path not in needed:
                 path.unlink(missing_ok=True)
-        if self.count_bytes() + size > self.budget:
+        if self.budget is not None and self.count_bytes() + size > self.budget:
             _get_path(self.folder, visit).unlink(missing_ok=True)
 
 
@@ -107,14 +114,14 @@ def delete_own_memory(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _read_bytes(path: Path, most: int) -> bytes:
+def _read_bytes(path: Path, most: int | None) -> bytes:
     """Return the content of a file. A longer one than the budget is none of ours, and is not read."""
     try:
         with path.open("rb") as file:
-            content = file.read(most + 1)
+            content = file.read(-1 if most is None else most + 1)
     except OSError as error:
         raise StoreError(f"cannot be read ({error.strerror})") from error
-    if len(content) > most:
+    if most is not None and len(content) > most:
         raise StoreError(f"is larger than the budget of {most} bytes")
     return content
 
