@@ -127,11 +127,21 @@ def open_memory(method: Rehearsal, setup: MethodSetup, output_bytes: int = 0) ->
     choice = choose_examples(
         candidates,
         store.limits,
-        max(0, store.budget - GROUP_BYTES * len(known)),
+        _count_room(method, setup, store.budget, len(known), max(one.size for one in candidates)),
         equal_sizes=has_equal_sizes(setup.examples),
     )
     _require_each_group(method, store.budget, known - {groups[place] for place in choice.places}, known)
     return RehearsalMemory(store, setup.rows, groups, choice)
+
+
+def _count_room(method: Rehearsal, setup: MethodSetup, budget: int, groups: int, largest: int) -> int:
+    """Return the bytes for examples, beside those for groups.
+
+    A share leaves room for an example of each group, if the device may store that.
+    """
+    limit = find_content_limit(setup.recipe, setup.client) if method.bytes is None else budget
+    room = budget if method.bytes is not None else max(budget, groups * largest)
+    return room if limit is None else max(0, min(room, limit - GROUP_BYTES * groups))
 
 
 def _iter_contents(store: ReplayStore, setup: MethodSetup) -> Any:
@@ -152,24 +162,14 @@ def _find_store(method: Rehearsal, setup: MethodSetup, extra: int) -> ReplayStor
         return store if method.bytes is None else replace(store, budget=int(method.bytes))
     if method.bytes is not None:
         return ReplayStore(int(method.bytes))
-    budget, limit = _count_share(method, setup, extra), find_content_limit(setup.recipe, setup.client)
-    return ReplayStore(budget if limit is None else min(budget, limit))
+    return ReplayStore(_count_share(method, setup, extra))
 
 
 def _count_share(method: Rehearsal, setup: MethodSetup, extra: int) -> int:
-    """Return the bytes of a share of all examples that the client has, and room for one of each group at least."""
+    """Return the bytes of a share of all examples that the client has."""
     share = 0.05 if method.share is None else method.share
     rows = setup.rows if setup.all_rows is None else setup.all_rows
-    sizes = [len(pack_examples(setup.examples, [row])[0]) + extra for row in rows.tolist()]
-    groups = _count_groups(method, setup, rows)
-    return max(int(share * sum(sizes)), groups * max(sizes)) + GROUP_BYTES * groups
-
-
-def _count_groups(method: Rehearsal, setup: MethodSetup, rows: NDArray[np.int64]) -> int:
-    if method.keep == "classes":
-        return len(set(_read_labels(setup, rows)))
-    tasks = setup.recipe.stream.tasks if setup.recipe.stream is not None else []
-    return len({task.name for task in tasks}) if method.keep == "domains" and isinstance(tasks, list) else 1
+    return int(share * sum(len(pack_examples(setup.examples, [row])[0]) + extra for row in rows.tolist()))
 
 
 def _find_groups(method: Rehearsal, setup: MethodSetup) -> list[int]:
