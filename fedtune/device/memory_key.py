@@ -6,12 +6,26 @@ from pathlib import Path
 from fedtune.errors import StoreError
 from fedtune.files import write_bytes_atomically
 
-__all__ = ["KEY_BYTES", "KEY_NAME", "KEY_VARIABLE", "find_memory_key", "load_or_create_memory_key", "read_memory_key"]
+__all__ = [
+    "KEY_BYTES",
+    "KEY_NAME",
+    "KEY_VARIABLE",
+    "find_memory_key",
+    "load_or_create_memory_key",
+    "read_memory_key",
+    "use_memory_key",
+]
 
 KEY_BYTES = 32
 KEY_NAME = "memory.key"
 KEY_VARIABLE = "FEDTUNE_MEMORY_KEY"
 """The environment variable that names a key in place of the run's own one, e.g. in a mounted keyring."""
+
+
+def use_memory_key(path: Path) -> None:
+    """Let this process and its trainers use the key in a file; StoreError if it cannot be used."""
+    read_memory_key(path)
+    os.environ[KEY_VARIABLE] = str(path.absolute())
 
 
 def find_memory_key(folder: Path) -> bytes:

@@ -18,7 +18,10 @@ from fedtune.device.memory_key import KEY_NAME
 from fedtune.errors import MemoryBudgetError, StoreError
 from fedtune.files import write_bytes_atomically
 
-__all__ = ["MemoryFolder", "delete_own_memory"]
+__all__ = ["MemoryFolder", "delete_own_memory", "delete_unneeded_memory"]
+
+_ENDED = "memory-ended"
+"""A file that says that the device has trained in the last round of the stream."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,10 @@ class MemoryFolder:
                 counts={"needed_kb": -(-missing // 1000), "free_kb": free // 1000},
             )
 
+    def mark_ended(self) -> None:
+        """Note that no later round reads the memory. It stays, because the last round may be begun again."""
+        (self.folder / _ENDED).touch()
+
     def count_bytes(self) -> int:
         """Return the bytes of all files, also of one that a killed process left half-written."""
         return sum(path.stat().st_size for path in _list_files(self.folder))
@@ -110,8 +117,15 @@ class MemoryFolder:
 def delete_own_memory(folder: Path) -> None:
     """Delete all files of a folder, the key first: without it, encrypted files that remain are worthless."""
     (folder / KEY_NAME).unlink(missing_ok=True)
-    for path in _list_files(folder):
+    for path in (*_list_files(folder), folder / _ENDED):
         path.unlink(missing_ok=True)
+
+
+def delete_unneeded_memory(folder: Path) -> None:
+    """Delete the memory of other runs that have ended, whose folders are beside ``folder``."""
+    for mark in folder.parent.glob(f"*/{_ENDED}"):
+        if mark.parent != folder:
+            delete_own_memory(mark.parent)
 
 
 def _read_bytes(path: Path, most: int | None) -> bytes:

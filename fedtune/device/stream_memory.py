@@ -34,8 +34,14 @@ def write_stored_tensors(
     tensors: Mapping[str, Tensor], stream: StreamRound | None, recipe: Recipe, request: TrainRequest, folder: Path
 ) -> None:
     """Write the file of this visit, if the methods store anything."""
-    if stream is not None and tensors:
-        _open(recipe, request, folder).write(stream.place.visit, tensors)
+    if stream is None or not tensors:
+        return
+    memory = _open(recipe, request, folder)
+    memory.write(stream.place.visit, tensors)
+    assert recipe.stream is not None
+    assert isinstance(recipe.stream.tasks, list)
+    if stream.place.last and stream.place.visit == len(recipe.stream.tasks) - 1:
+        memory.mark_ended()
 
 
 def _open(recipe: Recipe, request: TrainRequest, folder: Path) -> MemoryFolder:
