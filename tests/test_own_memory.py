@@ -15,7 +15,7 @@ from torch import Tensor
 from fedtune import files
 from fedtune.device import own_memory
 from fedtune.device.memory_file import decode_memory, encode_memory, make_mark
-from fedtune.device.memory_key import load_or_create_memory_key, read_memory_key
+from fedtune.device.memory_key import get_key_path, load_or_create_memory_key, read_memory_key
 from fedtune.device.own_memory import MemoryFolder, delete_own_memory
 from fedtune.errors import MemoryBudgetError, StoreError
 
@@ -201,7 +201,7 @@ def test_the_key_is_random_private_and_stays(tmp_path: Path) -> None:
     keys = [load_or_create_memory_key(tmp_path / home) for home in ("a", "a", "b")]
     assert keys[0] == keys[1] != keys[2]
     assert len(keys[0]) == 32
-    assert stat.S_IMODE((tmp_path / "a" / "memory.key").stat().st_mode) == 0o600
+    assert stat.S_IMODE(get_key_path(tmp_path / "a").stat().st_mode) == 0o600
 
 
 def test_a_key_that_others_can_read_or_of_another_size_is_refused(tmp_path: Path) -> None:
@@ -220,9 +220,10 @@ def test_a_key_that_others_can_read_or_of_another_size_is_refused(tmp_path: Path
 
 
 def test_the_key_is_deleted_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = make_memory(tmp_path, key=load_or_create_memory_key(tmp_path))
+    folder = tmp_path / "own" / "run"
+    memory = make_memory(folder, key=load_or_create_memory_key(folder))
     memory.write(1, make_tensors(1))
-    (tmp_path / "round-0001.safetensors").write_bytes(b"of a technique")
+    (folder / "round-0001.safetensors").write_bytes(b"of a technique")
     deleted: list[str] = []
     real = Path.unlink
 
@@ -231,10 +232,10 @@ def test_the_key_is_deleted_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         real(path, missing_ok)
 
     monkeypatch.setattr(Path, "unlink", note_and_delete)
-    delete_own_memory(tmp_path)
-    assert deleted == ["memory.key", "memory-0001.safetensors"]
-    assert list_names(tmp_path) == ["round-0001.safetensors"]
-    assert make_memory(tmp_path).read_earlier(2) == {}
+    delete_own_memory(folder)
+    assert deleted[:2] == ["run.key", "memory-0001.safetensors"]
+    assert list_names(folder) == ["round-0001.safetensors"]
+    assert make_memory(folder).read_earlier(2) == {}
 
 
 def test_the_mark_does_not_name_the_run() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from fedtune import checkpoint, paths
 from fedtune.device.device_home import DeviceHome
-from fedtune.device.memory_key import KEY_NAME
+from fedtune.device.memory_key import get_key_path
 from tests.federations import execute
 from tests.replay_rounds import read_files
 from tests.servers import ended, joined, serving
@@ -32,7 +32,7 @@ def test_deployed_replay_has_the_bits_and_files_of_a_simulation(home: Path, tmp_
     with serving(home) as server, joined(server, tmp_path, "partition:0", "partition:1") as seated:
         found = ended(server, submit(server, recipe), seconds=240)
         folders = [DeviceHome(device.home / "device").get_local_state_folder(found["id"]) for device in seated]
-        files = [hash_files(folder, found["id"], (folder / KEY_NAME).read_bytes()) for folder in folders]
+        files = [hash_files(folder, found["id"], get_key_path(folder).read_bytes()) for folder in folders]
     assert found["status"] == "completed", found["reason"]
     assert hashes(found) == simulated
     assert files == expected

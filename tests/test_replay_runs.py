@@ -9,7 +9,7 @@ import yaml
 from fedtune import checkpoint, paths
 from fedtune.device.device_home import DeviceHome
 from fedtune.device.local_round import run_local_round
-from fedtune.device.memory_key import KEY_NAME
+from fedtune.device.memory_key import get_key_path
 from fedtune.device.own_memory import MemoryFolder, delete_unneeded_memory
 from fedtune.device.problems import problem_of
 from fedtune.errors import DeviceError, MemoryBudgetError, StoreError
@@ -71,7 +71,7 @@ def test_a_run_killed_inside_a_memory_write_ends_with_the_same_bits(
             patch.setenv("FEDTUNE_HOME", str(home))
             ended = outcome()
         folders = [find_folder(ended.run.id, client, home) for client in range(4)]
-        keys = [(folder / KEY_NAME).read_bytes() if encrypted else None for folder in folders]
+        keys = [get_key_path(folder).read_bytes() if encrypted else None for folder in folders]
         files = [hash_files(folder, ended.run.id, key) for folder, key in zip(folders, keys, strict=True)]
         assert not [path for folder in folders for path in folder.glob(".memory-*")]
         found.append(([one.metrics for one in ended.rounds], ended.hashes, files))
@@ -83,7 +83,7 @@ def test_encryption_changes_no_bit_of_a_run_and_leaves_nothing_in_clear() -> Non
     plain = execute(resolve_stream(STREAM), run="plain")
     sealed = execute(resolve_stream({**STREAM, "own_memory": {"encrypted": True}}), run="sealed")
     assert plain.hashes == sealed.hashes
-    key = (find_folder("sealed") / KEY_NAME).read_bytes()
+    key = get_key_path(find_folder("sealed")).read_bytes()
     assert hash_files(find_folder("plain"), "plain") == hash_files(find_folder("sealed"), "sealed", key)
     content = read_files(find_folder("plain"), "plain")[4]["replay/content"].numpy().tobytes()[:64]
     assert content in (find_folder("plain") / "memory-0004.safetensors").read_bytes()
@@ -144,7 +144,7 @@ def test_a_changed_or_foreign_file_and_a_wrong_key_stop_the_client_with_a_senten
         assert parse_problem(problem.text) == problem
     path.write_bytes(content)
     if encrypted:
-        (tmp_path / "one" / KEY_NAME).write_bytes(bytes(32))
+        get_key_path(tmp_path / "one").write_bytes(bytes(32))
         with pytest.raises(StoreError, match="has another key; delete it"):
             train_client(recipe, tmp_path / "one", 3)
     path.unlink()
@@ -170,7 +170,7 @@ def test_a_key_of_ones_own_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     key.chmod(0o600)
     monkeypatch.setenv("FEDTUNE_MEMORY_KEY", str(key))
     train_client(make_recipe("replay", own_memory={"encrypted": True}), tmp_path / "own", 1)
-    assert not (tmp_path / "own" / KEY_NAME).exists()
+    assert not get_key_path(tmp_path / "own").exists()
     assert sorted(read_files(tmp_path / "own", key=bytes(range(32)))) == [0]
     key.unlink()
     with pytest.raises(StoreError, match=r"the memory key .*mounted cannot be read"):
@@ -183,10 +183,12 @@ def test_the_memory_of_a_run_that_ended_is_deleted_when_another_run_begins(tmp_p
     train_client(recipe, tmp_path / "under-way", *range(1, 10))
     train_client(recipe, tmp_path / "ended", 10)  # the last round is begun again
     delete_unneeded_memory(tmp_path / "ended")
-    assert len(list((tmp_path / "ended").iterdir())) == 4
+    assert len(list((tmp_path / "ended").iterdir())) == 3
     delete_unneeded_memory(tmp_path / "next")
     assert list((tmp_path / "ended").iterdir()) == []
-    assert len(list((tmp_path / "under-way").iterdir())) == 3
+    assert not get_key_path(tmp_path / "ended").exists()
+    assert get_key_path(tmp_path / "under-way").exists()
+    assert len(list((tmp_path / "under-way").iterdir())) == 2
 
 
 def test_forgetting_a_run_deletes_its_key_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +197,7 @@ def test_forgetting_a_run_deletes_its_key_first(tmp_path: Path, monkeypatch: pyt
     train_client(make_recipe("replay", own_memory={"encrypted": True}), folder, 1)
 
     def fail(path: Path, *_: Any, **__: Any) -> None:
-        assert not list(Path(path).rglob(KEY_NAME))
+        assert not get_key_path(folder).exists()
         raise OSError("killed here")
 
     with pytest.MonkeyPatch.context() as patch:
@@ -203,7 +205,8 @@ def test_forgetting_a_run_deletes_its_key_first(tmp_path: Path, monkeypatch: pyt
         for delete in (lambda: home.delete_run("run"), home.delete_all):
             with pytest.raises(OSError, match="killed here"):
                 delete()
-            (folder / KEY_NAME).write_bytes(bytes(32))
+            get_key_path(folder).parent.mkdir(exist_ok=True)
+            get_key_path(folder).write_bytes(bytes(32))
     home.delete_run("run")
     assert not folder.exists()
     with pytest.raises(DeviceError, match="holds nothing of a run other"):

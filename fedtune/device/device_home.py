@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from fedtune import paths
-from fedtune.device.memory_key import KEY_NAME
+from fedtune.device.memory_key import get_key_path
 from fedtune.errors import DeviceError, StoreError
 from fedtune.files import replace_file_atomically, write_bytes_atomically
 
@@ -184,12 +184,12 @@ class DeviceHome:
         folder = self.get_local_state_folder(run)
         if not folder.is_dir():
             raise DeviceError(f"{self.folder} holds nothing of a run {run}; give the whole id of the run")
-        (folder / KEY_NAME).unlink(missing_ok=True)
+        get_key_path(folder).unlink(missing_ok=True)
         shutil.rmtree(folder)
 
     def delete_all(self) -> None:
         """Delete the identity, the keys and the local state; the keys of memories first, so that they are worthless."""
-        for key in self.folder.glob(f"own/*/{KEY_NAME}"):
+        for key in get_key_path(self.get_local_state_folder("")).parent.glob("*.key"):
             key.unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 

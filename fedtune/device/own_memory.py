@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fedtune.device.memory_file import MOST_ENCRYPTED_BYTES, decode_memory, encode_memory, make_mark
-from fedtune.device.memory_key import KEY_NAME
+from fedtune.device.memory_key import get_key_path
 from fedtune.errors import MemoryBudgetError, StoreError
 from fedtune.files import write_bytes_atomically
 
@@ -116,7 +116,7 @@ class MemoryFolder:
 
 def delete_own_memory(folder: Path) -> None:
     """Delete all files of a folder, the key first: without it, encrypted files that remain are worthless."""
-    (folder / KEY_NAME).unlink(missing_ok=True)
+    get_key_path(folder).unlink(missing_ok=True)
     for path in (*_list_files(folder), folder / _ENDED):
         path.unlink(missing_ok=True)
 
