@@ -161,7 +161,7 @@ def test_the_projection_has_the_bits_that_every_machine_draws() -> None:
 
 def test_a_projected_head_scores_random_features_and_keeps_the_projection_out_of_the_state() -> None:
     features, labels = make_features()
-    head = ProjectedHead(3, WIDTH, 64, CLASSES)
+    head = ProjectedHead(3, torch.nn.Linear(WIDTH, CLASSES), 64)
     hidden = torch.relu(features @ make_projection(3, WIDTH, 64))
     fitted = fit_ridge(sum_features([(hidden, labels)], CLASSES, 64), 0.01)
     head.linear.load_state_dict({"weight": fitted.weight.float(), "bias": fitted.bias.float()})

@@ -27,10 +27,14 @@ class ProjectedHead(nn.Module):
 
     projection: Tensor
 
-    def __init__(self, seed: int, num_features: int, width: int, num_classes: int) -> None:
+    def __init__(self, seed: int, layer: nn.Linear, width: int) -> None:
+        """Replace ``layer``; the new linear layer starts at zero, and has a bias if the old one has."""
         super().__init__()
-        self.register_buffer("projection", make_projection(seed, num_features, width), persistent=False)
-        self.linear = nn.Linear(width, num_classes)
+        self.register_buffer("projection", make_projection(seed, layer.in_features, width), persistent=False)
+        self.linear = nn.Linear(width, layer.out_features, bias=layer.bias is not None)
+        nn.init.zeros_(self.linear.weight)
+        if self.linear.bias is not None:
+            nn.init.zeros_(self.linear.bias)
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the logits: [..., d] -> [..., C]."""

@@ -1,6 +1,7 @@
 """Find out what a client trains on in a round of a stream, and what it uploads at the end of a task."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +52,8 @@ def make_stream_round(
         continual.list_classes(plan, labels, trained, neighbours=True),
         continual.list_classes(plan, labels, trained if plan.stream.setting == "task" else tasks, neighbours=True),
         len(labels),
+        len(plan.task_names),
+        {task: find_task_rows(context, rows, replace(place, task=task), client) for task in place.seen},
         place.last and plan.stream.arrival == "together",
         stored or {},
         received or {},

@@ -17,8 +17,8 @@ class StreamRound:
     """The part of a client's round that concerns the stream.
 
     ``rows`` are the examples of its task. ``classes`` are those that the loss compares, and ``seen_classes`` those that
-    the model may predict, None for all. ``stored`` are the tensors of earlier visits on the device, by visit, and
-    ``received`` the server's memory; both are named by their method.
+    the model may predict, None for all. ``held_rows`` are the examples of each task begun. ``stored`` are the tensors
+    of earlier visits on the device, by visit, and ``received`` the server's memory; both are named by their method.
     """
 
     place: Place
@@ -27,6 +27,8 @@ class StreamRound:
     classes: Sequence[int] | None
     seen_classes: Sequence[int] | None
     num_labels: int
+    num_tasks: int
+    held_rows: Mapping[int, NDArray[np.int64]]
     uploads: bool = False
     stored: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
     received: Mapping[str, Tensor] = field(default_factory=dict)

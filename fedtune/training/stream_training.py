@@ -46,6 +46,8 @@ def begin_methods(client: ClientRound) -> ClientRound:
                 stream.classes,
                 stream.num_labels,
                 client.micro_batch_size,
+                stream.num_tasks,
+                {task: replace(client, rows=own).split_rows()[0] for task, own in stream.held_rows.items()},
             )
         )
         for method in stream.methods
