@@ -10,8 +10,7 @@ from fedtune.accelerator import find_device, move_tensors, use_autocast
 from fedtune.checkpoint import hash_tensors
 from fedtune.data import EncodedDataset
 from fedtune.errors import ModelError
-from fedtune.techniques import Technique, begin_step
-from fedtune.techniques._technique import list_head_parameters
+from fedtune.techniques import Technique, begin_step, list_head_parameters
 
 __all__ = ["find_head_layer", "hash_backbone", "iter_features", "replace_layer"]
 

@@ -88,14 +88,11 @@ class Analytic(ContinualMethod):
             )
         if self.tune != "none" and not tuning:
             raise RecipeError("analytic: head-only tunes nothing below the head; add a technique, or set tune: none")
-        visits = recipe.stream.tasks if recipe.stream is not None else []
-        if not isinstance(visits, list):
-            return
-        for visit in visits[:1] if self.tune == "first" else visits if self.tune == "every" else []:
-            if visit.rounds < 2:
+        for name, rounds in _list_tuned_tasks(recipe, self.tune):
+            if rounds < 2:
                 raise RecipeError(
-                    f"analytic: task {visit.name} has one round, in which the sums are taken, so nothing is tuned; "
-                    "give it 2 rounds or more, or set tune: none"
+                    f"analytic: {name} has one round, in which the sums are taken, so nothing is tuned; give it 2 "
+                    "rounds or more, or set tune: none"
                 )
 
     def trains(self, place: Place) -> bool:
@@ -142,3 +139,14 @@ class Analytic(ContinualMethod):
     def list_sent_memory(self, memory: Mapping[str, Tensor], place: Place) -> list[str]:
         """Nothing: the head is part of the state."""
         return []
+
+
+def _list_tuned_tasks(recipe: Recipe, tune: str) -> list[tuple[str, int]]:
+    """Return the tasks with tuning and their rounds; a rule for tasks stands for all of them."""
+    assert recipe.stream is not None
+    if tune == "none":
+        return []
+    listed = recipe.stream.tasks
+    if not isinstance(listed, list):
+        return [("each task", listed.rounds)]
+    return [(f"task {visit.name}", visit.rounds) for visit in (listed[:1] if tune == "first" else listed)]

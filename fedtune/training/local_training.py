@@ -183,9 +183,10 @@ class _RoundSteps(NamedTuple):
 
 
 def _skip_steps(client: ClientRound, rows: IntArray) -> _RoundSteps:
-    """Return the result of a round without training. It has no loss."""
+    """Return the result of a round without training. It has no loss, and the weight of the examples of its steps."""
     client.model.eval()
-    return _RoundSteps(math.nan, 0, len(rows), client.micro_batch_size)
+    most = total_steps(len(rows), client.recipe) * client.recipe.train.batch_size
+    return _RoundSteps(math.nan, 0, min(len(rows), most), client.micro_batch_size)
 
 
 def _run_steps(client: ClientRound, rows: IntArray, masters: Mapping[str, nn.Parameter]) -> _RoundSteps:
