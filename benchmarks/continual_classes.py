@@ -21,18 +21,17 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
-import safetensors.torch
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
+from benchmarks.fashion_features import CLASSES, Part, Parts, read_features
+from benchmarks.feature_training import Net, average_clients
 from benchmarks.report import save
-from fedtune import tasks
 from fedtune.continual._analytic_heads import (
     LinearHead,
     choose_ridge_by_halves,
@@ -42,19 +41,14 @@ from fedtune.continual._analytic_heads import (
     score_features,
 )
 from fedtune.continual._feature_sums import FeatureSums, add_sums, sum_features
-from fedtune.continual._head_features import iter_features
 from fedtune.continual._random_projection import make_projection
-from fedtune.paths import get_cache_folder
-from fedtune.recipe.schema import Recipe
-from fedtune.training import prepare_model, use_cpu_threads
+from fedtune.training import use_cpu_threads
 
-CLASSES, SIZE, CLIENTS, ROUNDS, BATCH = 10, 2, 4, 3, 32
+SIZE, CLIENTS, ROUNDS = 2, 4, 3
 PICTURES = {"train": 400, "validation": 100, "test": 500}
 RATES = (1e-3, 3e-3, 1e-2)
 SPLITS: dict[str, float | None] = {"dirichlet 1": 1.0, "dirichlet 0.1": 0.1, "one class per client": None}
 WIDTH = 2000
-Part = tuple[Tensor, Tensor]
-Parts = dict[str, Part]
 
 
 def main() -> None:
@@ -157,7 +151,7 @@ def run_analytic(parts: Parts, seed: int, fit: Callable[[Sequence[FeatureSums], 
             clients[client].append(sums)
             sent += 4 * sum(tensor.numel() for tensor in sums) if client == 0 else 0
         head = fit([add_sums(own) for own in clients], parts)
-        fill_matrix(matrix, done, stream, parts["test"], lambda x, head=head: score_features(head, x))
+        fill_matrix(matrix, done, stream, parts["test"], partial(score_features, head))
     return Ended(matrix, sent, time.process_time() - started)
 
 
@@ -174,7 +168,7 @@ def fit_chosen(clients: Sequence[FeatureSums], parts: Parts) -> LinearHead:
     return fit_ridge(total, choose_ridge_by_validation(total, *parts["validation"]))
 
 
-def fit_halves(clients: Sequence[FeatureSums], parts: Parts) -> LinearHead:
+def fit_halves(clients: Sequence[FeatureSums], _: Parts) -> LinearHead:
     return fit_ridge(add_sums(clients), choose_ridge_by_halves(add_sums(clients[::2]), add_sums(clients[1::2])))
 
 
@@ -193,25 +187,6 @@ ANALYTIC: dict[str, Callable[[Parts, int], Ended]] = {
         project(parts, seed), seed, fit_chosen
     ),
 }
-
-
-class Net(nn.Module):
-    """A linear head, maybe behind a residual bottleneck."""
-
-    def __init__(self, kind: str, width: int) -> None:
-        super().__init__()
-        self.down = nn.Linear(width, 128) if kind == "adapter" else None
-        self.up = nn.Linear(128, width) if kind == "adapter" else None
-        if self.up is not None:
-            nn.init.zeros_(self.up.weight)
-        self.head = nn.Linear(width, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[n, d] -> [n, C]."""
-        if self.down is not None and self.up is not None:
-            x = x + self.up(F.relu(self.down(x)))
-        logits: Tensor = self.head(x)
-        return logits
 
 
 def compare_rates(parts: Parts, kind: str, arm: str, seeds: Sequence[int]) -> dict[str, Any]:
@@ -243,29 +218,6 @@ def run_gradients(parts: Parts, kind: str, arm: str, rate: float, seed: int) -> 
     return Ended(matrix, sent, time.process_time() - started)
 
 
-def average_clients(net: Net, clients: Sequence[Part], classes: Sequence[int], rate: float, share: float) -> None:
-    """One round: each client trains on a share of an epoch, and the mean by examples replaces the net."""
-    start = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    total, count = {name: torch.zeros_like(tensor) for name, tensor in start.items()}, sum(len(y) for _, y in clients)
-    for x, y in clients:
-        net.load_state_dict(start)
-        train_client(net, x, y, classes, rate, share)
-        for name, tensor in net.state_dict().items():
-            total[name] += tensor * (len(y) / count)
-    net.load_state_dict(total)
-
-
-def train_client(net: Net, x: Tensor, y: Tensor, classes: Sequence[int], rate: float, share: float) -> None:
-    hidden = torch.ones(CLASSES, dtype=torch.bool)
-    hidden[list(classes)] = False
-    optimiser = torch.optim.AdamW(net.parameters(), rate, weight_decay=0.0)
-    order = torch.randperm(len(y))[: round(len(y) * share)]
-    for rows in order.split(BATCH):
-        optimiser.zero_grad()
-        F.cross_entropy(net(x[rows]).masked_fill(hidden, -torch.inf), y[rows]).backward()
-        optimiser.step()
-
-
 def measure_exactness(parts: Parts, seeds: Sequence[int]) -> dict[str, float]:
     """The largest relative difference of ridge scores to those of one pass, with messages of either precision."""
     part, (test, _) = parts["train"], parts["test"]
@@ -278,46 +230,6 @@ def measure_exactness(parts: Parts, seeds: Sequence[int]) -> dict[str, float]:
             scores = score_features(fit_ridge(add_sums(sums), 0.1), test)
             worst[name] = max(worst[name], float((scores - central).abs().max() / central.abs().max()))
     return worst
-
-
-@cache
-def make_recipe() -> Recipe:
-    return Recipe.model_validate(
-        {
-            "name": "continual-classes",
-            "task": "image-classification",
-            "model": {"source": "sample:efficientnet-lite0"},
-            "data": {"source": "sample:fashion-mnist"},
-            "devices": [{"count": 1}],
-            "train": {"techniques": ["head-only"], "image_size": 64},
-            "federation": {"rounds": 1},
-        }
-    )
-
-
-def read_features(sizes: dict[str, int]) -> Parts:
-    """The features of the first pictures of each class; they are computed once and kept in the cache."""
-    path = get_cache_folder() / "benchmarks" / f"lite0-fashion-{'-'.join(map(str, sizes.values()))}.safetensors"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        found = {f"{name}.{what}": one for name, part in compute_features(sizes) for what, one in part.items()}
-        safetensors.torch.save_file(found, path)
-    kept = safetensors.torch.load_file(path)
-    return {name: (kept[f"{name}.features"], kept[f"{name}.labels"]) for name in sizes}
-
-
-def compute_features(sizes: dict[str, int]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    recipe = make_recipe()
-    corpus = tasks.load_data(recipe, tasks.load_class_names(recipe))
-    model, chosen, _ = prepare_model(recipe, corpus.label_names)
-    reader = tasks.load_reader(recipe)
-    for name, count in sizes.items():
-        table = getattr(corpus, name)
-        labels = np.array(table["label"])
-        rows = np.sort(np.concatenate([np.flatnonzero(labels == label)[:count] for label in range(CLASSES)]))
-        examples = tasks.get_task(recipe.task).encode_examples(table.select(rows), recipe, reader)
-        features, found = zip(*iter_features(model, chosen, examples, range(len(rows)), 50), strict=True)
-        yield name, {"features": torch.cat(features), "labels": torch.cat(found)}
 
 
 if __name__ == "__main__":

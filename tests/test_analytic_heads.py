@@ -20,7 +20,7 @@ from fedtune.continual._analytic_heads import (
     fit_slda,
     score_features,
 )
-from fedtune.continual._feature_sums import FEATURE_STEP, FeatureSums, add_sums, sum_features
+from fedtune.continual._feature_sums import FEATURE_STEP, FeatureSums, add_sums, sum_features, unpack_triangle
 from fedtune.continual._random_projection import ProjectedHead, make_projection
 from fedtune.errors import RecipeError
 from tests.analytic_examples import CLASSES, WIDTH, make_features, split_rows
@@ -114,6 +114,15 @@ def test_fewer_examples_than_features_fit_with_a_ridge_and_not_without_shrinkage
     assert fit_slda(sums, 0.1).weight.isfinite().all()
     with pytest.raises(RecipeError, match="set shrinkage above 0"):
         fit_slda(sums, 0.0)
+
+
+@pytest.mark.parametrize("ridge", [1e-12, 1e-9])
+def test_a_gram_matrix_that_rounding_made_indefinite_still_gives_a_head(ridge: float) -> None:
+    features, labels = make_features(examples=12)
+    exact = sums_of(features, labels)
+    single = FeatureSums(*(tensor.float().double() for tensor in exact))
+    assert torch.linalg.eigvalsh(unpack_triangle(single.gram, WIDTH))[0] < -ridge * single.gram.abs().max()
+    assert torch.equal(score_features(fit_ridge(single, ridge), features).argmax(1), labels)
 
 
 def test_the_ridge_chosen_on_validation_examples_has_the_fewest_errors() -> None:

@@ -1,6 +1,7 @@
 """The analytic head with a tuned backbone: it is frozen for good, or sums are renewed by whoever still holds data."""
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -76,7 +77,7 @@ def make_upload(context: RunContext, method: Analytic, client: int, held: dict[i
     return TaskUpload(client, 0.5, method.begin_round(replace(setup, held_rows=held)).compute_upload())
 
 
-def make_border(context: RunContext, state: dict[str, torch.Tensor], task: int, **changes: Any) -> Border:
+def make_border(context: RunContext, state: Mapping[str, torch.Tensor], task: int, **changes: Any) -> Border:
     border = Border(context.recipe, context.model, task, task, 2, state, state, state, {}, [])
     return replace(border, **changes)
 
@@ -117,11 +118,11 @@ def test_an_upload_of_another_backbone_is_left_out_with_a_warning() -> None:
     method = Analytic(fewest=1, precision="float64")
     rows = {0: select_rows(context, 0, 0)}
     good, bad = (make_upload(context, method, client, rows) for client in range(2))
-    bad.tensors["backbone"][0] ^= 1  # type: ignore[index]
+    bad.tensors["backbone"][0] ^= 1
     with pytest.warns(FedtuneWarning, match="client 1 summed the features of another backbone in round 2"):
         found = method.after_task(make_border(context, state, 0, uploads=[good, bad]))
     assert read_counted_sums(found.memory).counted.tolist() == [[1, 0, 0, 0], [0, 0, 0, 0]]
-    with pytest.warns(FedtuneWarning, match="no sums arrived for task low"):
+    with pytest.warns(FedtuneWarning, match="client 1"), pytest.warns(FedtuneWarning, match="no sums arrived for task"):
         none = method.after_task(make_border(context, state, 0, uploads=[bad]))
     assert none.state is state
     assert not none.memory

@@ -43,21 +43,30 @@ def fit_slda(sums: FeatureSums, shrinkage: float) -> LinearHead:
     gram = unpack_triangle(sums.gram, sums.num_features)
     within = (gram - (sums.totals.T @ means)) / sums.counts.sum()
     within = (within + within.T) / 2
-    shrunk = (1 - shrinkage) * within
-    shrunk.diagonal().add_(shrinkage * within.diagonal().mean())
-    weight = _solve_covariance(shrunk, means.T).T
+    if not shrinkage:
+        _require_full_rank(within)
+    floor = shrinkage * within.diagonal().mean()
+    weight = _solve_with_floor((1 - shrinkage) * within, floor, means.T).T
     return _mark_unseen(LinearHead(weight, -(weight * means).sum(1) / 2), seen)
 
 
-def _solve_covariance(covariance: Tensor, means: Tensor) -> Tensor:
-    """Return the inverse times the means; RecipeError if the covariance is singular."""
-    scale = covariance.diagonal().max()
-    if torch.linalg.eigvalsh(covariance)[0] <= 1e-12 * scale:
+def _require_full_rank(covariance: Tensor) -> None:
+    if torch.linalg.eigvalsh(covariance)[0] <= 1e-12 * covariance.diagonal().max():
         raise RecipeError(
             f"analytic: slda cannot invert the covariance of {len(covariance)} features without shrinkage, because "
             "the examples do not span them; set shrinkage above 0, for example 0.1"
         )
-    return torch.cholesky_solve(means, torch.linalg.cholesky(covariance))
+
+
+def _solve_with_floor(matrix: Tensor, floor: Tensor, right: Tensor) -> Tensor:
+    """Return (M + floor I)^-1 ``right``. If rounding made M indefinite, its negative eigenvalues count as 0."""
+    shifted = matrix.clone()
+    shifted.diagonal().add_(floor)
+    factor, failed = torch.linalg.cholesky_ex(shifted)
+    if not failed:
+        return torch.cholesky_solve(right.contiguous(), factor)
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors @ ((vectors.T @ right) / (values.clamp_min(0) + floor)[:, None])
 
 
 def fit_ridge(sums: FeatureSums, ridge: float) -> LinearHead:
@@ -66,8 +75,7 @@ def fit_ridge(sums: FeatureSums, ridge: float) -> LinearHead:
     Old classes have target 0 for new examples from the start, so a new class only adds a row.
     """
     gram = unpack_triangle(sums.gram, sums.num_features)
-    gram.diagonal().add_(ridge * gram.diagonal().mean())
-    weight = torch.cholesky_solve(sums.totals.T.contiguous(), torch.linalg.cholesky(gram)).T
+    weight = _solve_with_floor(gram, ridge * gram.diagonal().mean(), sums.totals.T).T
     return _mark_unseen(LinearHead(weight, torch.zeros_like(sums.counts)), sums.counts > 0)
 
 
