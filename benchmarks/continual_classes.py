@@ -48,7 +48,7 @@ SIZE, CLIENTS, ROUNDS = 2, 4, 3
 PICTURES = {"train": 400, "validation": 100, "test": 500}
 RATES = (1e-3, 3e-3, 1e-2)
 SPLITS: dict[str, float | None] = {"dirichlet 1": 1.0, "dirichlet 0.1": 0.1, "one class per client": None}
-WIDTH = 2000
+WIDTH = 1000
 
 
 def main() -> None:
@@ -128,7 +128,7 @@ def fill_matrix(matrix: Tensor, done: int, stream: Stream, part: Part, predict: 
 def summarise(method: str, found: Sequence[Ended]) -> dict[str, Any]:
     """Means over seeds: accuracy = mean of the last row, forgetting and learning as the specification defines them."""
     last = [float(one.matrix[-1].mean()) for one in found]
-    best = [one.matrix[:-1, :-1].max(0).values - one.matrix[-1, :-1] for one in found]
+    best = [one.matrix[:-1, :-1].nan_to_num(0).max(0).values - one.matrix[-1, :-1] for one in found]
     return {
         "method": method,
         "accuracy": round(statistics.mean(last), 2),

@@ -66,7 +66,8 @@ def _solve_with_floor(matrix: Tensor, floor: Tensor, right: Tensor) -> Tensor:
     if not failed:
         return torch.cholesky_solve(right.contiguous(), factor)
     values, vectors = torch.linalg.eigh(matrix)
-    return vectors @ ((vectors.T @ right) / (values.clamp_min(0) + floor)[:, None])
+    solved: Tensor = vectors @ ((vectors.T @ right) / (values.clamp_min(0) + floor)[:, None])
+    return solved
 
 
 def fit_ridge(sums: FeatureSums, ridge: float) -> LinearHead:

@@ -51,8 +51,8 @@ class AnalyticRound(MethodRound):
         """Return the sums and the digest of the model that computed the features."""
         setup = self._setup
         model, held = setup.model, setup.held_rows if self._renews else {setup.place.task: setup.rows}
-        rows = self._select_rows([*held.values()])
         batch_size = setup.micro_batch_size or setup.recipe.train.batch_size
+        rows = self._select_rows(np.sort(np.concatenate([*held.values()])).tolist(), batch_size)
         techniques = build_techniques(setup.recipe.train.techniques)
         head = find_head_layer(model)[1]
         batches = iter_features(model, techniques, setup.examples, rows, batch_size)
@@ -64,8 +64,8 @@ class AnalyticRound(MethodRound):
             upload["included"][[task for task, own in held.items() if len(own)]] = 1
         return upload
 
-    def _select_rows(self, parts: Sequence[np.ndarray]) -> list[int]:
-        """Return the rows of the classes with enough examples, sorted."""
-        rows = np.sort(np.concatenate(parts)).tolist()
-        labels = self._setup.examples.make_batch(rows)["labels"]
+    def _select_rows(self, rows: Sequence[int], batch_size: int) -> list[int]:
+        """Return the rows of the classes with enough examples. Inputs are read in batches, as images take memory."""
+        make_batch, starts = self._setup.examples.make_batch, range(0, len(rows), batch_size)
+        labels = torch.cat([make_batch(rows[start : start + batch_size])["labels"] for start in starts])
         return [rows[at] for at in select_shared_rows(labels, self._fewest).tolist()]

@@ -52,11 +52,11 @@ def make_stream_round(
         continual.list_classes(plan, labels, trained, neighbours=True),
         continual.list_classes(plan, labels, trained if plan.stream.setting == "task" else tasks, neighbours=True),
         len(labels),
-        len(plan.task_names),
-        {task: find_task_rows(context, rows, replace(place, task=task), client) for task in place.seen},
         place.last and plan.stream.arrival == "together",
         stored or {},
         received or {},
+        len(plan.task_names),
+        {task: find_task_rows(context, rows, replace(place, task=task), client) for task in place.seen},
     )
 
 

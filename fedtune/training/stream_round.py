@@ -27,8 +27,8 @@ class StreamRound:
     classes: Sequence[int] | None
     seen_classes: Sequence[int] | None
     num_labels: int
-    num_tasks: int
-    held_rows: Mapping[int, NDArray[np.int64]]
     uploads: bool = False
     stored: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
     received: Mapping[str, Tensor] = field(default_factory=dict)
+    num_tasks: int = 0
+    held_rows: Mapping[int, NDArray[np.int64]] = field(default_factory=dict)
