@@ -13,7 +13,7 @@ from fedtune.continual._drift_opening import can_end_visit, end_visit
 from fedtune.continual._drift_phases import find_phase
 from fedtune.errors import FedtuneError, RecipeError
 from fedtune.recipe.schema import Recipe
-from fedtune.server import round_loop
+from fedtune.server import round_commit
 from fedtune.server.events import DriftNoticed, describe_drift
 from fedtune.server.selection import prefer_clients
 from fedtune.server.server_app import run_to_completion
@@ -122,7 +122,7 @@ def test_an_alarm_opens_a_task_and_a_resumed_run_has_the_same_bits(
     assert list_borders(closed) == [0, 3, 8]
     assert closed.hashes[:5] == alone.hashes[:5]
     assert closed.hashes[7] != alone.hashes[7]  # the learning rate started again
-    commit = round_loop.commit_round
+    commit = round_commit.commit_round
 
     def stop(store: Store, run_id: str, number: int, result: Any) -> Any:
         if number == 6:
@@ -130,10 +130,10 @@ def test_an_alarm_opens_a_task_and_a_resumed_run_has_the_same_bits(
         return commit(store, run_id, number, result)
 
     clear_run_context()
-    monkeypatch.setattr(round_loop, "commit_round", stop)
+    monkeypatch.setattr("fedtune.server.round_loop.commit_round", stop)
     with pytest.raises(KeyboardInterrupt):
         execute(recipe, run="killed")
-    monkeypatch.setattr(round_loop, "commit_round", commit)
+    monkeypatch.setattr("fedtune.server.round_loop.commit_round", commit)
     clear_run_context()
     from fedtune.device.client_app import app
 
@@ -150,7 +150,7 @@ def test_clients_above_the_threshold_come_first(words: Path) -> None:
     assert prefer_clients([1, 4], range(6), [0, 4, 5]) == [0, 4]
     assert prefer_clients([1, 4], [1, 2, 4], [5]) == [1, 4]
     assert prefer_clients([1, 4], range(6), []) == [1, 4]
-    changes = {"devices": [{"name": "toy", "count": 6}], "federation": {"clients_per_round": 2}}
+    changes: dict[str, Any] = {"devices": [{"name": "toy", "count": 6}], "federation": {"clients_per_round": 2}}
     cohorts = {}
     for asks in (False, True):
         ended = execute(make_recipe(words, {"asks": asks}, **changes), run=f"asks-{asks}".lower())
