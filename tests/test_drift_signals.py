@@ -84,7 +84,8 @@ def test_in_domain_score_is_about_one_whatever_the_size() -> None:
 
 def test_one_class_of_a_small_reference_is_no_stranger_than_a_mixed_batch() -> None:
     """Of 20 reference examples a class, the mean has an error that counts in full for a batch of one class."""
-    mixed, alone = [], []
+    mixed: list[float] = []
+    alone: list[float] = []
     for seed in range(300):
         reference, (features, labels) = draw(60, seed), draw(120, 1000 + seed)
         moments = compute_moments(sum_features(*reference, CLASSES))
