@@ -35,24 +35,34 @@ SMALL: dict[str, Any] = {
     "num_hidden_layers": 1,
 }
 
+LABELS: dict[str, Any] = {"pad_token_id": 0, "num_labels": 3}
+
 
 def roberta() -> PreTrainedModel:
-    return RobertaForSequenceClassification(RobertaConfig(**SMALL, pad_token_id=0, num_labels=3))
+    return RobertaForSequenceClassification(RobertaConfig(**SMALL, **LABELS))
 
 
 def distilbert() -> PreTrainedModel:
-    config = DistilBertConfig(vocab_size=50, dim=16, hidden_dim=32, n_heads=2, n_layers=1, num_labels=3)
-    return DistilBertForSequenceClassification(config)
+    shape: dict[str, Any] = {
+        "vocab_size": 50,
+        "dim": 16,
+        "hidden_dim": 32,
+        "n_heads": 2,
+        "n_layers": 1,
+        "num_labels": 3,
+    }
+    return DistilBertForSequenceClassification(DistilBertConfig(**shape))
 
 
 def gpt2() -> PreTrainedModel:
-    config = GPT2Config(vocab_size=50, n_embd=16, n_head=2, n_layer=1, pad_token_id=0, num_labels=3)
-    return GPT2ForSequenceClassification(config)
+    shape: dict[str, Any] = {"vocab_size": 50, "n_embd": 16, "n_head": 2, "n_layer": 1, "num_labels": 3}
+    return GPT2ForSequenceClassification(GPT2Config(**shape, pad_token_id=0))
 
 
 def vit() -> PreTrainedModel:
-    shape = {name: value for name, value in SMALL.items() if name != "vocab_size"}
-    return ViTForImageClassification(ViTConfig(**shape, image_size=32, patch_size=16, num_labels=3))
+    shape: dict[str, Any] = {name: value for name, value in SMALL.items() if name != "vocab_size"}
+    shape |= {"image_size": 32, "patch_size": 16, "num_labels": 3}
+    return ViTForImageClassification(ViTConfig(**shape))
 
 
 class FewPictures:

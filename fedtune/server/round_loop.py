@@ -47,6 +47,7 @@ from fedtune.tracking import ClientRecord, MetricRecord, RoundRecord, SampleReco
 from fedtune.tracking.pruning import find_checkpointed_round, remove_pruned_checkpoints
 from fedtune.training import RunContext, get_model_state
 from fedtune.training.model_counts import check_model_counts
+from fedtune.training.stream_place import trains_in_round
 from fedtune.untrusted import clean_text
 from fedtune.wire.client_update import ClientUpdate
 from fedtune.wire.masked_weights import find_masks, restore_dense_tensors, select_active_values
@@ -178,7 +179,12 @@ def _simulated_seconds(seconds: float | None) -> tuple[MetricRecord, ...]:
 def _merged(
     context: RunContext, state: SharedState, run_id: str, round_number: int, updates: Sequence[ClientUpdate]
 ) -> tuple[merging.Merged, tuple[MetricRecord, ...]]:
-    """Merge a round's updates and apply the techniques' changes; return the next state and metrics of the merge."""
+    """Merge a round's updates and apply the techniques' changes; return the next state and metrics of the merge.
+
+    If no client trained, the state stays as it is, because a merge may change tensors without any delta.
+    """
+    if not trains_in_round(context, round_number):
+        return merging.Merged(dict(state), {}), ()
     pipeline = append_noise_step(
         context.recipe, merging.build_pipeline(context.recipe.merge), run_id, round_number, updates
     )

@@ -92,3 +92,10 @@ def declare_task_uploads(context: RunContext, round_number: int, names: Sequence
         for method in context.methods
         for name, form in method.declare_upload(context.model, context.recipe, names).items()
     }
+
+
+def trains_in_round(context: RunContext, round_number: int) -> bool:
+    """Whether clients train in a round. Methods that let them rest have one plan for all clients."""
+    plan = context.stream_plan
+    place = None if plan is None else plan.find_place(round_number, 0)
+    return place is None or all(method.trains(place) for method in context.methods)
