@@ -7,6 +7,7 @@ from torch import Tensor
 from fedtune.continual._masked_head import find_head, list_classes, mask_classes
 from fedtune.continual._method import Border, BorderResult, ContinualMethod, MethodRound, MethodSetup, TaskUpload
 from fedtune.continual._plan import Place, StreamPlan, find_stream
+from fedtune.continual._storage import check_storage, find_storage_budget
 from fedtune.continual._stream_rows import (
     list_tasks,
     number_tasks,
@@ -30,6 +31,7 @@ __all__ = [
     "build_methods",
     "check_stream",
     "find_head",
+    "find_storage_budget",
     "find_stream",
     "list_classes",
     "list_methods",
@@ -75,7 +77,9 @@ def check_stream(recipe: Recipe) -> None:
     """Raise RecipeError if the methods of a stream cannot do what the rest of the recipe asks."""
     if recipe.stream is None:
         return
-    for method in build_methods(recipe.stream.memory):
+    methods = build_methods(recipe.stream.memory)
+    check_storage(recipe, methods)
+    for method in methods:
         if method.needs_common_border and recipe.stream.arrival != "together":
             raise RecipeError(
                 f"stream.memory: {method.name} needs all clients to end a task in the same round; set arrival: together"
