@@ -34,6 +34,7 @@ __all__ = [
     "find_storage_budget",
     "find_stream",
     "list_classes",
+    "list_methods",
     "list_tasks",
     "mask_classes",
     "name_memory",
@@ -54,6 +55,11 @@ def build_methods(units: Sequence[Unit], recipe_key: str = "stream.memory") -> t
     if "joint" in names and len(names) > 1:
         raise RecipeError(f"{recipe_key}: joint has all examples, so nothing is left to remember; drop the others")
     return chosen
+
+
+def list_methods(recipe: Recipe) -> tuple[ContinualMethod, ...]:
+    """Return the methods of a recipe's stream, none without a stream."""
+    return () if recipe.stream is None else build_methods(recipe.stream.memory)
 
 
 def name_memory(method: ContinualMethod, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -49,6 +49,9 @@ class MethodSetup:
     all_rows: NDArray[np.int64] | None = None
     list_classes: Callable[[Sequence[int]], Sequence[int] | None] | None = None
     run_forward: Callable[[Tensors], tuple[Tensor, Tensor | None]] | None = None
+    num_tasks: int = 0
+    held_rows: Mapping[int, NDArray[np.int64]] = field(default_factory=dict)
+    """The rows that the client would train on in each task that it has begun, as far as it still holds them."""
 
 
 class MethodRound:
@@ -129,6 +132,16 @@ class ContinualMethod(NamedUnit):
 
     def check(self, recipe: Recipe) -> None:
         """Raise RecipeError if the method cannot do what the rest of the recipe asks."""
+
+    def check_export(self) -> None:
+        """Raise ModelError if no plain model can contain the result."""
+
+    def rewrite_model(self, model: nn.Module, task: Task, recipe: Recipe) -> None:
+        """Rewrite the loaded model before the techniques do; ModelError if it does not fit."""
+
+    def trains(self, place: Place) -> bool:
+        """Whether clients train in a round. In one without training they only upload statistics."""
+        return True
 
     def begin_round(self, setup: MethodSetup) -> MethodRound:
         """Begin a client's round on the device."""

@@ -1,6 +1,7 @@
 """Find out what a client trains on in a round of a stream, and what it uploads at the end of a task."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -58,6 +59,8 @@ def make_stream_round(
         received or {},
         all_rows,
         partial(continual.list_classes, plan, labels),
+        len(plan.task_names),
+        {task: find_task_rows(context, rows, replace(place, task=task), client) for task in place.seen},
     )
 
 

@@ -51,6 +51,8 @@ def begin_methods(client: ClientRound) -> ClientRound:
                 stream.all_rows,
                 stream.list_classes,
                 partial(_run_forward, client),
+                stream.num_tasks,
+                {task: replace(client, rows=own).split_rows()[0] for task, own in stream.held_rows.items()},
             )
         )
         for method in stream.methods
