@@ -16,7 +16,7 @@ Series = Mapping[int, float]
 class StabilityGap(NamedTuple):
     """``gap`` is the mean over earlier tasks of their lowest minus their last score, which is 0 or negative.
 
-    ``worst_case`` is the worst-case accuracy: the mean of the last task's last score and the earlier tasks' lowest ones.
+    ``worst_case`` is the worst-case accuracy: the mean of the last task's last and the earlier tasks' lowest scores.
     """
 
     gap: float
