@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fedtune.cli.plain_table import make_table
+
 if TYPE_CHECKING:
     from fedtune.offline_merge import ModelComparison
     from fedtune.offline_merge.model_card import ModelMetrics
