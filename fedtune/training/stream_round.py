@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,7 +10,15 @@ from torch import Tensor
 
 from fedtune.continual import ContinualMethod, Place
 
-__all__ = ["StreamRound"]
+__all__ = ["StreamRound", "TaskHoldout"]
+
+
+class TaskHoldout(NamedTuple):
+    """A client's held-out rows of one task, and the classes that the model may predict for them, None for all."""
+
+    task: int
+    rows: NDArray[np.int64]
+    classes: Sequence[int] | None
 
 
 @dataclass(frozen=True)
@@ -18,7 +27,8 @@ class StreamRound:
 
     ``rows`` are the examples of its task. ``classes`` are those that the loss compares, and ``seen_classes`` those that
     the model may predict, None for all. ``stored`` are the tensors of earlier visits on the device, by visit, and
-    ``received`` the server's memory; both are named by their method.
+    ``received`` the server's memory; both are named by their method. ``holdouts`` are scored one by one, if any, among
+    ``num_tasks`` distinct tasks.
     """
 
     place: Place
@@ -30,3 +40,5 @@ class StreamRound:
     uploads: bool = False
     stored: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
     received: Mapping[str, Tensor] = field(default_factory=dict)
+    holdouts: Sequence[TaskHoldout] = ()
+    num_tasks: int = 0
