@@ -173,7 +173,7 @@ def test_scores_of_tasks_are_refused_in_a_run_without_a_stream() -> None:
 
 
 def test_a_run_that_was_rolled_back_ends_with_the_same_ledger() -> None:
-    whole = execute(resolve_stream(FIVES, evaluation=HELD))
+    whole = execute(resolve_stream(FIVES, evaluation=HELD, checkpoints={"keep": "all"}))
     with Store.open() as store:
         store.forget_rounds("run-1", 1, "rolled back")
     fedtune.simulate(fedtune.Run("run-1", get_default_url()))

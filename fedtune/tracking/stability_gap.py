@@ -7,10 +7,18 @@ next one and recover before its border.
 from collections.abc import Mapping
 from typing import NamedTuple
 
-__all__ = ["StabilityGap", "compute_stability_gap"]
+__all__ = ["LowestScore", "StabilityGap", "compute_stability_gap", "find_lowest_scores"]
 
 Series = Mapping[int, float]
 """Scores by round."""
+
+
+class LowestScore(NamedTuple):
+    """The lowest score of a task after it was learned, its round, and the last score."""
+
+    round: int
+    lowest: float
+    last: float
 
 
 class StabilityGap(NamedTuple):
@@ -23,20 +31,27 @@ class StabilityGap(NamedTuple):
     worst_case: float
 
 
-def compute_stability_gap(series: Mapping[str, Series], ends: Mapping[str, int]) -> StabilityGap | None:
-    """Compute the gap from validation scores by task and round; None before an earlier task was scored again.
+def find_lowest_scores(series: Mapping[str, Series], ends: Mapping[str, int]) -> dict[str, LowestScore]:
+    """Return the lowest score of each task that was scored after its first visit.
 
-    ``ends`` are the last rounds of the tasks' first visits, in the order of the stream; only rounds after them count.
+    ``ends`` are the last rounds of the tasks' first visits; only rounds after them count.
     """
-    later = {
-        task: {number: value for number, value in series.get(task, {}).items() if number > end}
-        for task, end in ends.items()
-    }
-    lowest = [(min(values.values()), values[max(values)]) for values in later.values() if values]
+    found = {}
+    for task, end in ends.items():
+        later = {number: value for number, value in series.get(task, {}).items() if number > end}
+        if later:
+            number = min(later, key=lambda one: later[one])
+            found[task] = LowestScore(number, later[number], later[max(later)])
+    return found
+
+
+def compute_stability_gap(series: Mapping[str, Series], ends: Mapping[str, int]) -> StabilityGap | None:
+    """Compute the gap from validation scores by task and round; None before an earlier task was scored again."""
+    lowest = find_lowest_scores(series, ends)
     if not lowest:
         return None
-    gap = sum(low - last for low, last in lowest) / len(lowest)
+    gap = sum(one.lowest - one.last for one in lowest.values()) / len(lowest)
     newest = max(ends, key=lambda task: ends[task])
-    final = [values[max(values)] for values in [series.get(newest, {})] if values and not later[newest]]
-    scores = [low for low, _ in lowest] + final
+    final = [values[max(values)] for values in [series.get(newest, {})] if values and newest not in lowest]
+    scores = [one.lowest for one in lowest.values()] + final
     return StabilityGap(gap, sum(scores) / len(scores))
