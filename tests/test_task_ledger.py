@@ -180,3 +180,15 @@ def test_a_run_that_was_rolled_back_ends_with_the_same_ledger() -> None:
     again = outcome("run-1")
     assert [record.task_scores for record in again.rounds] == [record.task_scores for record in whole.rounds]
     assert list_visits(again.rounds) == list_visits(whole.rounds)
+
+
+def test_what_devices_store_is_recorded_in_bytes() -> None:
+    ended = execute(resolve_stream({**FIVES, "memory": [{"replay": {"share": "10%"}}]}))
+    stored = {one.client: one.stored_bytes for one in ended.rounds[4].client_records}
+    own = paths.get_runs_folder() / "run-1" / "own"
+    on_disk = {
+        client: sum(file.stat().st_size for file in own.glob(f"client-{client:06d}/memory-*")) for client in range(4)
+    }
+    assert stored == on_disk
+    assert min(on_disk.values()) > 1000
+    assert {one.stored_bytes for one in execute(resolve_stream(CLASSES), run="naive").rounds[1].client_records} == {0}

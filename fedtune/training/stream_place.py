@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,7 +45,8 @@ def make_stream_round(
     if place is None:
         raise NoTaskError("it has no task in this round, as stream.arrival says", code="no-task")
     joint = any(method.uses_all_tasks for method in context.methods)
-    own = rows[context.task_numbers[rows] >= 0] if joint else find_task_rows(context, rows, place, client)
+    all_rows = rows[context.task_numbers[rows] >= 0]
+    own = all_rows if joint else find_task_rows(context, rows, place, client)
     if not len(own) and not scoring:
         raise NoTaskError(f"it has no example of task {plan.task_names[place.task]}", code="no-task-examples")
     tasks = range(len(plan.task_names)) if joint else place.seen
@@ -60,8 +62,11 @@ def make_stream_round(
         place.last and plan.stream.arrival == "together",
         stored or {},
         received or {},
-        _list_holdouts(context, rows, place, client) if scoring or place.first else (),
+        all_rows,
+        partial(continual.list_classes, plan, labels),
         len(plan.task_names),
+        {task: find_task_rows(context, rows, replace(place, task=task), client) for task in place.seen},
+        _list_holdouts(context, rows, place, client) if scoring or place.first else (),
     )
 
 
