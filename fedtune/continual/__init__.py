@@ -1,0 +1,1 @@
+"""Continual learning: methods that keep what was learned from earlier tasks of a stream."""
