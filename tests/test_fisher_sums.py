@@ -62,7 +62,7 @@ class Examples:
 def measure(model: nn.Module, rows: Any, kind: FisherKind, classes: list[int] | None = None) -> Tensor:
     singles = iter_single_examples(Examples(), rows)
     choice = LabelChoice(kind, classes, seed=7)
-    return sum_fisher_information(model, IMAGES, (), singles, ["head.weight"], choice)["head.weight"]
+    return sum_fisher_information(model, IMAGES, (), singles, ["head.weight"], choice).sums["head.weight"]
 
 
 def test_exact_fisher_of_two_classes_is_the_closed_form() -> None:
@@ -79,7 +79,7 @@ def test_exact_fisher_is_the_expectation_of_sampled_fisher() -> None:
     model = Linear()
     singles = [batch for batch in iter_single_examples(Examples(), [0, 1]) for _ in range(4000)]
     drawn = sum_fisher_information(model, IMAGES, (), singles, ["head.weight"], LabelChoice("sampled", None, 5))
-    assert torch.allclose(drawn["head.weight"] / 4000, measure(model, [0, 1], "exact"), rtol=0.12, atol=0.02)
+    assert torch.allclose(drawn.sums["head.weight"] / 4000, measure(model, [0, 1], "exact"), rtol=0.12, atol=0.02)
 
 
 def test_empirical_fisher_squares_gradients_of_single_examples() -> None:

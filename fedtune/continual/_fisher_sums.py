@@ -18,6 +18,7 @@ from fedtune.techniques import Technique, begin_step
 
 __all__ = [
     "FisherKind",
+    "FisherSums",
     "LabelChoice",
     "choose_fisher_kind",
     "evaluation_mode",
@@ -40,6 +41,13 @@ class LabelChoice(NamedTuple):
     seed: int = 0
 
 
+class FisherSums(NamedTuple):
+    """The sums by parameter name, and the number of examples."""
+
+    sums: dict[str, Tensor]
+    count: int
+
+
 def choose_fisher_kind(task: Task, classes: Collection[int]) -> FisherKind:
     """Return the best kind that is affordable: exact for few classes. Tasks without classes have only empirical."""
     if not task.has_classes:
@@ -54,17 +62,18 @@ def sum_fisher_information(
     examples: Iterable[Mapping[str, Tensor]],
     names: Sequence[str],
     labels: LabelChoice,
-) -> dict[str, Tensor]:
+) -> FisherSums:
     """Return sum_i sum_y p(y | x_i) (d log p(y | x_i) / d theta)^2 of the parameters ``names``, fp32 on the CPU.
 
-    Each of ``examples`` is a batch of one example.
+    Each of ``examples`` is a batch of one example. Those without a prediction (texts of one token) do not count.
     """
     parameters = {name: model.get_parameter(name) for name in names}
     sums = {name: torch.zeros(one.shape, device=one.device) for name, one in parameters.items()}
     generator = torch.Generator().manual_seed(labels.seed)
-    device = find_device(model)
+    device, count = find_device(model), 0
     with evaluation_mode(model), _gradients_on(parameters.values()):
-        for example in examples:
+        for example in (one for one in examples if task.count_predictions(one["labels"])):
+            count += 1
             batch = move_tensors(example, device)
             begin_step(techniques, model, batch, 1.0)
             for weight, log_likelihood in _iter_log_likelihoods(model, task, batch, labels, generator):
@@ -72,7 +81,7 @@ def sum_fisher_information(
                     log_likelihood, list(parameters.values()), retain_graph=labels.kind == "exact", allow_unused=True
                 )
                 _add_squares(sums.values(), gradients, weight)
-    return {name: total.cpu() for name, total in sums.items()}
+    return FisherSums({name: total.cpu() for name, total in sums.items()}, count)
 
 
 def iter_single_examples(examples: EncodedDataset, rows: Iterable[int]) -> Iterator[dict[str, Tensor]]:
