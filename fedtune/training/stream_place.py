@@ -16,7 +16,7 @@ from fedtune.wire.client_update import TensorSpec
 __all__ = ["declare_task_uploads", "find_task_rows", "make_stream_round"]
 
 IntArray = NDArray[np.int64]
-Stored = Mapping[int, Mapping[str, Tensor]]
+StoredTensors = Mapping[int, Mapping[str, Tensor]]
 
 
 def make_stream_round(
@@ -24,7 +24,7 @@ def make_stream_round(
     rows: IntArray,
     number: int,
     client: int,
-    stored: Stored | None = None,
+    stored: StoredTensors | None = None,
     received: Mapping[str, Tensor] | None = None,
 ) -> StreamRound | None:
     """Return a client's round in the stream, None without a stream.
