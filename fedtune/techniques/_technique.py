@@ -59,6 +59,13 @@ class Technique(NamedUnit):
     def rewrite_model(self, model: nn.Module, task: Task, seed: int) -> None:
         """Rewrite the model and unfreeze what is trained; ModelError if the model does not fit."""
 
+    def follow_stream(self, visits: Sequence[tuple[int, int]], *, together: bool) -> "Technique":
+        """The technique in a stream whose visits have these tasks and rounds; itself by default.
+
+        Unless ``together``, clients may be in different tasks in the same round. RecipeError if it cannot follow.
+        """
+        return self
+
     def begin_round(self, model: nn.Module, round_number: int) -> None:
         """Choose what is trained in round 1, 2, ... among the tensors that ``rewrite_model`` unfroze."""
 
