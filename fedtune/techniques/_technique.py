@@ -48,6 +48,9 @@ class Technique(NamedUnit):
     unsupported_devices: ClassVar[Mapping[str, str]] = {}
     """Device types that it cannot compute on, and why: the end of a sentence."""
 
+    needed_memory: ClassVar[str | None] = None
+    """The continual method that a stream must have for it."""
+
     def find_conflict(self, other: "Technique") -> str | None:
         """Why both cannot be combined with their settings, as the end of a sentence; None if they can."""
         return self.conflicts_with.get(other.name)

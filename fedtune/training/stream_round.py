@@ -18,7 +18,7 @@ class StreamRound:
 
     ``rows`` are the examples of its task. ``classes`` are those that the loss compares, and ``seen_classes`` those that
     the model may predict, None for all. ``stored`` are the tensors of earlier visits on the device, by visit, and
-    ``received`` the server's memory; both are named by their method.
+    ``received`` the server's memory; both are named by their method. ``uploading`` are the methods that upload tensors.
     """
 
     place: Place
@@ -27,6 +27,6 @@ class StreamRound:
     classes: Sequence[int] | None
     seen_classes: Sequence[int] | None
     num_labels: int
-    uploads: bool = False
+    uploading: Sequence[ContinualMethod] = ()
     stored: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
     received: Mapping[str, Tensor] = field(default_factory=dict)

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["design_projection", "extend_subspace", "schedule_energy_share"]
+__all__ = ["design_projection", "draw_projection", "extend_subspace", "schedule_energy_share"]
 
 _TINY = 1e-6
 """The share of energy below which a direction is rounding: Grams travel in single precision."""
@@ -30,6 +30,13 @@ def design_projection(gram: Tensor, subspace: Tensor, rank: int) -> Tensor:
     projection = torch.zeros(rank, len(gram), dtype=torch.float64)
     projection[:kept] = directions[:, :kept].T / math.sqrt(3)
     return projection.float()
+
+
+def draw_projection(subspace: Tensor, rank: int, seed: int) -> Tensor:
+    """Return random A [rank, in], fp32, off the subspace: orthonormal rows, divided by sqrt(3). Missing rows are zero."""
+    width = len(subspace)
+    drawn = torch.randn(width, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return design_projection(drawn @ drawn.T, subspace, rank)
 
 
 def extend_subspace(gram: Tensor, subspace: Tensor, share: float) -> Tensor:
