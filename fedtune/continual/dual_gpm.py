@@ -68,8 +68,8 @@ class DualGpm(ContinualMethod):
             raise RecipeError("stream.memory: dual-gpm designs the pairs of inf-lora; add it to train.techniques")
         if any(device.techniques is not None for device in recipe.devices):
             raise RecipeError(
-                "devices: a class has techniques of its own, but dual-gpm designs the pairs of one model; let all train "
-                "alike"
+                "devices: a class has techniques of its own, but dual-gpm designs the pairs of one model; let all "
+                "train alike"
             )
 
     def begin_round(self, setup: MethodSetup) -> MethodRound:

@@ -33,7 +33,7 @@ def design_projection(gram: Tensor, subspace: Tensor, rank: int) -> Tensor:
 
 
 def draw_projection(subspace: Tensor, rank: int, seed: int) -> Tensor:
-    """Return random A [rank, in], fp32, off the subspace: orthonormal rows, divided by sqrt(3). Missing rows are zero."""
+    """Return random A [rank, in], fp32, off the subspace: orthonormal rows over sqrt(3). Missing rows are zero."""
     width = len(subspace)
     drawn = torch.randn(width, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return design_projection(drawn @ drawn.T, subspace, rank)

@@ -4,7 +4,7 @@ All pairs exist from the start, with B zero, so that the shapes of the shared st
 is W + sum_t (alpha / rank) B_t A_t. A task that comes again trains its own pair again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import ClassVar, NamedTuple
 
@@ -14,7 +14,20 @@ from torch import nn
 from fedtune.errors import RecipeError
 from fedtune.techniques.low_rank._low_rank import LowRankTechnique, list_factors
 
-__all__ = ["TaskPairTechnique", "Visit", "get_pair_name"]
+__all__ = ["CONFLICTS", "TaskPairTechnique", "Visit", "get_pair_name"]
+
+
+CONFLICTS: Mapping[str, str] = {
+    "head-only": "the head is already trained with the low-rank pairs",
+    "full": "full trains the weights that low-rank pairs leave frozen",
+    "lora": "both add a low-rank pair to the same layers",
+    "qlora": "both add a low-rank pair to the same layers",
+    "dynamic-pruning": "a mask needs trained weights, and low-rank pairs leave them frozen",
+    "last-blocks": "low-rank pairs hide the convolutions that identify blocks",
+    "tinytl": "low-rank pairs hide the convolutions that identify blocks",
+    "mobiletl": "its frozen part has no gradients",
+}
+"""What no technique with a pair for each task can be combined with, and why."""
 
 
 class Visit(NamedTuple):

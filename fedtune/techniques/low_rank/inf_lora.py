@@ -13,7 +13,8 @@ Use when: tasks of a stream share their inputs' main directions and nothing of e
 ``o-lora``, no weight of a loss term has to be searched.
 Avoid when: earlier tasks fill the inputs' space, so that little is left for A.
 Source: Liang, Li, "InfLoRA: Interference-Free Low-Rank Adaptation for Continual Learning" (arXiv 2404.00228), equations
-6 to 8 and algorithm 1, with the code's scale of 1 / sqrt(3). Averaging B alone: Sun et al. (FFA-LoRA, arXiv 2403.12313).
+6 to 8 and algorithm 1, with the code's scale of 1 / sqrt(3). Averaging B alone: Sun et al. (FFA-LoRA, arXiv
+2403.12313).
 """
 
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ from torch import nn
 
 from fedtune.tasks import Task
 from fedtune.techniques.low_rank._low_rank import list_lora_layers
-from fedtune.techniques.low_rank._task_pairs import TaskPairTechnique, get_pair_name
+from fedtune.techniques.low_rank._task_pairs import CONFLICTS, TaskPairTechnique, get_pair_name
 
 __all__ = ["InfLora"]
 
@@ -37,13 +38,7 @@ class InfLora(TaskPairTechnique):
     trained_factors: ClassVar[str] = "b-only"
     allows_kv_cache: ClassVar[bool] = True
     needed_memory: ClassVar[str | None] = "dual-gpm"
-    conflicts_with: ClassVar[Mapping[str, str]] = {
-        "head-only": "the head is already trained with the low-rank pairs",
-        "full": "full trains the weights that inf-lora freezes",
-        "lora": "both add a low-rank pair to the same layers",
-        "qlora": "both add a low-rank pair to the same layers",
-        "o-lora": "both add a low-rank pair for each task",
-    }
+    conflicts_with: ClassVar[Mapping[str, str]] = {**CONFLICTS, "o-lora": "both add a low-rank pair for each task"}
 
     rank: int = Field(8, ge=2)
     target_modules: Literal["all-linear"] | list[str] = Field(

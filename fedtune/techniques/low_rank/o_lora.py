@@ -25,7 +25,7 @@ from torch import nn
 from fedtune.techniques._technique import StepInfo
 from fedtune.techniques.low_rank._low_rank import list_lora_layers
 from fedtune.techniques.low_rank._pair_overlap import compute_overlap
-from fedtune.techniques.low_rank._task_pairs import TaskPairTechnique, Visit, get_pair_name
+from fedtune.techniques.low_rank._task_pairs import CONFLICTS, TaskPairTechnique, Visit, get_pair_name
 
 __all__ = ["OLora"]
 
@@ -36,13 +36,7 @@ class OLora(TaskPairTechnique):
     name: ClassVar[str] = "o-lora"
     trained_factors: ClassVar[str] = "alternate"
     allows_kv_cache: ClassVar[bool] = True
-    conflicts_with: ClassVar[Mapping[str, str]] = {
-        "head-only": "the head is already trained with the low-rank pairs",
-        "full": "full trains the weights that o-lora freezes",
-        "lora": "both add a low-rank pair to the same layers",
-        "qlora": "both add a low-rank pair to the same layers",
-        "inf-lora": "both add a low-rank pair for each task",
-    }
+    conflicts_with: ClassVar[Mapping[str, str]] = {**CONFLICTS, "inf-lora": "both add a low-rank pair for each task"}
 
     overlap: float = Field(0.5, ge=0, description="weight of the term on A_i A_t^T")
 
