@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from fedtune import paths
 from fedtune.checkpoint import read_checkpoint
-from fedtune.errors import FedtuneError
+from fedtune.errors import DataError, FedtuneError
 from fedtune.recipe.yaml_file import parse_recipe
 from fedtune.tracking.pruning import list_kept_rounds
 from fedtune.training import ClientRound, get_run_context
@@ -136,6 +136,14 @@ def test_the_states_at_the_newest_borders_are_kept() -> None:
     )
     ended = execute(recipe)
     assert list_kept_rounds(ended.rounds) == [0, 4, 8]
+
+
+def test_a_task_that_no_example_belongs_to_is_refused() -> None:
+    recipe = resolve_stream(
+        {"setting": "class", "tasks": [{"name": "0", "rounds": 1}, {"name": "eleven", "rounds": 1}]}
+    )
+    with pytest.raises(DataError, match="no training example belongs to eleven"):
+        _ = get_run_context(recipe.model_dump_json()).client_rows
 
 
 BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [

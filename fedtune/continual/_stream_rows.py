@@ -89,8 +89,10 @@ def partition_stream(recipe: Recipe, train: Table, label_names: Sequence[str]) -
         return partition_examples(recipe, train)
     tasks = number_tasks(recipe, train, label_names)
     found: list[list[IntArray]] = [[] for _ in range(recipe.num_clients)]
-    for task in range(len(StreamPlan(recipe).task_names)):
+    for task, name in enumerate(StreamPlan(recipe).task_names):
         rows = np.flatnonzero(tasks == task)
+        if not len(rows):
+            raise DataError(f"stream.tasks: no training example belongs to {name}; correct its values or leave it out")
         for own, part in zip(found, partition_task(recipe, train.select(rows)), strict=True):
             own.append(rows[part])
     return [np.sort(np.concatenate(own)) for own in found]
