@@ -125,7 +125,7 @@ def test_rows_of_words_train_beside_low_rank_pairs(home: Path, tmp_path: Path) -
     """A text stream with a pair whose A is fixed: both methods together."""
     recipe = words(
         tmp_path,
-        "stream={setting: class, tasks: {size: 1, rounds: 1}, memory: [ewc, lwf]}",
+        "stream={setting: domain, by: label, tasks: {size: 1, rounds: 1}, memory: [ewc, lwf]}",
         "federation={}",
         "train.techniques=[{lora: {trained_factors: b-only}}]",
     )
@@ -146,7 +146,7 @@ def test_moving_base_has_no_anchor(tmp_path: Path) -> None:
         with pytest.raises(RecipeError, match=f"{memory} holds trained tensors near those of the last border"):
             words(
                 tmp_path,
-                f"stream={{setting: class, tasks: {{size: 1, rounds: 1}}, memory: [{memory}]}}",
+                f"stream={{setting: domain, by: label, tasks: {{size: 1, rounds: 1}}, memory: [{memory}]}}",
                 "federation={}",
                 "train.techniques=[{lora: {trained_factors: both-and-base}}]",
                 "merge=[flora]",
@@ -157,7 +157,7 @@ def test_alternating_factors_are_refused_for_ewc(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="set trained_factors: b-only"):
         words(
             tmp_path,
-            "stream={setting: class, tasks: {size: 1, rounds: 1}, memory: [ewc]}",
+            "stream={setting: domain, by: label, tasks: {size: 1, rounds: 1}, memory: [ewc]}",
             "federation={}",
             "train.techniques=[lora]",
         )

@@ -104,7 +104,7 @@ def test_grams_leave_out_padding_and_are_shared_by_layers_with_one_input() -> No
 def stream(folder: Path, technique: str, memory: str = "[]", rounds: int = 2, *overrides: str) -> Recipe:
     return words(
         folder,
-        f"stream={{setting: class, tasks: {{size: 1, rounds: {rounds}}}, memory: {memory}}}",
+        f"stream={{setting: domain, by: label, tasks: {{size: 1, rounds: {rounds}}}, memory: {memory}}}",
         "federation={}",
         f"train.techniques=[{technique}]",
         *overrides,
