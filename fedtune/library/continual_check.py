@@ -70,7 +70,7 @@ class _Device:
             classes,
             classes,
             len(_LABELS),
-            uploads=True,
+            uploading=[self.method],
             stored=self.stored,
             received=received,
         )
