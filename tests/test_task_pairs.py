@@ -106,6 +106,7 @@ def stream(folder: Path, technique: str, memory: str = "[]", rounds: int = 2, *o
         folder,
         f"stream={{setting: domain, by: label, tasks: {{size: 1, rounds: {rounds}}}, memory: {memory}}}",
         "federation={}",
+        "checkpoints.keep=all",
         f"train.techniques=[{technique}]",
         *overrides,
     )

@@ -106,7 +106,7 @@ class Ewc(ContinualMethod):
         if not fisher:
             return BorderResult(border.after, border.memory)
         joined = decay_fisher(select_group(border.memory, "fisher"), fisher, self.decay)
-        anchor = {name: border.after[name] for name in joined}
+        anchor = {name: border.after[name].clone() for name in joined}
         memory = join_groups(fisher={name: one.float() for name, one in joined.items()}, anchor=anchor)
         return BorderResult(border.after, memory)
 

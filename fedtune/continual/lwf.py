@@ -67,7 +67,7 @@ class Lwf(ContinualMethod):
     def after_task(self, border: Border) -> BorderResult:
         """Remember the state, and the classes that it knows."""
         plan = StreamPlan(border.recipe)
-        teacher = {name: one for name, one in border.after.items() if one.is_floating_point()}
+        teacher = {name: one.clone() for name, one in border.after.items() if one.is_floating_point()}
         memory = join_groups(teacher=teacher)
         tasks = plan.list_seen(border.round_number)
         if list_classes(plan, border.label_names, tasks) is not None:
