@@ -146,7 +146,7 @@ class _EwcRound(MethodRound):
             names,
             LabelChoice(kind, setup.classes, setup.derive_seed("fisher")),
         )
-        return {**found.sums, _COUNT: torch.tensor([float(found.count)])}
+        return {**found.sums, _COUNT: torch.tensor([float(found.num_examples)])}
 
 
 def _average(uploads: Sequence[TaskUpload]) -> dict[str, Tensor]:

@@ -106,10 +106,8 @@ class _LwfRound(MethodRound):
             assert self.unmasked is not None
             teacher = self.unmasked
         student, teacher = select_real_tokens(student, batch), select_real_tokens(teacher, batch)
-        terms = [
-            compute_distillation_loss(student, teacher, self.method.temperature, classes)
-            for classes in self.groups or [None]
-        ]
+        compared: Sequence[list[int] | None] = self.groups or [None]
+        terms = [compute_distillation_loss(student, teacher, self.method.temperature, one) for one in compared]
         return self.method.strength * torch.stack(terms).sum()
 
 

@@ -241,7 +241,7 @@ def _pair(name: str, layer: LoraLayer, pair: str, shared_base: bool) -> LowRankP
     return LowRankPair(left, right, float(layer.scaling[pair]), base, isinstance(layer.get_base_layer(), Conv1D))
 
 
-def _sum_products(layer: LoraLayer) -> Tensor:
+def _sum_products(layer: LoraLayer) -> Any:
     """The scaled products of all pairs of a layer."""
     first, *others = (layer.get_delta_weight(pair) for pair in layer.lora_A)
     return sum(others, first)

@@ -35,7 +35,7 @@ class InfLora(TaskPairTechnique):
     """A pair for each task, with a fixed A off the inputs of earlier tasks."""
 
     name: ClassVar[str] = "inf-lora"
-    trained_factors: ClassVar[str] = "b-only"
+    trained_factors: ClassVar[str] = "b-only"  # type: ignore[misc]
     allows_kv_cache: ClassVar[bool] = True
     needed_memory: ClassVar[str | None] = "dual-gpm"
     conflicts_with: ClassVar[Mapping[str, str]] = {**CONFLICTS, "o-lora": "both add a low-rank pair for each task"}
