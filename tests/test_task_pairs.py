@@ -25,7 +25,7 @@ def test_one_factor_of_the_present_task_is_trained() -> None:
     model = bert()
     picked = chosen("o-lora", visits=VISITS)
     names = techniques.apply_techniques(picked, model, TEXT, 0)
-    seen = []
+    seen: list[str] = []
     for number in range(1, 8):
         begin_round(picked, model, number)
         now = {

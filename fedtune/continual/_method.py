@@ -116,6 +116,8 @@ class ContinualMethod(NamedUnit):
     uses_all_tasks: ClassVar[bool] = False
     """Whether every round trains on the examples of all tasks."""
 
+    needed_technique: ClassVar[str | None] = None
+    """The technique that it works for."""
     uploads_at_start: ClassVar[bool] = False
     """Whether clients upload in the first round of a visit too, for ``after_first_round``."""
 

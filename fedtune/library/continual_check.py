@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedtune import continual
+from fedtune import continual, techniques
 from fedtune.continual import ContinualMethod
 from fedtune.data.encoded_texts import EncodedTexts
 from fedtune.errors import ModelError, RecipeError
@@ -21,6 +21,7 @@ from fedtune.recipe.schema import Recipe, Unit
 from fedtune.recipe.unit_registry import build_unit
 from fedtune.training import ClientRound, LocalTrainingResult, get_model_state, train_local_model
 from fedtune.training.stream_round import StreamRound
+from fedtune.training.stream_tasks import follow_stream
 
 __all__ = ["check_continual_method"]
 
@@ -43,7 +44,9 @@ class _Device:
         tiny = next(one for one in TINY_MODELS if one.task == "text-classification")
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self._prepared = prepare(tiny.build(0), ["full"], task=tiny.task)
+            self._prepared = prepare(
+                tiny.build(0), [{one.name: one.settings} for one in self.recipe.train.techniques], task=tiny.task
+            )
             batches = [tiny.make_batch(seed) for seed in range(_ROWS // 4)]
         labels = torch.arange(_ROWS) % len(_LABELS)
         ids = torch.cat([batch["input_ids"] for batch in batches]).int()
@@ -74,8 +77,8 @@ class _Device:
             stored=self.stored,
             received=received,
         )
-        model, techniques = self._prepared.model, self._prepared.techniques
-        client = ClientRound(model, techniques, self.recipe, self._examples, rows, number, _CLIENT, stream=stream)
+        model, chosen = self._prepared.model, self._prepared.techniques
+        client = ClientRound(model, chosen, self.recipe, self._examples, rows, number, _CLIENT, stream=stream)
         return train_local_model(client, self.state)
 
     def end_task(self, number: int, result: LocalTrainingResult) -> continual.BorderResult:
@@ -102,7 +105,7 @@ class _Device:
 def check_continual_method(name: str) -> Iterator[CheckResult]:
     """Check a method with its default settings; one that does not fit the tiny stream is skipped with its reason."""
     method: ContinualMethod = build_unit("fedtune.continual", Unit(name=name), "stream.memory")
-    recipe = _make_recipe(name)
+    recipe = _make_recipe(name, method.needed_technique or "full")
     checks = {
         "a round of a task gives the same bits twice": _check_repeat,
         "uploads what it declares": _check_upload,
@@ -116,7 +119,7 @@ def check_continual_method(name: str) -> Iterator[CheckResult]:
         yield run_check(what, partial(check, recipe, method), refusals)
 
 
-def _make_recipe(name: str) -> Recipe:
+def _make_recipe(name: str, technique: str) -> Recipe:
     settings: dict[str, Any] = {
         "version": 2,
         "name": "check",
@@ -124,11 +127,14 @@ def _make_recipe(name: str) -> Recipe:
         "model": {"source": "path:nowhere"},
         "data": {"source": "csv:nowhere"},
         "devices": [{"count": 1}],
-        "train": {"techniques": ["full"], "batch_size": 4, "local_steps": 2, "lr": 0.01},
+        "train": {"techniques": [technique], "batch_size": 4, "local_steps": 2, "lr": 0.01},
         "federation": {},
         "stream": {**_STREAM, "memory": [name]},
     }
-    return Recipe.model_validate(settings)
+    recipe = Recipe.model_validate(settings)
+    chosen = follow_stream(recipe, techniques.build_techniques(recipe.train.techniques))
+    units = [Unit(name=one.name, settings=one.model_dump(mode="json")) for one in chosen]
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"techniques": units})})
 
 
 def _check_repeat(recipe: Recipe, method: ContinualMethod) -> None:

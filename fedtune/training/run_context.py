@@ -79,6 +79,7 @@ class RunContext:
     """The contexts of device classes with their own settings, by name. They share this context's examples."""
     local_tensors: dict[str, Tensor] = field(init=False, repr=False)
     """The tensors that stay on each device, with their values before training."""
+    _split_tasks: dict[str, np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Copy the local tensors while the model is untrained."""
@@ -114,10 +115,17 @@ class RunContext:
         """The continual methods of the stream."""
         return () if self.recipe.stream is None else continual.build_methods(self.recipe.stream.memory)
 
-    @cached_property
+    @property
     def task_numbers(self) -> np.ndarray:
         """The task [n] of each example of the training split, -1 for none."""
-        return continual.number_tasks(self.recipe, self.corpus.train, self.corpus.label_names)
+        return self.number_split_tasks("train")
+
+    def number_split_tasks(self, part: str) -> np.ndarray:
+        """Return the task [n] of each example of a split, -1 for none."""
+        if part not in self._split_tasks:
+            table = getattr(self.corpus, part)
+            self._split_tasks[part] = continual.number_tasks(self.recipe, table, self.corpus.label_names)
+        return self._split_tasks[part]
 
     @cached_property
     def train(self) -> data.EncodedDataset:
