@@ -7,6 +7,7 @@ Exactness: A_t is the same on all clients and fixed, so the mean of B_t gives th
 Design: half of A's rows are random directions off M, set when the task begins. The clients measure the inputs of the
 new task in its first round, and the other half become the strongest directions of these inputs off M. So no round is
 spent on measuring. A task with one round has random directions only. The paper measures before it trains.
+Saves: what ``lora`` saves, and the gradients of A.
 Sends: down, the pairs of all tasks in each round. Up, B of one pair, and for ``dual-gpm`` a Gram matrix of each layer's
 inputs in the first and last round of a task: layers with wide inputs cost most, so the default is keys and values.
 Use when: tasks of a stream share their inputs' main directions and nothing of earlier tasks may be stored. Unlike

@@ -5,8 +5,8 @@ loss gains overlap * sum_i sum_ab |A_i A_t^T|_ab, the entrywise L1 norm over the
 rows of A of different tasks become orthogonal.
 Exactness: B_t is trained in odd rounds of a task and A_t in even ones, while the other factor is the same on all
 clients. The mean of their updates is then the mean of their products. The paper trains both at once, on one machine.
+Saves: what ``lora`` saves. Each task's pair costs its own products, so a step takes longer the more tasks there are.
 Sends: down, the pairs of all tasks in each round. Up, one factor of one pair.
-Saves: what ``lora`` saves. Each pair costs its own forward pass, so a step takes longer with each task of the stream.
 Use when: the tasks of a stream differ, and nothing of earlier ones may be stored. The number of tasks is known.
 Avoid when: tasks have one round, in which A is never trained, or are so many that their ranks fill the width of the
 layers. The term grows with rank, tasks and layers: search ``overlap`` for each model.
