@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.report import save
+from fedtune.paths import get_cache_folder
 from fedtune.tracking import Store
 
 RECIPE = """
@@ -47,6 +48,7 @@ ARMS: dict[str, Sequence[str]] = {
     "inf-lora, loss new": ("stream.loss=new", "train.techniques=[inf-lora]", "stream.memory=[dual-gpm]"),
 }
 """What differs from the recipe."""
+CACHE = str(get_cache_folder())
 
 
 def main() -> None:
@@ -81,7 +83,7 @@ def run_arm(changes: Sequence[str], *, short: bool) -> dict[str, Any]:
             [sys.executable, "-m", "fedtune.cli.main", "simulate", str(recipe), "--json", *options],
             check=True,
             stdout=subprocess.DEVNULL,
-            env={**os.environ, "FEDTUNE_HOME": home, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "FEDTUNE_HOME": home, "FEDTUNE_CACHE": CACHE, "OMP_NUM_THREADS": "1"},
         )
         after = os.times()
         matrix, sent = read_run(Path(home))

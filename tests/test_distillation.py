@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from fedtune.continual._distillation import compute_distillation_loss, predict_with_teacher, select_real_tokens
 from tests.test_fisher_sums import Examples, Linear
+from tests.tiny import few_texts, llama
 
 
 def test_term_and_gradient_are_zero_at_the_teacher() -> None:
@@ -90,3 +91,17 @@ def test_teacher_shares_the_base() -> None:
     model = Two()
     zero = {"head.weight": torch.zeros(2, 2), "head.bias": torch.zeros(2)}
     assert not predict_with_teacher(model, zero, {"x": torch.ones(1, 2)}).any()
+
+
+def test_language_model_is_distilled_at_every_real_token() -> None:
+    """The teacher differs in its last layer. Texts in a batch count by their tokens, padding does not."""
+    model = llama().eval()
+    batch = few_texts(language=True).make_batch([0, 1, 2])
+    other = {"lm_head.weight": torch.randn_like(model.lm_head.weight)}
+    student, teacher = model(**batch).logits, predict_with_teacher(model, other, batch)
+    rows = [select_real_tokens(logits, batch) for logits in (student, teacher)]
+    assert len(rows[0]) == int(batch["attention_mask"].sum()) < batch["attention_mask"].numel()
+    assert compute_distillation_loss(*rows, 2.0) > 0.1
+    own = {"lm_head.weight": model.lm_head.weight.detach().clone()}
+    same = select_real_tokens(predict_with_teacher(model, own, batch), batch)
+    assert compute_distillation_loss(rows[0], same, 2.0).item() == pytest.approx(0, abs=1e-5)

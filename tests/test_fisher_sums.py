@@ -25,6 +25,7 @@ from fedtune.continual._quadratic_penalty import (
 )
 from fedtune.recipe.schema import Unit
 from fedtune.tasks import get_task
+from tests.tiny import few_texts, llama
 
 IMAGES = get_task(Unit(name="image-classification"))
 INPUTS, CLASSES, ROWS = 5, 3, 12
@@ -158,3 +159,20 @@ def test_evaluation_mode_restores_each_layer() -> None:
         assert not model.head.training
     assert model.head.training
     assert not model.dropout.training
+
+
+def test_texts_are_measured_one_by_one_and_those_of_one_token_do_not_count() -> None:
+    """Twin: squared gradients of the mean loss of each text alone, without the padding of a batch."""
+    model, data, language = llama(), few_texts(language=True), get_task("text-generation")
+    name, singles = "model.layers.0.mlp.up_proj.weight", list(iter_single_examples(data, range(5)))
+    wanted = torch.zeros_like(model.get_parameter(name))
+    for one in singles:
+        model.zero_grad()
+        model(**one).loss.backward()
+        gradient = model.get_parameter(name).grad
+        assert gradient is not None
+        wanted += gradient.square()
+    short = {key: tensor[:, :1] for key, tensor in singles[0].items()}
+    found = sum_fisher_information(model, language, (), [*singles, short], [name], LabelChoice("empirical"))
+    assert found.num_examples == 5
+    torch.testing.assert_close(found.sums[name], wanted)
