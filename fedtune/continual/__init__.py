@@ -7,6 +7,7 @@ from torch import Tensor
 from fedtune.continual._masked_head import find_head, list_classes, mask_classes
 from fedtune.continual._method import Border, BorderResult, ContinualMethod, MethodRound, MethodSetup, TaskUpload
 from fedtune.continual._plan import Place, StreamPlan, find_stream
+from fedtune.continual._storage import check_storage, find_storage_budget
 from fedtune.continual._stream_rows import (
     list_tasks,
     number_tasks,
@@ -30,8 +31,10 @@ __all__ = [
     "build_methods",
     "check_stream",
     "find_head",
+    "find_storage_budget",
     "find_stream",
     "list_classes",
+    "list_methods",
     "list_tasks",
     "mask_classes",
     "name_memory",
@@ -54,6 +57,11 @@ def build_methods(units: Sequence[Unit], recipe_key: str = "stream.memory") -> t
     return chosen
 
 
+def list_methods(recipe: Recipe) -> tuple[ContinualMethod, ...]:
+    """Return the methods of a recipe's stream, none without a stream."""
+    return () if recipe.stream is None else build_methods(recipe.stream.memory)
+
+
 def name_memory(method: ContinualMethod, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a method's tensors under names that belong to it."""
     return {f"{method.name}/{name}": tensor for name, tensor in tensors.items()}
@@ -69,7 +77,9 @@ def check_stream(recipe: Recipe) -> None:
     """Raise RecipeError if the methods of a stream cannot do what the rest of the recipe asks."""
     if recipe.stream is None:
         return
-    for method in build_methods(recipe.stream.memory):
+    methods = build_methods(recipe.stream.memory)
+    check_storage(recipe, methods)
+    for method in methods:
         if method.needs_common_border and recipe.stream.arrival != "together":
             raise RecipeError(
                 f"stream.memory: {method.name} needs all clients to end a task in the same round; set arrival: together"

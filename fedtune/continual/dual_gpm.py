@@ -57,7 +57,6 @@ class DualGpm(ContinualMethod):
     needs_common_border: ClassVar[bool] = True
     uploads_statistics: ClassVar[bool] = True
     uploads_at_start: ClassVar[bool] = True
-    needed_technique: ClassVar[str | None] = "inf-lora"
 
     first_share: float = Field(0.95, gt=0, le=1, description="energy of its inputs that M holds after the first task")
     last_share: float = Field(1.0, gt=0, le=1, description="the same towards the last task")

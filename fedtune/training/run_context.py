@@ -55,6 +55,8 @@ def prepare_model(
         seed=derive_seed(recipe.seed, "head"),
         quantisation=quantised[0] if quantised else None,
     )
+    for method in continual.list_methods(recipe):
+        method.rewrite_model(model, task, recipe)
     shared = techniques.apply_techniques(chosen, model, task, derive_seed(recipe.seed, "techniques"))
     check_packing(recipe, model)
     return _move_model(model, choose_device(device or recipe.train.device), chosen), chosen, shared
@@ -113,7 +115,7 @@ class RunContext:
     @cached_property
     def methods(self) -> tuple[continual.ContinualMethod, ...]:
         """The continual methods of the stream."""
-        return () if self.recipe.stream is None else continual.build_methods(self.recipe.stream.memory)
+        return continual.list_methods(self.recipe)
 
     @property
     def task_numbers(self) -> np.ndarray:
