@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedtune import checkpoint, paths
-from fedtune.continual import Border, MethodRound, MethodSetup, Place, TaskUpload, mask_classes
+from fedtune.continual import Border, MethodRound, MethodSetup, Place, StreamPlan, TaskUpload, mask_classes
 from fedtune.continual._distillation import compute_distillation_loss
 from fedtune.continual.ewc import Ewc
 from fedtune.continual.lwf import Lwf
@@ -17,6 +18,7 @@ from fedtune.device.client_app import app
 from fedtune.errors import RecipeError
 from fedtune.recipe.schema import Recipe
 from fedtune.server.server_app import run_to_completion
+from fedtune.server.task_memory import list_sent_memory
 from fedtune.simulation.in_process_grid import InProcessGrid
 from fedtune.simulation.workers import SequentialWorkers
 from fedtune.tasks import get_task
@@ -230,3 +232,15 @@ def test_border_without_uploads_keeps_the_old_memory() -> None:
     uploads = [TaskUpload(0, 1.0, {"w": torch.zeros(2), "count": torch.zeros(1)})]
     border = Border(recipe, torch.nn.Linear(1, 1), 1, 1, 4, state, state, state, memory, uploads)
     assert Ewc().after_task(border).memory == memory
+
+
+def test_clients_that_begin_late_still_receive_the_memory(tmp_path: Path) -> None:
+    """The first client's stream is over when those of the last wave train."""
+    recipe = stream("[lwf]", "stream.arrival={staggered: 1, waves: 2}")
+    plan = StreamPlan(recipe)
+    context = SimpleNamespace(stream_plan=plan, recipe=recipe, methods=[Lwf()])
+    last = plan.num_rounds
+    assert plan.find_place(last, 0) is None
+    found = list_sent_memory(context, {"lwf/groups": torch.ones(1)}, last)  # type: ignore[arg-type]
+    assert set(found) == {"lwf/groups"}
+    assert list_sent_memory(context, {"lwf/groups": torch.ones(1)}, last + 1) == {}  # type: ignore[arg-type]

@@ -99,9 +99,9 @@ def test_language_model_is_distilled_at_every_real_token() -> None:
     batch = few_texts(language=True).make_batch([0, 1, 2])
     other = {"lm_head.weight": torch.randn_like(model.lm_head.weight)}
     student, teacher = model(**batch).logits, predict_with_teacher(model, other, batch)
-    rows = [select_real_tokens(logits, batch) for logits in (student, teacher)]
-    assert len(rows[0]) == int(batch["attention_mask"].sum()) < batch["attention_mask"].numel()
-    assert compute_distillation_loss(*rows, 2.0) > 0.1
+    one, two = (select_real_tokens(logits, batch) for logits in (student, teacher))
+    assert len(one) == int(batch["attention_mask"].sum()) < batch["attention_mask"].numel()
+    assert compute_distillation_loss(one, two, 2.0) > 0.1
     own = {"lm_head.weight": model.lm_head.weight.detach().clone()}
     same = select_real_tokens(predict_with_teacher(model, own, batch), batch)
-    assert compute_distillation_loss(rows[0], same, 2.0).item() == pytest.approx(0, abs=1e-5)
+    assert compute_distillation_loss(one, same, 2.0).item() == pytest.approx(0, abs=1e-5)

@@ -6,12 +6,15 @@ import pytest
 import torch
 
 from fedtune import techniques
+from fedtune.continual import Border, TaskUpload
 from fedtune.continual._layer_grams import group_layers_by_input, measure_grams, pack_triangle, unpack_triangle
+from fedtune.continual.dual_gpm import DualGpm
 from fedtune.errors import RecipeError
-from fedtune.recipe.schema import Recipe
+from fedtune.recipe.schema import Recipe, Unit
 from fedtune.techniques import StepInfo, begin_round, list_trainable_tensors
 from fedtune.techniques.low_rank.inf_lora import InfLora
 from fedtune.techniques.low_rank.o_lora import OLora
+from fedtune.training import get_model_state
 from tests.federations import execute, words
 from tests.technique_steps import TEXT, chosen, logits, shake
 from tests.test_anchor_methods import read_memory, read_state, resume
@@ -149,6 +152,33 @@ def test_resumed_runs_have_the_same_bits(home: Path, tmp_path: Path, technique: 
     whole = execute(stream(tmp_path, technique, memory))
     for number in (3, 2):
         assert resume(whole, number).hashes == whole.hashes
+
+
+def test_pair_of_a_task_that_comes_again_is_not_designed_anew(tmp_path: Path) -> None:
+    recipe, visits = stream(tmp_path, "inf-lora", "[dual-gpm]"), [(0, 2), (1, 2), (0, 2)]
+    units = [Unit(name="inf-lora", settings={"visits": visits})]
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"techniques": units})})
+    model = bert()
+    names = techniques.apply_techniques(chosen("inf-lora", visits=visits), model, TEXT, 0)
+    state, method = get_model_state(model, names), DualGpm()
+    uploads = [
+        TaskUpload(
+            0, 1.0, {name: torch.ones(form.shape) for name, form in method.declare_upload(model, recipe, []).items()}
+        )
+    ]
+    for visit, task in enumerate((0, 1, 0)):
+        border = Border(recipe, model, visit, task, 2 * visit + 1, state, state, state, {}, uploads)
+        designed = method.after_first_round(border)
+        changed = {name for name in state if not torch.equal(state[name], designed[name])}
+        assert bool(changed) == (visit < 2)
+        assert all(f"lora_A.task{task + 1}" in name for name in changed)
+    failed = Border(recipe, model, 0, 0, 1, state, state, state, {}, [])
+    assert method.after_first_round(failed) == state
+    drawn = method.after_task(failed)
+    assert drawn.memory == {}
+    assert {name for name in state if not torch.equal(state[name], drawn.state[name])} == {
+        name for name in state if "lora_A.task2" in name
+    }
 
 
 def test_refusals(tmp_path: Path) -> None:
