@@ -118,6 +118,8 @@ def test_an_alarm_opens_a_task_and_a_resumed_run_has_the_same_bits(
     alone = execute(recipe, run="alone")
     assert read_drift(alone.rounds[4])["opens"] == 5
     assert list_borders(alone) == [0, 3, 5, 8]
+    visits = [(one.name, one.first_round, one.opened_by) for record in alone.rounds for one in record.tasks]
+    assert visits == [("kitchen", 1, "recipe"), ("garden", 4, "recipe"), ("garden", 6, "drift")]
     closed = execute(make_recipe(words, {"patience": 1}), run="closed")
     assert list_borders(closed) == [0, 3, 8]
     assert closed.hashes[:5] == alone.hashes[:5]
@@ -143,6 +145,7 @@ def test_an_alarm_opens_a_task_and_a_resumed_run_has_the_same_bits(
     assert killed.hashes == alone.hashes
     assert [one.metrics for one in killed.rounds] == [one.metrics for one in alone.rounds]
     assert [one.client_scores for one in killed.rounds] == [one.client_scores for one in alone.rounds]
+    assert [one.tasks for one in killed.rounds] == [one.tasks for one in alone.rounds]
 
 
 def test_clients_above_the_threshold_come_first(words: Path) -> None:

@@ -40,7 +40,8 @@ def list_sent_memory(context: RunContext, memory: Tensors, round_number: int) ->
     if plan is None or not memory:
         return {}
     found = list_sent_reference(memory)
-    place = plan.find_place(round_number, 0)
+    places = (plan.find_place(round_number, client) for client in range(context.recipe.num_clients))
+    place = next((place for place in places if place is not None), None)
     if place is None:
         return found
     for method in context.methods:

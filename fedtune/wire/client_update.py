@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedtune.errors import ClientUpdateError
+from fedtune.wire.task_figures import TaskFigures
 from fedtune.wire.tensor_payload import pack, packed_size
 
 __all__ = [
@@ -131,7 +132,8 @@ class ClientReport:
 
     The holdout fields are metrics of the received model on held-out examples; ``extra_holdout_metrics`` are the
     recipe's further metrics. ``trained_holdout_metrics`` are loss, accuracy and further metrics of the trained model.
-    Without held-out examples, counts and metrics are 0 and both lists are empty.
+    Without held-out examples, counts and metrics are 0 and both lists are empty. In a stream, the lists of tasks have
+    the metrics of each one. ``stored_bytes`` is what the device keeps on its disk for later tasks.
 
     ``drift_score`` is the drift signal of ``drift_examples`` examples, None if there is none.
     """
@@ -150,6 +152,10 @@ class ClientReport:
     accelerator_reserved: int | None = None
     extra_holdout_metrics: Sequence[float] = ()
     trained_holdout_metrics: Sequence[float] = ()
+    task_predictions: Sequence[int] | None = None
+    task_accuracies: Sequence[float] | None = None
+    task_losses: Sequence[float] | None = None
+    stored_bytes: int | None = None
     drift_score: float | None = None
     drift_examples: int | None = None
 
@@ -159,6 +165,13 @@ class ClientReport:
         if self.drift_score is None or not self.drift_examples:
             return None
         return DriftScore(self.drift_score, self.drift_examples)
+
+    @property
+    def task_figures(self) -> TaskFigures | None:
+        """The metrics of each task of a stream, or None if the client told none."""
+        if self.task_predictions is None or self.task_accuracies is None or self.task_losses is None:
+            return None
+        return TaskFigures(self.task_predictions, self.task_accuracies, self.task_losses)
 
     @property
     def device_type(self) -> str:
@@ -199,6 +212,7 @@ class ClientUpdate:
     holdout_metrics: HoldoutMetrics | None = None
     trained_metrics: HoldoutMetrics | None = None
     scale: float = 1.0
+    task_figures: TaskFigures | None = None
     drift: DriftScore | None = None
 
     def list_tensor_names(self) -> set[str]:
