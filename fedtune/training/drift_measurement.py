@@ -1,7 +1,8 @@
 """The drift signal of a client in a round, computed before it trains, and its part of the reference.
 
 A quarter of a client's examples of a task stay out of the reference. Batches drawn from them are scored for the
-threshold. They are smaller if a client has few examples: in domain, T2 does not depend on the size.
+threshold. A client with few such examples draws them with replacement, which raises the threshold: the size of a batch
+must be that of the batches that are compared, because the signal of a shift grows with it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -84,9 +85,10 @@ class _Reader:
             return []
         features, labels = self._read(self._spared)
         random = np.random.default_rng(self._client.derive_seed("drift-threshold"))
-        size, found = min(self._settings.batch, max(FEWEST, len(features) // 2)), []
+        size, found = self._settings.batch, []
+        few = len(features) < 1.5 * size
         for _ in range(SCORED_BATCHES):
-            drawn = random.permutation(len(features))[:size]
+            drawn = random.choice(len(features), size, replace=few)
             own = None if labels is None else labels[drawn]
             found.append(compute_score(self._settings.signal, features[drawn], own, reference, self._layer))
         return [one.value for one in found if one is not None]
