@@ -42,6 +42,7 @@ from fedtune.server.sending import Sending
 from fedtune.server.server_run import ServerRun
 from fedtune.server.spool import open_spool, sweep
 from fedtune.server.task_borders import end_task
+from fedtune.server.task_ledger import list_received_task_scores, record_visits
 from fedtune.server.task_memory import TaskMemory, list_sent_memory, read_newest_memory
 from fedtune.tracking import ClientRecord, MetricRecord, RoundRecord, SampleRecord, Store
 from fedtune.tracking.pruning import find_checkpointed_round, remove_pruned_checkpoints
@@ -148,10 +149,12 @@ def _run_round(run: ServerRun, clients: RunClients, state: SharedState, round_nu
     )
     metrics += run.safeguards.spending.compute_epsilon_after_round(("failed" if failure else "completed", records))
     scores = client_scores(updates, context.recipe.evaluation.metrics, context.task)
+    task_scores = list_received_task_scores(context, clients, updates)
     samples: tuple[SampleRecord, ...] = ()
     if scoring.scored_after(context, round_number):
         samples = scoring.write_samples(context, state)
-        scores += run.scoring.score_by_clients(clients, state, round_number, time.perf_counter() - started)
+        shared = run.scoring.score_by_clients(clients, state, round_number, time.perf_counter() - started)
+        scores, task_scores = scores + shared.clients, task_scores + shared.tasks
     result = RoundResult(
         state,
         started,
@@ -163,6 +166,7 @@ def _run_round(run: ServerRun, clients: RunClients, state: SharedState, round_nu
         device_type=context.device.type,
         samples=samples,
         memory=ended.memory,
+        ledger=record_visits(context, round_number, task_scores),
     )
     state = commit_round(run.store, run_id, round_number, result)
     if ended.memory is not None:
@@ -239,6 +243,7 @@ def _gather_updates(
             run.safeguards.examples(client),
             run.sending.count_bytes_sent(client, downloads),
             run.sending.plug_ins,
+            0 if context.stream_plan is None else len(context.stream_plan.task_names),
         )
         received = receive_update(reply, expected, spool)
         records[client], update = scale_by_staleness(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,7 +10,15 @@ from torch import Tensor
 
 from fedtune.continual import ContinualMethod, Place
 
-__all__ = ["StreamRound"]
+__all__ = ["StreamRound", "TaskHoldout"]
+
+
+class TaskHoldout(NamedTuple):
+    """A client's held-out rows of one task, and the classes that the model may predict for them, None for all."""
+
+    task: int
+    rows: NDArray[np.int64]
+    classes: Sequence[int] | None
 
 
 @dataclass(frozen=True)
@@ -20,7 +29,7 @@ class StreamRound:
     the model may predict, None for all. ``stored`` are the tensors of earlier visits on the device, by visit, and
     ``received`` the server's memory; both are named by their method. ``all_rows`` are the client's examples of any
     task, and ``list_classes`` returns the classes of some tasks, None for all. ``held_rows`` are its examples of each
-    task begun, among ``num_tasks``.
+    task begun, among ``num_tasks``. ``holdouts`` are scored one by one, if any.
     """
 
     place: Place
@@ -36,3 +45,4 @@ class StreamRound:
     list_classes: Callable[[Sequence[int]], Sequence[int] | None] | None = None
     num_tasks: int = 0
     held_rows: Mapping[int, NDArray[np.int64]] = field(default_factory=dict)
+    holdouts: Sequence[TaskHoldout] = ()
