@@ -18,7 +18,9 @@ A device is counted once per task. Only the devices of a task's last round send 
 tasks in which nothing is tuned one round.
 Privacy: sums are not anonymous. Of one example, its feature sum is the feature itself, so a device leaves out classes
 with fewer than ``fewest`` examples. ``privacy`` neither clips nor noises sums, so the two exclude each other.
-Use when: a pretrained backbone separates the classes: no method of gradients without stored examples comes near it.
+Use when: a pretrained backbone separates the classes. On Fashion-MNIST, two classes at a time on features of
+EfficientNet-Lite0, slda and ridge end at 84.7 %, joint training by gradients with as many steps at 82.6 %, and a naive
+stream at 19 % (benchmarks/continual_classes.py). There ranpac with 1000 features ends at 83.4 %.
 Avoid when: the backbone must change for each task, or outputs must be calibrated: the scores of ridge are not log
 probabilities, so its loss means little.
 Source: Hayes and Kanan (arXiv 1909.01520) for slda, here with the exact pooled covariance; Fanì et al., Fed3R (arXiv
