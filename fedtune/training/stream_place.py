@@ -16,7 +16,13 @@ from fedtune.training.run_context import RunContext
 from fedtune.training.stream_round import StreamRound, TaskHoldout
 from fedtune.wire.client_update import FEWEST, TensorSpec
 
-__all__ = ["count_round_examples", "declare_task_uploads", "find_task_rows", "make_stream_round"]
+__all__ = [
+    "count_round_examples",
+    "declare_task_uploads",
+    "find_task_rows",
+    "list_uploading_methods",
+    "make_stream_round",
+]
 
 IntArray = NDArray[np.int64]
 StoredTensors = Mapping[int, Mapping[str, Tensor]]
@@ -59,7 +65,7 @@ def make_stream_round(
         continual.list_classes(plan, labels, trained, neighbours=True),
         continual.list_classes(plan, labels, trained if plan.stream.setting == "task" else tasks, neighbours=True),
         len(labels),
-        place.last and plan.stream.arrival == "together",
+        list_uploading_methods(context, number),
         stored or {},
         received or {},
         all_rows,
@@ -122,14 +128,20 @@ def count_round_examples(context: RunContext, number: int) -> list[int]:
     ]
 
 
-def declare_task_uploads(context: RunContext, round_number: int, names: Sequence[str]) -> dict[str, TensorSpec]:
-    """Return what clients add to their updates in a round that ends a task; ``names`` are the trained tensors."""
+def list_uploading_methods(context: RunContext, round_number: int) -> list[continual.ContinualMethod]:
+    """Return the methods that clients upload tensors of: all at the end of a task, and some in its first round."""
     plan = context.stream_plan
-    if plan is None or plan.stream.arrival != "together" or plan.find_border(round_number) is None:
-        return {}
+    place = None if plan is None or plan.stream.arrival != "together" else plan.find_place(round_number, 0)
+    if place is None:
+        return []
+    return [method for method in context.methods if place.last or (place.first and method.uploads_at_start)]
+
+
+def declare_task_uploads(context: RunContext, round_number: int, names: Sequence[str]) -> dict[str, TensorSpec]:
+    """Return what clients add to their updates in a round that ends or begins a task; ``names`` are trained tensors."""
     return {
         f"{method.name}/{name}": form
-        for method in context.methods
+        for method in list_uploading_methods(context, round_number)
         for name, form in method.declare_upload(context.model, context.recipe, names).items()
     }
 

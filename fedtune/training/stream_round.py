@@ -27,9 +27,10 @@ class StreamRound:
 
     ``rows`` are the examples of its task. ``classes`` are those that the loss compares, and ``seen_classes`` those that
     the model may predict, None for all. ``stored`` are the tensors of earlier visits on the device, by visit, and
-    ``received`` the server's memory; both are named by their method. ``all_rows`` are the client's examples of any
-    task, and ``list_classes`` returns the classes of some tasks, None for all. ``held_rows`` are its examples of each
-    task begun, among ``num_tasks``. ``holdouts`` are scored one by one, if any.
+    ``received`` the server's memory; both are named by their method. ``uploading`` are the methods that upload tensors.
+    ``all_rows`` are the client's examples of any task, and ``list_classes`` returns the classes of some tasks, None for
+    all. ``held_rows`` are its examples of each task begun, among ``num_tasks``. ``holdouts`` are scored
+    one by one, if any.
     """
 
     place: Place
@@ -38,7 +39,7 @@ class StreamRound:
     classes: Sequence[int] | None
     seen_classes: Sequence[int] | None
     num_labels: int
-    uploads: bool = False
+    uploading: Sequence[ContinualMethod] = ()
     stored: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
     received: Mapping[str, Tensor] = field(default_factory=dict)
     all_rows: NDArray[np.int64] | None = None
