@@ -39,6 +39,7 @@ CLAIMS = (
     "aim_federation",
     "asynchronous",
     "privacy",
+    "continual_text",
     "chat_masks",
     "instruct_format",
     "device_phases",
