@@ -40,6 +40,7 @@ CLAIMS = (
     "asynchronous",
     "privacy",
     "continual_classes",
+    "continual_text",
     "chat_masks",
     "instruct_format",
     "device_phases",
