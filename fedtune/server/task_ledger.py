@@ -66,7 +66,7 @@ def list_task_scores(context: RunContext, moment: str, told: Sequence[ClientFigu
     found: dict[tuple[str, int], list[tuple[int, float, float]]] = defaultdict(list)
     for one in told:
         scopes = [f"client:{one.client}", *([f"class:{one.device_class}"] if one.device_class else [])]
-        for task, *figures in one.figures.list_told():
+        for task, *figures in one.figures.list_reported():
             for scope in scopes:
                 found[scope, task].append((int(figures[0]), figures[1], figures[2]))
     return tuple(_average(scope, moment, plan.task_names[task], found[scope, task]) for scope, task in sorted(found))
