@@ -39,6 +39,7 @@ CLAIMS = (
     "aim_federation",
     "asynchronous",
     "privacy",
+    "drift",
     "continual_classes",
     "continual_text",
     "chat_masks",
