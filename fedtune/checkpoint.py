@@ -12,7 +12,7 @@ from torch import Tensor
 from fedtune.errors import StoreError
 from fedtune.files import replace_file_atomically
 
-__all__ = ["hash_tensors", "read_checkpoint", "write_checkpoint"]
+__all__ = ["get_memory_path", "hash_tensors", "read_checkpoint", "write_checkpoint"]
 
 
 def write_checkpoint(path: Path, state: Mapping[str, Tensor]) -> str:
@@ -33,6 +33,11 @@ def read_checkpoint(path: Path, expected_sha256: str | None = None) -> dict[str,
     if expected_sha256 is not None and hash_tensors(state) != expected_sha256:
         raise StoreError(f"{path} has changed since it was written (its SHA-256 differs); restore it or start anew")
     return state
+
+
+def get_memory_path(path: Path) -> Path:
+    """Return the file beside a checkpoint that holds what the server remembers of earlier tasks."""
+    return path.with_suffix(".memory.safetensors")
 
 
 def hash_tensors(state: Mapping[str, Tensor]) -> str:

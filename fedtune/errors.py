@@ -10,7 +10,8 @@ FedtuneError
 ├── RunError             a run cannot continue
 ├── ServerError          a server cannot be created or reached, or refuses a request
 ├── DeviceError          a device cannot be enrolled or joined, or cannot answer
-│   └── MemoryBudgetError  a training step does not fit the memory budget of a device
+│   ├── MemoryBudgetError  a training step does not fit the memory budget of a device
+│   └── NoTaskError        a device has nothing to train in a round of a stream
 └── StoreError           the run store or a checkpoint cannot be read or written
 """
 
@@ -25,6 +26,7 @@ __all__ = [
     "FedtuneWarning",
     "MemoryBudgetError",
     "ModelError",
+    "NoTaskError",
     "RecipeError",
     "RunError",
     "ServerError",
@@ -81,6 +83,10 @@ class DeviceError(FedtuneError):
 
 class MemoryBudgetError(DeviceError):
     """A training step does not fit the memory budget of a device."""
+
+
+class NoTaskError(DeviceError):
+    """A device has nothing to train in a round of a stream. It declines, and the round goes on."""
 
 
 class RunError(FedtuneError):

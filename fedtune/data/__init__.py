@@ -4,7 +4,7 @@ from fedtune.data.column import Values
 from fedtune.data.encoded_dataset import EncodedDataset
 from fedtune.data.examples import SourceCounts
 from fedtune.data.load import DataSplits, limit_examples, load_all_examples, load_data, load_trainable_examples
-from fedtune.data.partition import partition_examples
+from fedtune.data.partition import partition_examples, partition_task
 from fedtune.data.partition_plug_in import Partition, check_partition
 from fedtune.data.partition_summary import ClientExamples, PartitionSummary, summarise_partition
 from fedtune.data.table import Table
@@ -24,5 +24,6 @@ __all__ = [
     "load_data",
     "load_trainable_examples",
     "partition_examples",
+    "partition_task",
     "summarise_partition",
 ]

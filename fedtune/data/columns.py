@@ -71,6 +71,8 @@ def _named(recipe: Recipe, needed: Sequence[str], present: list[str]) -> Named:
         named["group"] = ("data.columns.group", group)
     if columns.domain:
         named["domain"] = ("data.columns.domain", columns.domain)
+    if recipe.stream is not None and recipe.stream.by not in (None, "label"):
+        named.setdefault(get_canonical_column_name(recipe, recipe.stream.by), ("stream.by", recipe.stream.by))
     if isinstance(split, Natural):
         named.setdefault(get_canonical_column_name(recipe, split.column), ("data.partition.column", split.column))
     return named

@@ -19,18 +19,26 @@ from fedtune.recipe.plug_in_partition import PlugInPartition
 from fedtune.recipe.schema import Dirichlet, EqualDirichlet, Iid, Natural, Recipe, Shards, Size
 from fedtune.seeds import derive_seed
 
-__all__ = ["partition_examples"]
+__all__ = ["partition_examples", "partition_task"]
 
 IntArray = NDArray[np.int64]
 
 
 def partition_examples(recipe: Recipe, train: Table) -> list[IntArray]:
     """Return the sorted row numbers of each client; DataError when a client would have none."""
+    found = partition_task(recipe, train)
+    _check(recipe, np.array([len(rows) for rows in found]))
+    return found
+
+
+def partition_task(recipe: Recipe, train: Table) -> list[IntArray]:
+    """Return the sorted row numbers of each client among the examples of one task; a client may have none."""
+    if not len(train):
+        return [np.arange(0)] * recipe.num_clients
     group = number_groups(train)
     rng = np.random.default_rng(derive_seed(recipe.seed, "split"))
     owner = _owners(recipe, train, group, rng)[group]
     counts = np.bincount(owner, minlength=recipe.num_clients)
-    _check(recipe, counts)
     return np.split(np.argsort(owner, kind="stable"), np.cumsum(counts)[:-1])
 
 

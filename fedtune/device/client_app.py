@@ -13,11 +13,12 @@ from flwr.clientapp import ClientApp
 from fedtune import paths
 from fedtune.device.local_round import read_payload, run_local_round
 from fedtune.device.problems import problem_of
+from fedtune.errors import NoTaskError
 from fedtune.flower import train_messages
 from fedtune.recipe.required_plug_ins import decode_plug_ins, require_plug_ins
 from fedtune.training import get_run_context
 from fedtune.wire.client_update import TrainRequest
-from fedtune.wire.error_codes import TRAINING_FAILED
+from fedtune.wire.error_codes import DECLINED_PREFIX, TRAINING_FAILED
 
 __all__ = ["app", "deployed"]
 
@@ -34,7 +35,11 @@ def train_round(message: Message, _: Context) -> Message:
     own = paths.get_runs_folder() / request.run_id / "own" / f"client-{request.client:06d}"
     payload = train_messages.state_file(message.content) or train_messages.read_shared_state(message.content)
     state = read_payload(payload, run_context, request.client)
-    deltas, report = run_local_round(request, state, run_context, run_context.client_rows[request.client], own)
+    rows = run_context.client_rows[request.client]
+    try:
+        deltas, report = run_local_round(request, state, run_context, rows, own)
+    except NoTaskError as error:
+        return Message(Error(TRAINING_FAILED, f"{DECLINED_PREFIX}{error}"), reply_to=message)
     return Message(train_messages.make_update_record(deltas, report.to_fields()), reply_to=message)
 
 

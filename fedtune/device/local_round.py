@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedtune.accelerator import require_device
-from fedtune.data import EncodedDataset
 from fedtune.device import local_state
 from fedtune.device.held_base import with_base
 from fedtune.device.private_update import make_update_private, redact_report
@@ -24,6 +23,7 @@ from fedtune.training import (
     train_local_model,
 )
 from fedtune.training.holdout_split import count_held_out
+from fedtune.training.stream_place import make_stream_round
 from fedtune.wire.client_update import (
     DEVICE_TYPES,
     FEWEST,
@@ -34,6 +34,7 @@ from fedtune.wire.client_update import (
     pack,
 )
 from fedtune.wire.masked_weights import decode_masked_state, find_masks, select_active_values
+from fedtune.wire.memory_names import split_memory
 from fedtune.wire.stored_state import StoredState
 
 __all__ = ["read_payload", "run_local_round"]
@@ -63,10 +64,13 @@ def run_local_round(
     part = context.for_client(request.client)
     require_device(part.recipe.train.device)
     if request.scoring:
-        return pack({}), _scored(request, state, part, context.train, rows, folder)
+        return pack({}), _scored(request, state, context, rows, folder)
+    state, received = split_memory(state)
     state, own = with_base(request, state, part, folder), _own(part, folder, request.round)
+    stream = make_stream_round(context, rows, request.round, request.client, received=received)
+    rows = rows if stream is None else stream.rows
     client = ClientRound(
-        part.model, part.techniques, part.recipe, context.train, rows, request.round, request.client, own, micro
+        part.model, part.techniques, part.recipe, context.train, rows, request.round, request.client, own, micro, stream
     )
     outcome = train_local_model(client, state)
     if outcome.local_tensors:
@@ -94,18 +98,21 @@ def run_local_round(
 def _scored(
     request: TrainRequest,
     state: Mapping[str, Tensor],
-    part: RunContext,
-    data: EncodedDataset,
+    context: RunContext,
     rows: NDArray[np.int64],
     folder: Path,
 ) -> ClientReport:
     """Return the report of a client that only scores the state; without scores if the recipe has privacy."""
-    started, recipe = time.perf_counter(), part.recipe
+    started, part = time.perf_counter(), context.for_client(request.client)
+    recipe = part.recipe
     reset_peak_rss()
     own = _own(part, folder, request.round + 1)
-    score = score_received(
-        ClientRound(part.model, part.techniques, recipe, data, rows, request.round, request.client, own), state
+    stream = make_stream_round(context, rows, request.round, request.client)
+    rows = rows if stream is None else stream.rows
+    client = ClientRound(
+        part.model, part.techniques, recipe, context.train, rows, request.round, request.client, own, stream=stream
     )
+    score = score_received(client, split_memory(state)[0])
     tells = count_held_out(len(rows), recipe.evaluation.local_holdout) >= FEWEST and recipe.privacy is None
     figures = _told(score) if tells else {}
     return ClientReport(0, math.nan, time.perf_counter() - started, 0, peak_rss(), **figures)

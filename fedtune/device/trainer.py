@@ -21,7 +21,7 @@ from fedtune.device.local_round import read_payload, run_local_round
 from fedtune.device.memory_budget import choose_micro_batch_size
 from fedtune.device.problems import problem_of
 from fedtune.device.trainer_channel import STATE, Frame, TrainerChannel
-from fedtune.errors import ClientUpdateError, FedtuneError, MemoryBudgetError, StoreError
+from fedtune.errors import ClientUpdateError, FedtuneError, MemoryBudgetError, NoTaskError, StoreError
 from fedtune.training import RunContext
 from fedtune.wire.client_update import TrainRequest
 
@@ -56,7 +56,7 @@ class Trainer:
             path = frame.header.pop(STATE, "")
             return self._train(TrainRequest(**frame.header), Path(path) if path else frame.payload, fits)
         except Exception as error:
-            kind = "declined" if isinstance(error, MemoryBudgetError) else "failed"
+            kind = "declined" if isinstance(error, MemoryBudgetError | NoTaskError) else "failed"
             detail = str(error) if isinstance(error, FedtuneError) else repr(error)
             return Frame({"kind": kind, "problem": problem_of(error).text, "detail": detail})
 

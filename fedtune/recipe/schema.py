@@ -2,7 +2,7 @@
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from fedtune.recipe.checkpoint_settings import Checkpoints, Keep
 from fedtune.recipe.data_settings import (
@@ -22,6 +22,8 @@ from fedtune.recipe.evaluation_settings import EvaluationSettings
 from fedtune.recipe.federation import Asynchronous, ClientSelection, Federation, Tag
 from fedtune.recipe.preprocessor_settings import Preprocessor
 from fedtune.recipe.settings_model import SettingsModel
+from fedtune.recipe.stream_rounds import fill_in_rounds
+from fedtune.recipe.stream_settings import Stream
 from fedtune.recipe.task_settings import TaskUnit
 from fedtune.recipe.train_settings import ComputeDevice, Optimiser, Train, Unit, split_joined
 from fedtune.recipe.versions import needs_translation, translate_recipe
@@ -51,6 +53,7 @@ __all__ = [
     "Shards",
     "Size",
     "SplitFractions",
+    "Stream",
     "Tag",
     "TaskUnit",
     "Train",
@@ -101,7 +104,19 @@ class Recipe(SettingsModel):
     evaluation: EvaluationSettings = EvaluationSettings()
     checkpoints: Checkpoints = Checkpoints()
     privacy: PrivacySettings | None = None
+    stream: Stream | None = Field(None, description="tasks that arrive one after another; default: one task")
     seed: int = Field(0, ge=0)
+
+    @model_serializer(mode="wrap")
+    def _leave_out_no_stream(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Recipes without a stream are written as before there was one, so that their runs resume."""
+        written: dict[str, Any] = serialise(self)
+        return {key: value for key, value in written.items() if (key, value) != ("stream", None)}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _count_rounds_of_stream(cls, value: Any) -> Any:
+        return value if not isinstance(value, dict) or not value.get("stream") else fill_in_rounds(value)
 
     @model_validator(mode="before")
     @classmethod
@@ -145,6 +160,15 @@ class Recipe(SettingsModel):
                 "model": self.model.model_copy(update={"dtype": device.dtype or self.model.dtype}),
             }
         )
+
+    @model_validator(mode="after")
+    def _rounds_are_those_of_stream(self) -> Self:
+        planned = None if self.stream is None else self.stream.num_rounds
+        if planned is not None and planned != self.federation.rounds:
+            raise ValueError(
+                f"federation.rounds is {self.federation.rounds}, but the tasks of the stream take {planned}; drop it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _device_classes_differ_by_name(self) -> Self:

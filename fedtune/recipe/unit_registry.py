@@ -34,6 +34,7 @@ _KINDS: Mapping[str, tuple[str, ...]] = {
     "fedtune.techniques": ("Technique",),
     "fedtune.merging": ("AlignStep", "CombineStep", "RelaxStep", "RenormaliseStep"),
     "fedtune.tasks": ("Task",),
+    "fedtune.continual": ("ContinualMethod",),
 }
 """The base classes of the units that other packages may publish."""
 

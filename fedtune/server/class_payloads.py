@@ -9,9 +9,11 @@ from torch import Tensor
 from fedtune import merging, techniques
 from fedtune.files import write_bytes_atomically
 from fedtune.training import RunContext, get_received_shapes, get_tensor_shapes, list_tensors_of_round
+from fedtune.training.stream_place import declare_task_uploads
 from fedtune.training.uploaded_statistics import declare_uploaded_statistics
 from fedtune.wire.client_update import ClientUpdate, LowRankPair, TensorSpec, decode_tensors, pack
 from fedtune.wire.masked_weights import encode_masked_state
+from fedtune.wire.memory_names import add_memory
 
 __all__ = [
     "ClassPayload",
@@ -51,19 +53,25 @@ class ClassPayload:
         return values + _HEADER + sum(_HEADER_ENTRY + 6 * len(name) for name in forms)
 
 
-def make_class_payload(context: RunContext, part: RunContext, state: State, round_number: int) -> ClassPayload:
+def make_class_payload(context: RunContext, part: RunContext, sent: "RoundPayloads") -> ClassPayload:
     """Make a round's payload for clients that train with ``part``, which may be ``context`` itself."""
+    state, round_number = sent.state, sent.round_number
     wire = encode_masked_state(state if part is context else _narrowed(context, part, state))
     expected = {name: tuple(wire[name].shape) for name in list_tensors_of_round(part, round_number)}
     extras = techniques.declare_extra_payload(part.techniques, part.model, round_number)
-    return ClassPayload(wire, expected, extras | declare_uploaded_statistics(part.model, part.recipe, expected))
+    extras |= declare_uploaded_statistics(part.model, part.recipe, expected)
+    extras |= declare_task_uploads(part, round_number, list(expected))
+    return ClassPayload(add_memory(wire, sent.memory), expected, extras)
 
 
 class RoundPayloads:
-    """The payloads of all clients in a round. Clients of one device class share one."""
+    """The payloads of all clients in a round. Clients of one device class share one.
 
-    def __init__(self, context: RunContext, state: State, round_number: int) -> None:
-        self.round_number, self.state = round_number, state
+    ``memory`` is what the server sends of its memory of earlier tasks.
+    """
+
+    def __init__(self, context: RunContext, state: State, round_number: int, memory: State | None = None) -> None:
+        self.round_number, self.state, self.memory = round_number, state, memory or {}
         self._context = context
         self._made: dict[int, ClassPayload] = {}
 
@@ -71,7 +79,7 @@ class RoundPayloads:
         """Return the payload of a client. It is made once per device class."""
         part = self._context.for_client(client)
         if id(part) not in self._made:
-            self._made[id(part)] = make_class_payload(self._context, part, self.state, self.round_number)
+            self._made[id(part)] = make_class_payload(self._context, part, self)
         return self._made[id(part)]
 
 

@@ -1,7 +1,11 @@
 """A round is committed once: its checkpoint on disk, then all of it in one transaction."""
 
 import time
+from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
+
+from torch import Tensor
 
 from fedtune import checkpoint, paths
 from fedtune.server.events import RoundEnded, emit_event
@@ -24,6 +28,8 @@ class RoundResult(NamedTuple):
     main_metric: str | None = None
     device_type: str | None = None
     samples: tuple[SampleRecord, ...] = ()
+    memory: Mapping[str, Tensor] | None = None
+    """What the server remembers of earlier tasks, in a round that ends one."""
 
 
 def commit_round(store: Store, run_id: str, round_number: int, result: RoundResult) -> StoredState:
@@ -31,6 +37,7 @@ def commit_round(store: Store, run_id: str, round_number: int, result: RoundResu
     path = get_checkpoint_path(run_id, round_number)
     file = paths.get_runs_folder() / path
     sha256 = checkpoint.write_checkpoint(file, result.state)
+    memory_sha256, memory_bytes = _write_memory(checkpoint.get_memory_path(file), result.memory)
     record = RoundRecord(
         number=round_number,
         status="failed" if result.failure else "completed",
@@ -38,7 +45,13 @@ def commit_round(store: Store, run_id: str, round_number: int, result: RoundResu
         seconds=time.perf_counter() - result.started,
         client_records=result.records,
         metrics=result.metrics,
-        checkpoint=CheckpointRecord(path=path, sha256=sha256, bytes=file.stat().st_size),
+        checkpoint=CheckpointRecord(
+            path=path,
+            sha256=sha256,
+            bytes=file.stat().st_size,
+            memory_sha256=memory_sha256,
+            memory_bytes=memory_bytes,
+        ),
         client_scores=result.client_scores,
         device_type=result.device_type,
         samples=result.samples,
@@ -46,6 +59,13 @@ def commit_round(store: Store, run_id: str, round_number: int, result: RoundResu
     store.commit_round(run_id, record)
     emit_event(RoundEnded(record, result.main_metric))
     return StoredState(file)
+
+
+def _write_memory(file: Path, memory: Mapping[str, Tensor] | None) -> tuple[str | None, int | None]:
+    """Write the memory beside the checkpoint; return its digest and its size in bytes."""
+    if memory is None:
+        return None, None
+    return checkpoint.write_checkpoint(file, memory), file.stat().st_size
 
 
 def get_checkpoint_path(run_id: str, round_number: int) -> str:

@@ -41,6 +41,8 @@ from fedtune.server.scheduling.factory import make_round_scheduler
 from fedtune.server.sending import Sending
 from fedtune.server.server_run import ServerRun
 from fedtune.server.spool import open_spool, sweep
+from fedtune.server.task_borders import end_task
+from fedtune.server.task_memory import TaskMemory, list_sent_memory, read_newest_memory
 from fedtune.tracking import ClientRecord, MetricRecord, RoundRecord, SampleRecord, Store
 from fedtune.tracking.pruning import find_checkpointed_round, remove_pruned_checkpoints
 from fedtune.training import RunContext, get_model_state
@@ -75,7 +77,8 @@ def run_rounds(grid: Grid, context: RunContext, store: Store, run_id: str) -> No
         context, run_id, Bases(context, paths.get_runs_folder() / run_id, _read_start_state(run_id, 1), done)
     )
     guards, asked_scores = Safeguards(context, store, run_id, done), ClientScoring(grid, context, run_id, sending)
-    run = ServerRun(run_id, context, store, scheduler, guards, sending, asked_scores)
+    memory = TaskMemory(read_newest_memory(done))
+    run = ServerRun(run_id, context, store, scheduler, guards, sending, asked_scores, memory)
     for round_number in range(first, recipe.federation.rounds + 1):
         ended: SharedState | None = None
         while ended is None:
@@ -99,7 +102,7 @@ def _commit_start(context: RunContext, store: Store, run_id: str) -> SharedState
     """Commit the state before training as round 0."""
     started = time.perf_counter()
     state = get_model_state(context.model, context.shared_names)
-    metrics = scoring.validation(context, state, 0)
+    metrics = scoring.validation(context, state, 0) + scoring.border(context, state, 0)
     result = RoundResult(
         state,
         started,
@@ -134,6 +137,8 @@ def _run_round(run: ServerRun, clients: RunClients, state: SharedState, round_nu
                 failure = with_refusals(f"the merge failed: {clean_text(error)}", records)
         if failure:
             records = mark_updates_unused(records)
+        ended = end_task(context, run_id, round_number, state, run.memory.tensors, [] if failure else updates)
+        state = ended.state
     metrics = (
         figures
         + average_holdout_metrics(updates, context.task)
@@ -156,8 +161,11 @@ def _run_round(run: ServerRun, clients: RunClients, state: SharedState, round_nu
         context.main_metric,
         device_type=context.device.type,
         samples=samples,
+        memory=ended.memory,
     )
     state = commit_round(run.store, run_id, round_number, result)
+    if ended.memory is not None:
+        run.memory.tensors = ended.memory
     run.safeguards.record_commit(records)
     run.sending.bases.record_commit(round_number, records)
     return state
@@ -201,7 +209,8 @@ def _gather_updates(
     folder = spool if clients.shares_disk else None
 
     def make_downloads(start: SharedState, start_round: int) -> Downloads:
-        payloads = RoundPayloads(context, start, start_round)
+        memory = list_sent_memory(context, run.memory.tensors, start_round)
+        payloads = RoundPayloads(context, start, start_round, memory)
         return Downloads(payloads, run.sending.bases, folder, deployed=clients.deployed)
 
     parts = (downloads := make_downloads(state, round_number)).parts
@@ -252,6 +261,7 @@ def _read_start_state(run_id: str, round_number: int) -> SharedState:
 def _evaluate(context: RunContext, state: SharedState, run_id: str, round_number: int) -> tuple[MetricRecord, ...]:
     """Return validation metrics of the rounds that are scored; after the last, also test metrics of start and end."""
     metrics = scoring.validation(context, state, round_number) if scoring.scored_after(context, round_number) else ()
+    metrics += scoring.border(context, state, round_number)
     if round_number == context.recipe.federation.rounds:
         start = StoredState(paths.get_runs_folder() / get_checkpoint_path(run_id, 0))
         metrics += scoring.test(context, start, state)

@@ -6,6 +6,7 @@ from fedtune.server.client_scoring import ClientScoring
 from fedtune.server.safeguards import Safeguards
 from fedtune.server.scheduling.round_scheduler import RoundScheduler
 from fedtune.server.sending import Sending
+from fedtune.server.task_memory import TaskMemory
 from fedtune.tracking import Store
 from fedtune.training import RunContext
 
@@ -23,3 +24,4 @@ class ServerRun:
     safeguards: Safeguards
     sending: Sending
     scoring: ClientScoring
+    memory: TaskMemory

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from fedtune import paths
+from fedtune import checkpoint, paths
 from fedtune.errors import StoreError
 from fedtune.recipe.checkpoint_settings import Keep
 from fedtune.recipe.metric_names import LOWER_IS_BETTER, choose_main_metric
@@ -21,22 +21,26 @@ __all__ = [
 ]
 
 _SPLITS = ("validation", "local")
+_BORDERS = 2
 
 Scores = Mapping[tuple[str, str], float]
 """The metrics of one round over all domains, by split and name."""
 
 
-def prune_run_checkpoints(store: Store, run_id: str, keep: Keep, recipe: Mapping[str, Any]) -> list[int]:
+def prune_run_checkpoints(
+    store: Store, run_id: str, keep: Keep, recipe: Mapping[str, Any], borders: Sequence[int] = ()
+) -> list[int]:
     """Delete the checkpoints that ``keep`` does not select, after a commit, and return their rounds.
 
+    ``borders`` are the rounds that end tasks of a stream; the newest two stay, with the server's memory beside them.
     ``recipe`` is the run's as JSON has it, which says which metric counts. A process that is killed meanwhile leaves
     marked files at most, which are left to ``remove_pruned_checkpoints``.
     """
     unpruned = store.checkpoints.read_scores(run_id)
-    gone = select_prunable_rounds(unpruned, keep, recipe)
+    stay = [number for number in borders if number in unpruned][-_BORDERS:]
+    gone = [number for number in select_prunable_rounds(unpruned, keep, recipe) if number not in stay]
     for path in store.checkpoints.mark_pruned(run_id, gone):
-        with suppress(OSError):
-            (paths.get_runs_folder() / path).unlink(missing_ok=True)
+        _delete_files(path)
     return gone
 
 
@@ -71,8 +75,15 @@ def remove_pruned_checkpoints(rounds: Sequence[RoundRecord]) -> None:
     """Delete the files that a process left when it was killed during pruning."""
     for record in rounds:
         if record.checkpoint is not None and record.checkpoint.pruned:
-            with suppress(OSError):
-                (paths.get_runs_folder() / record.checkpoint.path).unlink(missing_ok=True)
+            _delete_files(record.checkpoint.path)
+
+
+def _delete_files(path: str) -> None:
+    """Delete a checkpoint and the server's memory beside it."""
+    file = paths.get_runs_folder() / path
+    for each in (file, checkpoint.get_memory_path(file)):
+        with suppress(OSError):
+            each.unlink(missing_ok=True)
 
 
 def list_kept_rounds(rounds: Sequence[RoundRecord]) -> list[int]:

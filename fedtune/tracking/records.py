@@ -97,13 +97,15 @@ class ClientScore:
 class CheckpointRecord:
     """A checkpoint: its ``path`` in the runs folder, the SHA-256 of its tensors, and its size in bytes.
 
-    A ``pruned`` one is no longer on disk.
+    A ``pruned`` one is no longer on disk. In a stream, a round that ends a task has the server's memory beside it.
     """
 
     path: str
     sha256: str
     bytes: int
     pruned: bool = False
+    memory_sha256: str | None = None
+    memory_bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,5 +47,7 @@ def _remove_checkpoints(records: list[RoundRecord]) -> None:
     """Delete the files. One that remains does no harm: the repeated round overwrites it."""
     for record in records:
         if record.checkpoint is not None:
-            with suppress(OSError):
-                (paths.get_runs_folder() / record.checkpoint.path).unlink()
+            file = paths.get_runs_folder() / record.checkpoint.path
+            for each in (file, checkpoint.get_memory_path(file)):
+                with suppress(OSError):
+                    each.unlink()

@@ -119,6 +119,8 @@ checkpoints = Table(
     Column("sha256", String(64), nullable=False),
     Column("bytes", BigInteger, nullable=False),
     Column("pruned", Flag),
+    Column("memory_sha256", String(64)),
+    Column("memory_bytes", BigInteger),
 )
 
 client_scores = Table(

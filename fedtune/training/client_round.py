@@ -7,12 +7,14 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedtune.continual import MethodRound
 from fedtune.data import EncodedDataset
 from fedtune.recipe.schema import Recipe
 from fedtune.seeds import derive_seed
 from fedtune.tasks import Task, get_task
 from fedtune.techniques import Technique
 from fedtune.training.holdout_split import split_holdout
+from fedtune.training.stream_round import StreamRound
 
 __all__ = ["ClientRound"]
 
@@ -34,6 +36,9 @@ class ClientRound:
     client: int
     local_tensors: Mapping[str, Tensor] = field(default_factory=dict)
     micro_batch_size: int | None = None
+    stream: StreamRound | None = None
+    method_rounds: Sequence[MethodRound] = ()
+    """The continual methods, once the round has begun."""
 
     @property
     def task(self) -> Task:

@@ -3,7 +3,7 @@
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -40,6 +40,14 @@ from fedtune.training.model_state import get_model_state, named_tensors
 from fedtune.training.optimisers import LocalOptimiser, compute_lr_factor
 from fedtune.training.received_state import receive_state
 from fedtune.training.start import Start
+from fedtune.training.stream_training import (
+    begin_methods,
+    collect_stored_tensors,
+    collect_uploads,
+    compute_lr_progress,
+    mask_seen_classes,
+    mask_trained_classes,
+)
 from fedtune.training.training_rows import make_training_rows
 from fedtune.training.training_step import StepResult, run_step
 from fedtune.training.uploaded_statistics import compute_uploaded_statistics
@@ -77,6 +85,8 @@ class LocalTrainingResult:
     device_type: str = "cpu"
     accelerator_peak: AcceleratorMemory | None = None
     micro_batch_size: int | None = None
+    remembered: dict[str, Tensor] = field(default_factory=dict)
+    """What continual methods keep on the device of this visit of a task."""
 
 
 def train_local_model(client: ClientRound, state: Mapping[str, Tensor]) -> LocalTrainingResult:
@@ -96,11 +106,14 @@ def train_local_model(client: ClientRound, state: Mapping[str, Tensor]) -> Local
     start = Start(model, names, client.local_tensors, state)
     masters = masters_of(model, start)
     with use_cpu_threads(recipe.train.threads), fork_random_state(device):
-        received_score = score_held_out(client, held_out.tolist())
+        client = begin_methods(client)
+        with mask_seen_classes(client):
+            received_score = score_held_out(client, held_out.tolist())
         statistics = compute_uploaded_statistics(client, rows, names)
         torch.manual_seed(client.derive_seed("dropout"))
         release_freed()
-        steps = _run_steps(client, rows, masters)
+        with mask_trained_classes(client):
+            steps = _run_steps(client, rows, masters)
         release_freed()
         kept = {
             name: masters[name].detach().cpu() if name in masters else one
@@ -112,8 +125,11 @@ def train_local_model(client: ClientRound, state: Mapping[str, Tensor]) -> Local
         )
         backward = partial(_run_extra_backward, client, rows, steps.micro_batch_size)
         added = compute_extra_payload(client.techniques, model, client.number, backward)
-        extras = {**statistics, **move_tensors(added, torch.device("cpu"))}
-        trained_score = score_held_out(client, held_out.tolist())  # last, so that it cannot affect anything else
+        with mask_trained_classes(client):
+            remembered, uploads = collect_stored_tensors(client), collect_uploads(client)
+        extras = {**statistics, **move_tensors(added, torch.device("cpu")), **uploads}
+        with mask_seen_classes(client):  # last, so that it cannot affect anything else
+            trained_score = score_held_out(client, held_out.tolist())
     seconds = time.perf_counter() - started
     scores = received_score, trained_score
     return LocalTrainingResult(
@@ -129,6 +145,7 @@ def train_local_model(client: ClientRound, state: Mapping[str, Tensor]) -> Local
         device_type=device.type,
         accelerator_peak=read_accelerator_peak(device),
         micro_batch_size=steps.micro_batch_size,
+        remembered=remembered,
     )
 
 
@@ -180,8 +197,11 @@ def _run_steps(client: ClientRound, rows: IntArray, masters: Mapping[str, nn.Par
         progress = ((client.number - 1) + step / steps) / recipe.federation.rounds
         result = run_step(client, data.at_step(step), chosen, progress, size, metered=step == 0)
         size = result.micro_batch_size
-        info = StepInfo(client.number, step, steps, settings.lr, settings.lr * compute_lr_factor(settings, progress))
+        lr = settings.lr * compute_lr_factor(settings, compute_lr_progress(client, step, steps))
+        info = StepInfo(client.number, step, steps, settings.lr, lr)
         if result.losses:
+            for one in client.method_rounds:
+                one.change_gradients()
             apply_optimiser_step(model, client.techniques, optimiser, parameters, settings, info)
         results.append(result)
         examples += data.count_examples(chosen)

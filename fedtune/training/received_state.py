@@ -11,6 +11,7 @@ from fedtune.training.client_round import ClientRound
 from fedtune.training.cpu_threads import use_cpu_threads
 from fedtune.training.evaluation import score_held_out
 from fedtune.training.model_state import set_model_state
+from fedtune.training.stream_training import mask_seen_classes
 from fedtune.wire.client_update import HoldoutMetrics
 
 __all__ = ["receive_state", "score_received"]
@@ -31,5 +32,6 @@ def score_received(client: ClientRound, state: Mapping[str, Tensor]) -> HoldoutM
     """Return the metrics of ``state``, the result of a round, on the client's held-out rows. Nothing is trained."""
     _, held_out = client.split_rows()
     receive_state(client, state)
-    with use_cpu_threads(client.recipe.train.threads), fork_random_state(find_device(client.model)):
+    threads, device = client.recipe.train.threads, find_device(client.model)
+    with use_cpu_threads(threads), fork_random_state(device), mask_seen_classes(client):
         return score_held_out(client, held_out.tolist())

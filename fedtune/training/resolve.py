@@ -11,6 +11,7 @@ from fedtune.techniques import Technique
 from fedtune.training.metrics import check_metrics
 from fedtune.training.model_checks import check_privacy_settings
 from fedtune.training.model_counts import check_model_counts
+from fedtune.training.stream_tasks import check_stream_settings, list_stream_tasks
 from fedtune.wire.client_update import UpdateKind
 
 __all__ = ["resolve_recipe"]
@@ -37,12 +38,14 @@ def resolve_recipe(recipe: Recipe) -> Recipe:
     check_model_counts(recipe, pipeline)
     check_metrics(recipe)
     data.check_partition(recipe)
+    check_stream_settings(recipe)
     _check_copies(recipe)
     devices = [_resolved(device, chosen, pipeline) for device in recipe.devices]
     if recipe.federation.asynchronous is not None:
         _check_late([*chosen, *_of_classes(recipe.devices)], pipeline, recipe.evaluation)
     merge = _written_out(pipeline.steps)
     written = TaskUnit(name=task.name, settings=task.model_dump(mode="json"))
+    recipe = list_stream_tasks(recipe)
     changes = {"task": written, "train": train, "devices": devices, "merge": merge}
     return recipe.model_copy(update=changes | {"evaluation": _resolve_evaluation(recipe.evaluation, task)})
 

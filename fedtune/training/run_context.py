@@ -14,7 +14,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from fedtune import data, merging, models, tasks, techniques
+from fedtune import continual, data, merging, models, tasks, techniques
 from fedtune.accelerator import choose_device, find_device
 from fedtune.data.encoded_prompts import EncodedPrompts
 from fedtune.errors import ModelError, RecipeError
@@ -101,8 +101,30 @@ class RunContext:
 
     @cached_property
     def client_rows(self) -> list[np.ndarray]:
-        """Indices into the training split, one sorted array per client."""
-        return data.partition_examples(self.recipe, self.corpus.train)
+        """Indices into the training split, one sorted array per client. The examples of each task are partitioned."""
+        if self.stream_plan is None:
+            return data.partition_examples(self.recipe, self.corpus.train)
+        found: list[list[np.ndarray]] = [[] for _ in range(self.recipe.num_clients)]
+        for task in range(len(self.stream_plan.task_names)):
+            rows = np.flatnonzero(self.task_numbers == task)
+            for own, part in zip(found, data.partition_task(self.recipe, self.corpus.train.select(rows)), strict=True):
+                own.append(rows[part])
+        return [np.sort(np.concatenate(own)) for own in found]
+
+    @cached_property
+    def stream_plan(self) -> continual.StreamPlan | None:
+        """The plan of the recipe's stream, None without one."""
+        return None if self.recipe.stream is None else continual.StreamPlan(self.recipe)
+
+    @cached_property
+    def methods(self) -> tuple[continual.ContinualMethod, ...]:
+        """The continual methods of the stream."""
+        return () if self.recipe.stream is None else continual.build_methods(self.recipe.stream.memory)
+
+    @cached_property
+    def task_numbers(self) -> np.ndarray:
+        """The task [n] of each example of the training split, -1 for none."""
+        return continual.number_tasks(self.recipe, self.corpus.train, self.corpus.label_names)
 
     @cached_property
     def train(self) -> data.EncodedDataset:

@@ -21,6 +21,7 @@ from fedtune.tasks import Task
 from fedtune.techniques import begin_step, collect_loss_terms
 from fedtune.training.client_round import ClientRound
 from fedtune.training.micro_batches import can_split_batch, compute_loss_weights, split_into_micro_batches
+from fedtune.training.stream_training import add_memory_gradients, capture_logits, compute_method_terms
 
 __all__ = ["StepResult", "compute_step_loss", "run_step"]
 
@@ -61,8 +62,8 @@ def run_step(
     while True:
         restore = _save_random_state(device)
         try:
-            parts = [examples.make_batch(part) for part in split_into_micro_batches(rows, size or len(rows))]
-            return StepResult(*_add_gradients(client, parts, progress, metered=metered), size)
+            parts = split_into_micro_batches(rows, size or len(rows))
+            return StepResult(*_add_gradients(client, examples, parts, progress, metered=metered), size)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -103,9 +104,14 @@ def _save_random_state(device: torch.device) -> Callable[[], None]:
 
 
 def _add_gradients(
-    client: ClientRound, parts: Sequence[Mapping[str, Tensor]], progress: float, *, metered: bool
+    client: ClientRound,
+    examples: EncodedDataset,
+    rows: Sequence[Sequence[int]],
+    progress: float,
+    *,
+    metered: bool,
 ) -> tuple[list[tuple[float, Tensor]], int]:
-    """Add the gradients of each micro-batch. Return their losses, and the bytes kept for backward.
+    """Add the gradients of each micro-batch, given by its rows. Return their losses, and the bytes kept for backward.
 
     Micro-batches without predictions, such as texts of one token, are skipped.
     """
@@ -113,15 +119,22 @@ def _add_gradients(
     device, excluded = find_device(model), [*model.parameters(), *model.buffers()]
     losses: list[tuple[float, Tensor]] = []
     kept = 0
-    predicting = [(part, share) for part, share in zip(parts, compute_loss_weights(task, parts), strict=True) if share]
-    for part, share in predicting:
+    methods, parts = client.method_rounds, [examples.make_batch(part) for part in rows]
+    for chosen, part, share in zip(rows, parts, compute_loss_weights(task, parts), strict=True):
+        if not share:
+            continue
         batch = move_tensors(part, device)
         begin_step(client.techniques, model, batch, progress)
         with StorageMeter(excluded=excluded) if metered else nullcontext() as meter:
-            loss = compute_step_loss(task, model, batch)
+            with capture_logits(model, wanted=bool(methods)) as logits:
+                loss = compute_step_loss(task, model, batch)
+            terms = compute_method_terms(methods, chosen, batch, logits)
+            loss = torch.stack([loss, *terms]).sum() if terms else loss
             kept = max(kept, meter.current_bytes if meter is not None else 0)
         (loss if len(parts) == 1 else loss * share).backward()
         losses.append((share, loss.detach()))
+    if losses:
+        add_memory_gradients(methods)
     return losses, kept
 
 

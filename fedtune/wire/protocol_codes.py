@@ -32,6 +32,8 @@ SENTENCES: Mapping[str, str] = {
     "metric-unavailable": "it lacks what computes evaluation.metrics; install scikit-learn, or the package that "
     "publishes the metric, on the device, or drop the metric",
     "model-unfit": "it cannot build the recipe's model",
+    "no-task": "it has no task in this round, as stream.arrival says",
+    "no-task-examples": "it has no example of the task",
     "order-unreadable": "it cannot read the train request; update fedtune on the device",
     "privacy-broken": "it would send more than the recipe's privacy allows",
     "recipe-unknown": "its fedtune does not understand the recipe; update fedtune on the device",

@@ -1,0 +1,74 @@
+"""Continual learning: tasks arrive one after another, and methods keep what was learned. Each method is one file."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from fedtune.continual._masked_head import find_head, list_classes, mask_classes
+from fedtune.continual._method import Border, BorderResult, ContinualMethod, MethodRound, MethodSetup, TaskUpload
+from fedtune.continual._plan import Place, StreamPlan, find_stream
+from fedtune.continual._stream_rows import list_tasks, number_tasks, read_stream_values, select_place_rows
+from fedtune.errors import RecipeError
+from fedtune.recipe.schema import Recipe, Unit
+from fedtune.recipe.unit_registry import build_unit
+
+__all__ = [
+    "Border",
+    "BorderResult",
+    "ContinualMethod",
+    "MethodRound",
+    "MethodSetup",
+    "Place",
+    "StreamPlan",
+    "TaskUpload",
+    "build_methods",
+    "check_stream",
+    "find_head",
+    "find_stream",
+    "list_classes",
+    "list_tasks",
+    "mask_classes",
+    "name_memory",
+    "number_tasks",
+    "read_stream_values",
+    "select_memory",
+    "select_place_rows",
+]
+
+
+def build_methods(units: Sequence[Unit], recipe_key: str = "stream.memory") -> tuple[ContinualMethod, ...]:
+    """Return the methods that a recipe names, in order; RecipeError for wrong settings or a method named twice."""
+    chosen: tuple[ContinualMethod, ...] = tuple(build_unit(__name__, unit, recipe_key) for unit in units)
+    names = [method.name for method in chosen]
+    if len(set(names)) < len(names):
+        raise RecipeError(f"{recipe_key}: {', '.join(names)} names one method twice; drop one")
+    if "joint" in names and len(names) > 1:
+        raise RecipeError(f"{recipe_key}: joint has all examples, so nothing is left to remember; drop the others")
+    return chosen
+
+
+def name_memory(method: ContinualMethod, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a method's tensors under names that belong to it."""
+    return {f"{method.name}/{name}": tensor for name, tensor in tensors.items()}
+
+
+def select_memory(method: ContinualMethod, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Undo ``name_memory``: return the tensors of one method among those of all."""
+    prefix = f"{method.name}/"
+    return {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
+
+
+def check_stream(recipe: Recipe) -> None:
+    """Raise RecipeError if the methods of a stream cannot do what the rest of the recipe asks."""
+    if recipe.stream is None:
+        return
+    for method in build_methods(recipe.stream.memory):
+        if method.needs_common_border and recipe.stream.arrival != "together":
+            raise RecipeError(
+                f"stream.memory: {method.name} needs all clients to end a task in the same round; set arrival: together"
+            )
+        if method.uploads_statistics and recipe.privacy is not None:
+            raise RecipeError(
+                f"stream.memory: {method.name} sends statistics that privacy neither clips nor noises; drop one of them"
+            )
+        method.check(recipe)

@@ -1,0 +1,46 @@
+"""What a server remembers of earlier tasks: tensors in a file beside the checkpoint of the round that ended a task.
+
+The file is written before the round is committed, and the store has its digest. A resumed run reads the newest one.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fedtune import checkpoint, continual, paths
+from fedtune.tracking import RoundRecord
+from fedtune.training import RunContext
+
+__all__ = ["TaskMemory", "list_sent_memory", "read_newest_memory"]
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass
+class TaskMemory:
+    """The tensors that the continual methods of a run keep on the server, after its last committed round."""
+
+    tensors: Tensors
+
+
+def read_newest_memory(done: Sequence[RoundRecord]) -> dict[str, Tensor]:
+    """Return the memory after the committed rounds, and verify its digest; empty before the first task has ended."""
+    for record in reversed(done):
+        if record.checkpoint is not None and record.checkpoint.memory_sha256 is not None:
+            path = checkpoint.get_memory_path(paths.get_runs_folder() / record.checkpoint.path)
+            return checkpoint.read_checkpoint(path, record.checkpoint.memory_sha256)
+    return {}
+
+
+def list_sent_memory(context: RunContext, memory: Tensors, round_number: int) -> dict[str, Tensor]:
+    """Return the memory that clients receive in a round, named by its method."""
+    plan = context.stream_plan
+    place = None if plan is None or not memory else plan.find_place(round_number, 0)
+    if place is None:
+        return {}
+    found: dict[str, Tensor] = {}
+    for method in context.methods:
+        own = continual.select_memory(method, memory)
+        found |= continual.name_memory(method, {name: own[name] for name in method.list_sent_memory(own, place)})
+    return found

@@ -1,0 +1,32 @@
+"""A client's round in a stream of tasks: its place, its examples, its classes, and the methods that remember."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedtune.continual import ContinualMethod, Place
+
+__all__ = ["StreamRound"]
+
+
+@dataclass(frozen=True)
+class StreamRound:
+    """The part of a client's round that concerns the stream.
+
+    ``rows`` are the examples of its task. ``classes`` are those that the loss compares, and ``seen_classes`` those that
+    the model may predict, None for all. ``stored`` are the tensors of earlier visits on the device, by visit, and
+    ``received`` the server's memory; both are named by their method.
+    """
+
+    place: Place
+    rows: NDArray[np.int64]
+    methods: Sequence[ContinualMethod]
+    classes: Sequence[int] | None
+    seen_classes: Sequence[int] | None
+    num_labels: int
+    uploads: bool = False
+    stored: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
+    received: Mapping[str, Tensor] = field(default_factory=dict)

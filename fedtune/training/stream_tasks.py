@@ -1,0 +1,106 @@
+"""Check the stream of a recipe against the rest of it, and turn a rule for its tasks into a list."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from fedtune import continual, tasks, techniques
+from fedtune.data import DataSplits
+from fedtune.errors import RecipeError
+from fedtune.recipe.schema import Natural, Recipe, Stream, Unit
+from fedtune.recipe.stream_settings import EachValue, EqualGroups, StreamTask, TimeCuts
+from fedtune.seeds import derive_seed
+
+__all__ = ["check_stream_settings", "list_stream_tasks"]
+
+_MOST_TASKS = 1000
+
+
+def check_stream_settings(recipe: Recipe) -> None:
+    """Raise RecipeError if a stream does not fit the task, the partition, the optimiser or the techniques."""
+    stream = recipe.stream
+    if stream is None:
+        return
+    task = tasks.get_task(recipe.task)
+    if stream.by == "label" and not task.has_classes:
+        raise RecipeError(
+            f"stream.setting: {task.name} has no classes that could arrive; choose domain or time, or another task"
+        )
+    if stream.setting == "class" and recipe.train.weight_decay:
+        raise RecipeError(
+            "train.weight_decay: it moves the head's rows of classes that have not come yet; set it to 0 in a class "
+            "stream"
+        )
+    if isinstance(recipe.data.partition, Natural) and recipe.data.partition.column == stream.by:
+        raise RecipeError(
+            f"data.partition: a client would have the examples of one {stream.by} alone and sit out all other tasks; "
+            "use iid, dirichlet or power-law"
+        )
+    if recipe.federation.asynchronous is not None:
+        raise RecipeError("federation.asynchronous: a late update belongs to an earlier task; drop it or the stream")
+    _check_techniques(techniques.build_techniques(recipe.train.techniques))
+    continual.check_stream(recipe)
+
+
+def _check_techniques(chosen: Sequence[techniques.Technique]) -> None:
+    """Raise RecipeError if batch norms would follow the newest task."""
+    for technique in chosen:
+        if technique.model_dump().get("norms") == "live":
+            raise RecipeError(
+                f"train.techniques: {technique.name} lets batch-norm statistics follow the newest task, which forgets "
+                "the others; set norms: frozen"
+            )
+
+
+def list_stream_tasks(recipe: Recipe) -> Recipe:
+    """Return the recipe with the tasks of its stream listed, and the rounds that they take.
+
+    A rule such as ``{size: 2, rounds: 3}`` needs the labels or the values of the data, which are then loaded.
+    """
+    stream = recipe.stream
+    if stream is None:
+        return recipe
+    listed = stream.tasks if isinstance(stream.tasks, list) else _list_tasks(recipe, stream)
+    written = stream.model_copy(update={"tasks": listed, "memory": _write_out(recipe)})
+    rounds = recipe.federation.model_copy(update={"rounds": written.num_rounds})
+    return recipe.model_copy(update={"stream": written, "federation": rounds})
+
+
+def _write_out(recipe: Recipe) -> list[Unit]:
+    assert recipe.stream is not None
+    methods = continual.build_methods(recipe.stream.memory)
+    return [Unit(name=method.name, settings=method.model_dump(mode="json")) for method in methods]
+
+
+def _list_tasks(recipe: Recipe, stream: Stream) -> list[StreamTask]:
+    rule = stream.tasks
+    if isinstance(rule, TimeCuts):
+        return _list_times(rule)
+    assert isinstance(rule, EqualGroups | EachValue)
+    values = _find_values(recipe, tasks.load_data(recipe, tasks.load_class_names(recipe)))
+    if rule.order == "seed":
+        values = np.random.default_rng(derive_seed(recipe.seed, "stream")).permutation(values).tolist()
+    if isinstance(rule, EachValue):
+        return [StreamTask(name=value, rounds=rule.rounds) for value in values]
+    groups = [values[start : start + rule.size] for start in range(0, len(values), rule.size)]
+    return [StreamTask(name="+".join(group)[:255], where=group, rounds=rule.rounds) for group in groups]
+
+
+def _find_values(recipe: Recipe, corpus: DataSplits) -> list[str]:
+    """Return the values that tell tasks apart: the classes in the order of the head, or other values sorted."""
+    assert recipe.stream is not None
+    if recipe.stream.by == "label":
+        return list(corpus.label_names)
+    found = sorted(set(continual.read_stream_values(recipe, corpus.train, corpus.label_names)))
+    if len(found) > _MOST_TASKS:
+        raise RecipeError(f"stream.tasks: {recipe.stream.by} has {len(found)} values; list the tasks, or cut them")
+    return found
+
+
+def _list_times(rule: TimeCuts) -> list[StreamTask]:
+    bounds = [None, *rule.cut, None]
+    return [
+        StreamTask(name=f"{since or 'start'}..{until or 'end'}", since=since, until=until, rounds=rule.rounds)
+        for since, until in pairwise(bounds)
+    ]

@@ -1,0 +1,127 @@
+"""What a stream changes in a client's round: the classes of the head, the progress of a task, and the methods."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedtune.continual import MethodRound, MethodSetup, mask_classes, name_memory, select_memory
+from fedtune.training.client_round import ClientRound
+
+__all__ = [
+    "add_memory_gradients",
+    "begin_methods",
+    "capture_logits",
+    "collect_stored_tensors",
+    "collect_uploads",
+    "compute_lr_progress",
+    "compute_method_terms",
+    "mask_seen_classes",
+    "mask_trained_classes",
+]
+
+
+def begin_methods(client: ClientRound) -> ClientRound:
+    """Return the round with its continual methods, which see the received state in the model."""
+    stream = client.stream
+    if stream is None:
+        return client
+    rows, _ = client.split_rows()
+    started = [
+        method.begin_round(
+            MethodSetup(
+                client.model,
+                client.task,
+                client.recipe,
+                stream.place,
+                client.client,
+                client.examples,
+                rows,
+                client.derive_seed,
+                {visit: select_memory(method, tensors) for visit, tensors in stream.stored.items()},
+                select_memory(method, stream.received),
+                stream.classes,
+                stream.num_labels,
+                client.micro_batch_size,
+            )
+        )
+        for method in stream.methods
+    ]
+    return replace(client, method_rounds=started)
+
+
+def mask_trained_classes(client: ClientRound) -> AbstractContextManager[None]:
+    """Let the model predict only the classes that the loss compares."""
+    stream = client.stream
+    return nullcontext() if stream is None else mask_classes(client.model, stream.classes, stream.num_labels)
+
+
+def mask_seen_classes(client: ClientRound) -> AbstractContextManager[None]:
+    """Let the model predict only the classes that it has seen."""
+    stream = client.stream
+    return nullcontext() if stream is None else mask_classes(client.model, stream.seen_classes, stream.num_labels)
+
+
+def compute_lr_progress(client: ClientRound, step: int, steps: int) -> float:
+    """Return the share 0..1 of the learning rate schedule that is completed: of the run, or of the task in a stream."""
+    if client.stream is None:
+        return ((client.number - 1) + step / steps) / client.recipe.federation.rounds
+    return ((client.stream.place.round - 1) + step / steps) / client.stream.place.rounds
+
+
+@contextmanager
+def capture_logits(model: nn.Module, *, wanted: bool) -> Iterator[list[Tensor]]:
+    """Collect the logits of the model's forward passes inside the block, if they are wanted."""
+    found: list[Tensor] = []
+    if not wanted:
+        yield found
+        return
+
+    def keep(_: nn.Module, __: Any, output: Any) -> None:
+        logits = getattr(output, "logits", None)
+        if isinstance(logits, Tensor):
+            found.append(logits)
+
+    handle = model.register_forward_hook(keep)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def compute_method_terms(
+    rounds: Sequence[MethodRound], rows: Sequence[int], batch: Mapping[str, Tensor], logits: Sequence[Tensor]
+) -> list[Tensor]:
+    """Return the terms that continual methods add to the loss of a micro-batch."""
+    last = logits[-1] if logits else None
+    terms = (one.compute_batch_term(rows, batch, last) for one in rounds)
+    return [term for term in terms if term is not None]
+
+
+def add_memory_gradients(rounds: Sequence[MethodRound]) -> None:
+    """Add the gradients of the losses on what the methods remember."""
+    for one in rounds:
+        for loss in one.iter_memory_losses():
+            loss.backward()
+
+
+def collect_stored_tensors(client: ClientRound) -> dict[str, Tensor]:
+    """Return what the device keeps of this visit, by method."""
+    return _collect(client, [one.list_stored_tensors() for one in client.method_rounds])
+
+
+def collect_uploads(client: ClientRound) -> dict[str, Tensor]:
+    """Return what the client uploads at the end of its task, by method; nothing in other rounds."""
+    if client.stream is None or not client.stream.uploads:
+        return {}
+    return _collect(client, [one.compute_upload() for one in client.method_rounds])
+
+
+def _collect(client: ClientRound, found: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    assert client.stream is not None or not found
+    methods = client.stream.methods if client.stream is not None else ()
+    named = [name_memory(method, tensors) for method, tensors in zip(methods, found, strict=True)]
+    return {name: tensor.detach().to(torch.device("cpu")) for tensors in named for name, tensor in tensors.items()}
