@@ -45,21 +45,29 @@ def show(recipe: Path, overrides: tuple[str, ...], output: Path | None, examples
       fedtune data show recipes/sentiment.yaml --set data.partition.kind=iid
       fedtune data show recipes/instruct.yaml --examples 3
     """
+    from rich.console import Console
+
     from fedtune import data as library
     from fedtune import tasks
+    from fedtune.cli.task_table import make_task_table
+    from fedtune.continual import partition_stream
     from fedtune.data.partition_plot import draw_partition
     from fedtune.paths import get_home_folder
     from fedtune.recipe.yaml_file import read_recipe
+    from fedtune.training.stream_tasks import list_stream_tasks
 
-    settings = read_recipe(recipe, overrides)
+    settings = list_stream_tasks(read_recipe(recipe, overrides))
     corpus = tasks.load_data(settings)
-    summary = library.summarise_partition(settings, corpus, library.partition_examples(settings, corpus.train))
+    clients = partition_stream(settings, corpus.train, corpus.label_names)
+    summary = library.summarise_partition(settings, corpus, clients)
     decoded = decode_examples(settings, corpus, examples) if examples else []
     path = output or get_home_folder() / "pictures" / f"{settings.name}-split.png"
     draw_partition(summary, path)
     for note in corpus.notes:
         click.echo(f"warning: {note}", err=True)
     _print(summary, corpus.sources, path, decoded, as_json)
+    if settings.stream is not None and not as_json:
+        Console(markup=False).print(make_task_table(settings, corpus))
 
 
 def _print(

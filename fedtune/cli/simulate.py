@@ -134,6 +134,11 @@ def _extend(store: "Store", reference: str, rounds: int, url: str, workers: int 
     recipe = export_base_run(_read_resumable(store, found, workers), url)
     if found.engine not in ("in-process", "flower"):
         raise StoreError(f"run {found.id} belongs to a server; submit a recipe that starts from its export instead")
+    if recipe.stream is not None:
+        raise StoreError(
+            f"run {found.id} has a stream, whose tasks decide its rounds; start a new run from it with "
+            f"model.source=run:{found.id}"
+        )
     if rounds <= found.rounds_planned:
         raise StoreError(
             f"run {found.id} already has {found.rounds_planned} rounds; --rounds is the total, so give a larger number"

@@ -7,7 +7,13 @@ from torch import Tensor
 from fedtune.continual._masked_head import find_head, list_classes, mask_classes
 from fedtune.continual._method import Border, BorderResult, ContinualMethod, MethodRound, MethodSetup, TaskUpload
 from fedtune.continual._plan import Place, StreamPlan, find_stream
-from fedtune.continual._stream_rows import list_tasks, number_tasks, read_stream_values, select_place_rows
+from fedtune.continual._stream_rows import (
+    list_tasks,
+    number_tasks,
+    partition_stream,
+    read_stream_values,
+    select_place_rows,
+)
 from fedtune.errors import RecipeError
 from fedtune.recipe.schema import Recipe, Unit
 from fedtune.recipe.unit_registry import build_unit
@@ -30,6 +36,7 @@ __all__ = [
     "mask_classes",
     "name_memory",
     "number_tasks",
+    "partition_stream",
     "read_stream_values",
     "select_memory",
     "select_place_rows",

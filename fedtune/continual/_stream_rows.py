@@ -6,13 +6,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedtune.continual._plan import Place, StreamPlan
-from fedtune.data import Table
+from fedtune.data import Table, partition_examples, partition_task
 from fedtune.data.columns import get_canonical_column_name
 from fedtune.errors import DataError
 from fedtune.recipe.schema import Recipe
 from fedtune.recipe.stream_settings import StreamTask
 
-__all__ = ["list_tasks", "number_tasks", "read_stream_values", "select_place_rows"]
+__all__ = ["list_tasks", "number_tasks", "partition_stream", "read_stream_values", "select_place_rows"]
 
 IntArray = NDArray[np.int64]
 
@@ -78,6 +78,24 @@ def _choose_order(values: Sequence[str]) -> Callable[[str], str | float]:
     except ValueError:
         return str
     return float
+
+
+def partition_stream(recipe: Recipe, train: Table, label_names: Sequence[str]) -> list[IntArray]:
+    """Return the sorted row numbers of each client. The examples of each task are partitioned by themselves.
+
+    A client may have no example of a task. Without a stream, this is ``partition_examples``.
+    """
+    if recipe.stream is None:
+        return partition_examples(recipe, train)
+    tasks = number_tasks(recipe, train, label_names)
+    found: list[list[IntArray]] = [[] for _ in range(recipe.num_clients)]
+    for task, name in enumerate(StreamPlan(recipe).task_names):
+        rows = np.flatnonzero(tasks == task)
+        if not len(rows):
+            raise DataError(f"stream.tasks: no training example belongs to {name}; correct its values or leave it out")
+        for own, part in zip(found, partition_task(recipe, train.select(rows)), strict=True):
+            own.append(rows[part])
+    return [np.sort(np.concatenate(own)) for own in found]
 
 
 def select_place_rows(

@@ -7,7 +7,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedtune.data import audio_samples, conversation_samples, image_samples, personal_data_samples, sentiment_samples
+from fedtune.data import (
+    audio_samples,
+    conversation_samples,
+    image_samples,
+    personal_data_samples,
+    sentiment_samples,
+    wordnet_samples,
+)
 from fedtune.data.class_folder import class_folder, has_metadata_table
 from fedtune.data.file_digest import digest_files
 from fedtune.data.listing import PARTS, files_in, parts_of
@@ -188,6 +195,8 @@ _SAMPLES: dict[str, Callable[[], dict[str, Table]]] = {
     "replies": conversation_samples.replies,
     "sentiment": sentiment_samples.sentiment,
     "spoken-prompts": audio_samples.spoken_prompts,
+    "wordnet-nouns": wordnet_samples.list_even_noun_definitions,
+    "wordnet-nouns-all": wordnet_samples.list_noun_definitions,
 }
 _PATHS = frozenset({"csv", "disk", "folder", "jsonl", "parquet", "text"})
 _ON_DISK = frozenset({"jsonl", "parquet"})

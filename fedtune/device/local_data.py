@@ -100,7 +100,8 @@ def _own(recipe: Recipe, labels: tuple[str, ...], source: str) -> tuple[RunConte
 
     Columns are named as in the recipe, and its filter and map are applied.
     """
-    columns = recipe.data.columns.model_dump(exclude={"group", "domain"})
+    domain = recipe.data.columns.domain if recipe.stream is not None and recipe.stream.by == "domain" else None
+    columns = recipe.data.columns.model_dump(exclude={"group"}) | {"domain": domain}
     chosen = DataSettings(
         source=source,
         columns=ColumnSettings.model_validate(columns),

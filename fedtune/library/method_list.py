@@ -14,6 +14,7 @@ UNIT_ROOMS: Mapping[str, str] = {
     "technique": "fedtune.techniques",
     "merge": "fedtune.merging",
     "task": "fedtune.tasks",
+    "continual": "fedtune.continual",
 }
 """The package of each kind of unit, which is also the group of its entry points."""
 _OTHER_GROUPS: Mapping[str, str] = {

@@ -101,14 +101,7 @@ class RunContext:
     @cached_property
     def client_rows(self) -> list[np.ndarray]:
         """Indices into the training split, one sorted array per client. The examples of each task are partitioned."""
-        if self.stream_plan is None:
-            return data.partition_examples(self.recipe, self.corpus.train)
-        found: list[list[np.ndarray]] = [[] for _ in range(self.recipe.num_clients)]
-        for task in range(len(self.stream_plan.task_names)):
-            rows = np.flatnonzero(self.task_numbers == task)
-            for own, part in zip(found, data.partition_task(self.recipe, self.corpus.train.select(rows)), strict=True):
-                own.append(rows[part])
-        return [np.sort(np.concatenate(own)) for own in found]
+        return continual.partition_stream(self.recipe, self.corpus.train, self.corpus.label_names)
 
     @cached_property
     def stream_plan(self) -> continual.StreamPlan | None:

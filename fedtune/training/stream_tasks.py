@@ -12,7 +12,7 @@ from fedtune.recipe.schema import Natural, Recipe, Stream, Unit
 from fedtune.recipe.stream_settings import EachValue, EqualGroups, StreamTask, TimeCuts
 from fedtune.seeds import derive_seed
 
-__all__ = ["check_stream_settings", "list_stream_tasks"]
+__all__ = ["check_stream_settings", "list_stream_tasks", "list_times"]
 
 _MOST_TASKS = 1000
 
@@ -76,7 +76,7 @@ def _write_out(recipe: Recipe) -> list[Unit]:
 def _list_tasks(recipe: Recipe, stream: Stream) -> list[StreamTask]:
     rule = stream.tasks
     if isinstance(rule, TimeCuts):
-        return _list_times(rule)
+        return list_times(rule)
     assert isinstance(rule, EqualGroups | EachValue)
     values = _find_values(recipe, tasks.load_data(recipe, tasks.load_class_names(recipe)))
     if rule.order == "seed":
@@ -98,7 +98,8 @@ def _find_values(recipe: Recipe, corpus: DataSplits) -> list[str]:
     return found
 
 
-def _list_times(rule: TimeCuts) -> list[StreamTask]:
+def list_times(rule: TimeCuts) -> list[StreamTask]:
+    """Return the tasks before, between and after the cuts."""
     bounds = [None, *rule.cut, None]
     return [
         StreamTask(name=f"{since or 'start'}..{until or 'end'}", since=since, until=until, rounds=rule.rounds)
