@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from fedtune.continual._border_methods import build_border_methods, write_out_border_methods
 from fedtune.continual._masked_head import find_head, list_classes, mask_classes
 from fedtune.continual._method import Border, BorderResult, ContinualMethod, MethodRound, MethodSetup, TaskUpload
 from fedtune.continual._plan import Place, StreamPlan, find_stream
@@ -15,7 +16,7 @@ from fedtune.continual._stream_rows import (
     select_place_rows,
 )
 from fedtune.errors import RecipeError
-from fedtune.recipe.schema import Recipe, Unit
+from fedtune.recipe.schema import Recipe, Stream, Unit
 from fedtune.recipe.unit_registry import build_unit
 
 __all__ = [
@@ -27,7 +28,9 @@ __all__ = [
     "Place",
     "StreamPlan",
     "TaskUpload",
+    "build_border_methods",
     "build_methods",
+    "build_stream_methods",
     "check_stream",
     "find_head",
     "find_stream",
@@ -40,6 +43,7 @@ __all__ = [
     "read_stream_values",
     "select_memory",
     "select_place_rows",
+    "write_out_border_methods",
 ]
 
 
@@ -49,9 +53,20 @@ def build_methods(units: Sequence[Unit], recipe_key: str = "stream.memory") -> t
     names = [method.name for method in chosen]
     if len(set(names)) < len(names):
         raise RecipeError(f"{recipe_key}: {', '.join(names)} names one method twice; drop one")
+    misplaced = [method.name for method in chosen if method.consolidates]
+    if misplaced:
+        raise RecipeError(f"{recipe_key}: {misplaced[0]} merges at the end of a task; list it in stream.consolidate")
     if "joint" in names and len(names) > 1:
         raise RecipeError(f"{recipe_key}: joint has all examples, so nothing is left to remember; drop the others")
     return chosen
+
+
+def build_stream_methods(stream: Stream) -> tuple[ContinualMethod, ...]:
+    """Return the methods of a stream: first those that merge at the end of a task, so that others see the result."""
+    remembering, merging = build_methods(stream.memory), build_border_methods(stream.consolidate)
+    if merging and any(method.uses_all_tasks for method in remembering):
+        raise RecipeError("stream.consolidate: joint trains on all tasks, so nothing is left to merge; drop one")
+    return (*merging, *remembering)
 
 
 def name_memory(method: ContinualMethod, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -69,13 +84,14 @@ def check_stream(recipe: Recipe) -> None:
     """Raise RecipeError if the methods of a stream cannot do what the rest of the recipe asks."""
     if recipe.stream is None:
         return
-    for method in build_methods(recipe.stream.memory):
+    for method in build_stream_methods(recipe.stream):
+        key = "stream.consolidate" if method.consolidates else "stream.memory"
         if method.needs_common_border and recipe.stream.arrival != "together":
             raise RecipeError(
-                f"stream.memory: {method.name} needs all clients to end a task in the same round; set arrival: together"
+                f"{key}: {method.label} needs all clients to end a task in the same round; set arrival: together"
             )
         if method.uploads_statistics and recipe.privacy is not None:
             raise RecipeError(
-                f"stream.memory: {method.name} sends statistics that privacy neither clips nor noises; drop one of them"
+                f"{key}: {method.label} sends statistics that privacy neither clips nor noises; drop one of them"
             )
         method.check(recipe)

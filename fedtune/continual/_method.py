@@ -113,8 +113,15 @@ class ContinualMethod(NamedUnit):
     """Whether all clients must end a task in the same round: it uses the state at the task's end."""
     uploads_statistics: ClassVar[bool] = False
     """Whether clients send more than their update, which ``privacy`` neither clips nor noises."""
+    consolidates: ClassVar[bool] = False
+    """Whether it merges the state at the end of a task; such a method is listed in ``stream.consolidate``."""
     uses_all_tasks: ClassVar[bool] = False
     """Whether every round trains on the examples of all tasks."""
+
+    @property
+    def label(self) -> str:
+        """Its name in sentences."""
+        return self.name
 
     def check(self, recipe: Recipe) -> None:
         """Raise RecipeError if the method cannot do what the rest of the recipe asks."""
@@ -130,6 +137,10 @@ class ContinualMethod(NamedUnit):
     def after_task(self, border: Border) -> BorderResult:
         """Return the next state and the method's memory, on the server, when a task has ended. It is pure."""
         return BorderResult(border.after, border.memory)
+
+    def start_task(self, start: Tensors, state: Tensors, memory: Tensors) -> Tensors:
+        """Return the state that a later task's training starts from; ``start`` is that before any training."""
+        return state
 
     def list_sent_memory(self, memory: Tensors, place: Place) -> list[str]:
         """The names of the server's memory tensors that clients receive in a round."""

@@ -111,7 +111,7 @@ class RunContext:
     @cached_property
     def methods(self) -> tuple[continual.ContinualMethod, ...]:
         """The continual methods of the stream."""
-        return () if self.recipe.stream is None else continual.build_methods(self.recipe.stream.memory)
+        return () if self.recipe.stream is None else continual.build_stream_methods(self.recipe.stream)
 
     @cached_property
     def task_numbers(self) -> np.ndarray:
