@@ -14,7 +14,7 @@ from fedtune.errors import DataError, FedtuneError
 from fedtune.recipe.yaml_file import parse_recipe
 from fedtune.tracking.pruning import list_kept_rounds
 from fedtune.training import ClientRound, get_run_context
-from fedtune.training.stream_place import make_stream_round
+from fedtune.training.stream_place import count_round_examples, make_stream_round
 from fedtune.training.stream_training import compute_lr_progress
 from tests.federations import TRIVIAL, Ended, execute, outcome
 from tests.kills import start
@@ -136,6 +136,13 @@ def test_the_states_at_the_newest_borders_are_kept() -> None:
     )
     ended = execute(recipe)
     assert list_kept_rounds(ended.rounds) == [0, 4, 8]
+
+
+def test_simulated_time_counts_the_examples_of_the_task() -> None:
+    context = get_run_context(resolve_stream(CLASSES).model_dump_json())
+    found = [count_round_examples(context, number) for number in range(1, 6)]
+    assert [sum(own) for own in zip(*found, strict=True)] == [len(rows) for rows in context.client_rows]
+    assert found[0] == [int((context.task_numbers[rows] == 0).sum()) for rows in context.client_rows]
 
 
 def test_a_task_that_no_example_belongs_to_is_refused() -> None:

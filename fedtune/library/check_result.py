@@ -27,7 +27,9 @@ def require(holds: bool, otherwise: str) -> None:
         raise _CheckFailedError(otherwise)
 
 
-def run_check(what: str, check: Callable[[], object], refusal: type[FedtuneError] | tuple[()] = ()) -> CheckResult:
+def run_check(
+    what: str, check: Callable[[], object], refusal: type[FedtuneError] | tuple[type[FedtuneError], ...] = ()
+) -> CheckResult:
     """Run a check. Any error, which a plug-in may raise, is a failure with its reason; a ``refusal`` skips it."""
     try:
         with warnings.catch_warnings():

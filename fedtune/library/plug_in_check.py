@@ -7,6 +7,7 @@ import numpy as np
 from fedtune.data.partition_plug_in import assign_groups
 from fedtune.errors import RecipeError
 from fedtune.library.check_result import CheckResult, require, run_check
+from fedtune.library.continual_check import check_continual_method
 from fedtune.library.merge_step_check import check_merge_step
 from fedtune.library.method_list import UNIT_ROOMS, list_methods
 from fedtune.library.run_callbacks import load_callbacks
@@ -23,7 +24,7 @@ __all__ = ["check_plug_in"]
 
 
 def check_plug_in(name: str) -> Iterator[CheckResult]:
-    """Check a technique, merge step, task, metric or callback by its name; RecipeError for an unknown one."""
+    """Check a method of any kind by its name; RecipeError for an unknown one."""
     known = list_methods()
     kind = next((kind for kind, one in known if one == name), None)
     if kind is None:
@@ -98,6 +99,7 @@ _UNITS: Mapping[str, Callable[[str], Iterator[CheckResult]]] = {
     "technique": check_technique,
     "merge": check_merge_step,
     "task": check_task,
+    "continual": check_continual_method,
 }
 _SINGLE: Mapping[str, Callable[[str], tuple[str, Callable[[], object]]]] = {
     "metric": _make_metric_check,

@@ -13,7 +13,7 @@ from fedtune.training.run_context import RunContext
 from fedtune.training.stream_round import StreamRound
 from fedtune.wire.client_update import TensorSpec
 
-__all__ = ["declare_task_uploads", "find_task_rows", "make_stream_round"]
+__all__ = ["count_round_examples", "declare_task_uploads", "find_task_rows", "make_stream_round"]
 
 IntArray = NDArray[np.int64]
 StoredTensors = Mapping[int, Mapping[str, Tensor]]
@@ -65,6 +65,18 @@ def find_task_rows(context: RunContext, rows: IntArray, place: continual.Place, 
     return continual.select_place_rows(
         plan, place, context.task_numbers, rows, lambda task: derive_seed(seed, client, "blur", task)
     )
+
+
+def count_round_examples(context: RunContext, number: int) -> list[int]:
+    """Return the examples that each client of a simulation trains on in a round: those of its task in a stream."""
+    plan = context.stream_plan
+    if plan is None or any(method.uses_all_tasks for method in context.methods):
+        return [len(rows) for rows in context.client_rows]
+    places = [plan.find_place(number, client) for client in range(context.recipe.num_clients)]
+    return [
+        0 if place is None else len(find_task_rows(context, rows, place, client))
+        for client, (rows, place) in enumerate(zip(context.client_rows, places, strict=True))
+    ]
 
 
 def declare_task_uploads(context: RunContext, round_number: int, names: Sequence[str]) -> dict[str, TensorSpec]:

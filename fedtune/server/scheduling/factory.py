@@ -1,6 +1,7 @@
 """The recipe and the place decide the scheduler: synchronous or asynchronous, real devices or a simulation."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from flwr.serverapp import Grid
 
@@ -12,6 +13,7 @@ from fedtune.server.scheduling.simulated_schedule import SimulatedAsynchronousSc
 from fedtune.server.scheduling.simulated_time import Simulated
 from fedtune.server.selection import check_enough_eligible_clients, list_eligible_clients
 from fedtune.training import RunContext
+from fedtune.training.stream_place import count_round_examples
 
 __all__ = ["make_round_scheduler"]
 
@@ -36,9 +38,10 @@ def make_round_scheduler(
         )
     if on_devices:
         return SynchronousScheduler(grid, recipe, eligible, clients.poll, read_last_selected)
-    sizes = [len(rows) for rows in context.client_rows]
     if federation.asynchronous is not None:
+        sizes = [len(rows) for rows in context.client_rows]
         return SimulatedAsynchronousScheduler(
             grid, make_simulated_schedule(recipe, eligible, sizes, federation.asynchronous), clients.poll
         )
-    return Simulated(grid, recipe, eligible, sizes, clients.poll, read_last_selected)
+    count = partial(count_round_examples, context)
+    return Simulated(grid, recipe, eligible, count, clients.poll, read_last_selected)

@@ -82,8 +82,8 @@ def plan_round(recipe: Recipe, clients: Sequence[int], sizes: Sequence[int], rou
 class Simulated(RoundScheduler):
     """Synchronous rounds in simulated time. Only clients whose update counts are trained.
 
-    ``among`` are the eligible clients, ``sizes`` the examples of every client of the run; ``last`` returns the last
-    round that selected each client.
+    ``among`` are the eligible clients. ``count_examples`` returns the examples of every client of the run in a round;
+    ``last`` returns the last round that selected each client.
     """
 
     def __init__(
@@ -91,11 +91,11 @@ class Simulated(RoundScheduler):
         grid: Grid,
         recipe: Recipe,
         among: Sequence[int],
-        sizes: Sequence[int],
+        count_examples: Callable[[int], Sequence[int]],
         poll: float,
         last: Callable[[], Mapping[int, int]],
     ) -> None:
-        self._grid, self._recipe, self._among, self._sizes = grid, recipe, among, sizes
+        self._grid, self._recipe, self._among, self._count = grid, recipe, among, count_examples
         self._poll, self._last = poll, last
         self._number, self._plan = 0, RoundPlan({}, {})
         self._asked: list[int] = []
@@ -105,7 +105,8 @@ class Simulated(RoundScheduler):
         """Sample the round's clients, and draw their durations and dropouts."""
         last = self._last() if self._recipe.federation.selection.sampling == "least-recent" else {}
         clients = sample_cohort(self._recipe, round_number, self._among, last)
-        self._number, self._plan = round_number, plan_round(self._recipe, clients, self._sizes, round_number)
+        sizes = self._count(round_number)
+        self._number, self._plan = round_number, plan_round(self._recipe, clients, sizes, round_number)
         self._asked, self._enough = [], False
         return min(self._wanted, len(self._plan.in_time))
 
