@@ -236,3 +236,24 @@ def test_nothing_is_consolidated_where_every_round_has_all_tasks() -> None:
         RecipeError, match=r"^stream.consolidate: joint trains on all tasks, so nothing is left to merge"
     ):
         resolve_stream({**listed(CLASSES), "memory": ["joint"], "consolidate": ["average"]})
+
+
+def test_sums_of_different_models_do_not_add_up() -> None:
+    devices = [{"name": "toy", "count": 3}, {"name": "small", "count": 1, "techniques": ["head-only"]}]
+    recipe = make_stream_recipe(CLASSES, devices=devices)
+    Average().check(recipe)
+    with pytest.raises(RecipeError, match=r"^devices: small has techniques of its own, but the sums of fisher are"):
+        Consolidation(steps=(Unit(name="fisher"),)).check(recipe)
+
+
+@pytest.mark.parametrize("name", ["aim", "fisher"])
+def test_a_border_whose_round_failed_keeps_the_statistics_of_before(name: str) -> None:
+    method = Consolidation(steps=(Unit(name=name),))
+    sizes = {"0.weight": 4 if name == "aim" else (4, 3), "1.weight": 5 if name == "aim" else (10, 4)}
+    memory = {f"sums/{key}": torch.ones(size, dtype=torch.float64) for key, size in sizes.items()}
+    memory |= {"counted": torch.tensor([0])}
+    border = walk(Average(), DOMAINS)[1]
+    failed = Border(border.recipe, border.model, 1, 1, 2, START, ENDS[0], ENDS[0], memory, [], LABELS)
+    result = method.after_task(failed)
+    assert result.memory is memory
+    assert all(torch.equal(result.state[key], ENDS[0][key]) for key in START)

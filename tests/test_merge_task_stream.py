@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedtune.errors import RecipeError
+from fedtune.errors import ModelError, RecipeError
 from fedtune.merging import MergeContext, MergeInput, bind_combine
 from fedtune.merging.combine._subspace_cleaning import clean_delta
 from fedtune.merging.combine.lorm import Lorm
@@ -113,6 +113,20 @@ def test_opcm_depends_on_the_order_and_magmax_does_not() -> None:
 def test_opcm_adds_nothing_that_an_equal_model_brings() -> None:
     one = {"w": drawn(3, 6, 4)}
     torch.testing.assert_close(merged(a_step("opcm", {}), [one, one, one])["w"], one["w"])
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (5, 1), (0, 3), (3, 0), (), (4, 3, 2)])
+@pytest.mark.parametrize("name", ["magmax", "opcm"])
+def test_odd_shapes_keep_their_shape(shape: tuple[int, ...], name: str) -> None:
+    found = merged(a_step(name, {}), [{"w": drawn(seed, *shape)} for seed in (1, 2, 3)])["w"]
+    assert found.shape == shape
+    assert bool(found.isfinite().all())
+
+
+def test_opcm_names_a_model_that_is_not_finite() -> None:
+    deltas = [{"w": drawn(1, 4, 3)}, {"w": drawn(2, 4, 3).fill_(math.nan)}]
+    with pytest.raises(ModelError, match=r"^merge: opcm: w of model 2 is not finite; leave this model out$"):
+        merged(a_step("opcm", {}), deltas)
 
 
 RANK, WIDE, TALL = 3, 8, 6

@@ -4,7 +4,7 @@ from fedtune.errors import RecipeError
 from fedtune.recipe.schema import Recipe
 from fedtune.techniques import Technique, build_techniques
 
-__all__ = ["refuse_masks", "refuse_moving_pairs", "refuse_one_factor"]
+__all__ = ["refuse_masks", "refuse_moving_pairs", "refuse_one_factor", "refuse_uneven_uploads"]
 
 
 def refuse_masks(name: str, recipe: Recipe) -> None:
@@ -13,7 +13,7 @@ def refuse_masks(name: str, recipe: Recipe) -> None:
         if technique.name == "dynamic-pruning":
             raise RecipeError(
                 f"stream.consolidate: {name} merges what tasks change, but {technique.name} also changes which weights "
-                f"there are; drop one of them"
+                "there are; drop one of them"
             )
 
 
@@ -44,3 +44,19 @@ def refuse_one_factor(name: str, why: str, recipe: Recipe) -> None:
 def _list_techniques(recipe: Recipe) -> list[Technique]:
     chosen = [recipe.train.techniques, *(one.techniques for one in recipe.devices if one.techniques is not None)]
     return [technique for units in chosen for technique in build_techniques(units)]
+
+
+def refuse_uneven_uploads(name: str, recipe: Recipe) -> None:
+    """Raise RecipeError if clients or rounds differ in what is trained, so that their sums do not add up."""
+    for device in recipe.devices:
+        if device.techniques is not None:
+            raise RecipeError(
+                f"devices: {device.name} has techniques of its own, but the sums of {name} are those of one model; let "
+                "all train alike, or choose shrink with a number, average or experts"
+            )
+    for technique in _list_techniques(recipe):
+        if technique.changes_per_round():
+            raise RecipeError(
+                f"stream.consolidate: {name} measures what a task's last round trains, but {technique.name} trains "
+                "other tensors in other rounds; choose shrink with a number, average or experts"
+            )

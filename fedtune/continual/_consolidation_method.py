@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fedtune import merging
-from fedtune.continual._border_checks import refuse_masks, refuse_moving_pairs, refuse_one_factor
+from fedtune.continual._border_checks import refuse_masks, refuse_moving_pairs, refuse_one_factor, refuse_uneven_uploads
 from fedtune.continual._border_sums import add_sums, average_sums, declare_sums, pack_sums
 from fedtune.continual._consolidation import BorderEvidence, build_consolidation, consolidate_task
 from fedtune.continual._fisher_sums import (
@@ -68,7 +68,10 @@ class Consolidation(ContinualMethod):
         refuse_moving_pairs(self.label, recipe)
         if self._measures_inputs:
             refuse_one_factor("aim", "scales columns of weights", recipe)
-        if (self._measures_inputs or self._measures_fisher) and recipe.privacy is not None:
+        if not (self._measures_inputs or self._measures_fisher):
+            return
+        refuse_uneven_uploads(self.label, recipe)
+        if recipe.privacy is not None:
             raise RecipeError(
                 f"stream.consolidate: {self.label} sends statistics that privacy neither clips nor noises; choose "
                 "shrink with a number, or average"

@@ -102,7 +102,7 @@ class _Device:
 def check_continual_method(name: str) -> Iterator[CheckResult]:
     """Check a method with its default settings; one that does not fit the tiny stream is skipped with its reason."""
     method: ContinualMethod = build_unit("fedtune.continual", Unit(name=name), "stream.memory")
-    recipe = _make_recipe(name)
+    recipe = _make_recipe(name, "consolidate" if method.consolidates else "memory")
     checks = {
         "a round of a task gives the same bits twice": _check_repeat,
         "uploads what it declares": _check_upload,
@@ -116,7 +116,7 @@ def check_continual_method(name: str) -> Iterator[CheckResult]:
         yield run_check(what, partial(check, recipe, method), refusals)
 
 
-def _make_recipe(name: str) -> Recipe:
+def _make_recipe(name: str, key: str) -> Recipe:
     settings: dict[str, Any] = {
         "version": 2,
         "name": "check",
@@ -126,7 +126,7 @@ def _make_recipe(name: str) -> Recipe:
         "devices": [{"count": 1}],
         "train": {"techniques": ["full"], "batch_size": 4, "local_steps": 2, "lr": 0.01},
         "federation": {},
-        "stream": {**_STREAM, "memory": [name]},
+        "stream": {**_STREAM, key: [name]},
     }
     return Recipe.model_validate(settings)
 

@@ -28,6 +28,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from fedtune.errors import ModelError
 from fedtune.merging._step import BoundCombine, CombineStep, MergeContext, MergeInput, RowReader, Shape
 from fedtune.merging.combine._inner_products import add_rows_in_order, compute_row_dots
 from fedtune.merging.combine._subspace_cleaning import add_cleaned
@@ -59,6 +60,7 @@ class Opcm(CombineStep):
         for name in (name for name in shapes if not name.endswith(_RUNNING)):
             deltas = [_read_matrix(name, shapes[name], merge_input) for merge_input in merge_inputs]
             norms = [total + _sum_squares(delta) for total, delta in zip(norms, deltas, strict=True)]
+            _check_finite(name, norms)
             merged += _sum_squares(self._merge(name, shapes[name], deltas))
         mean = sum(map(math.sqrt, norms)) / len(norms)
         factor = mean / math.sqrt(merged) if merged else 1.0
@@ -75,6 +77,12 @@ class Opcm(CombineStep):
         if not _is_linear(name, shape):
             return torch.stack([delta.double() for delta in deltas]).sum(0)
         return add_cleaned(deltas, self.alpha)
+
+
+def _check_finite(name: str, norms: Sequence[float]) -> None:
+    for number, norm in enumerate(norms):
+        if not math.isfinite(norm):
+            raise ModelError(f"merge: opcm: {name} of model {number + 1} is not finite; leave this model out")
 
 
 def _is_linear(name: str, shape: Shape) -> bool:
