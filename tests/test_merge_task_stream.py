@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedtune.errors import ModelError, RecipeError
+from fedtune.errors import ClientUpdateError, RecipeError
 from fedtune.merging import MergeContext, MergeInput, bind_combine
 from fedtune.merging.combine._subspace_cleaning import clean_delta
 from fedtune.merging.combine.lorm import Lorm
@@ -125,7 +125,7 @@ def test_odd_shapes_keep_their_shape(shape: tuple[int, ...], name: str) -> None:
 
 def test_opcm_names_a_model_that_is_not_finite() -> None:
     deltas = [{"w": drawn(1, 4, 3)}, {"w": drawn(2, 4, 3).fill_(math.nan)}]
-    with pytest.raises(ModelError, match=r"^merge: opcm: w of model 2 is not finite; leave this model out$"):
+    with pytest.raises(ClientUpdateError, match=r"^merge: opcm: w of model 2 is not finite; leave this model out$"):
         merged(a_step("opcm", {}), deltas)
 
 

@@ -28,7 +28,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedtune.errors import ModelError
+from fedtune.errors import ClientUpdateError
 from fedtune.merging._step import BoundCombine, CombineStep, MergeContext, MergeInput, RowReader, Shape
 from fedtune.merging.combine._inner_products import add_rows_in_order, compute_row_dots
 from fedtune.merging.combine._subspace_cleaning import add_cleaned
@@ -82,7 +82,7 @@ class Opcm(CombineStep):
 def _check_finite(name: str, norms: Sequence[float]) -> None:
     for number, norm in enumerate(norms):
         if not math.isfinite(norm):
-            raise ModelError(f"merge: opcm: {name} of model {number + 1} is not finite; leave this model out")
+            raise ClientUpdateError(f"merge: opcm: {name} of model {number + 1} is not finite; leave this model out")
 
 
 def _is_linear(name: str, shape: Shape) -> bool:
