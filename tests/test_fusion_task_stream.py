@@ -27,7 +27,7 @@ def test_fine_tunes_on_disk_are_merged_as_their_deltas_in_memory(tmp_path: Path,
 def test_a_setting_over_the_depth_is_refused_where_whole_models_are_read(tmp_path: Path) -> None:
     base, *tuned = base_and_tuned(tmp_path)
     config = a_config("opcm", tuned, base, parameters={"alpha": [0.3, 0.7]})
-    with pytest.raises(RecipeError, match=r"^parameters: opcm reads whole models, so its settings are those of all"):
+    with pytest.raises(RecipeError, match=r"^parameters: opcm reads whole models; give one value in place of a list$"):
         prepare_merge(config)
     prepare_merge(a_config("opcm", tuned, base, parameters={"alpha": [0.3, 0.3]}))
     prepare_merge(a_config("ties", tuned, base, parameters={"lambda": [0.3, 0.7]}))

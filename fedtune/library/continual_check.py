@@ -168,7 +168,8 @@ def _check_next_task(recipe: Recipe, method: ContinualMethod) -> None:
     device = _Device(recipe, method)
     result = device.train(1)
     ended = device.end_task(1, result)
-    device.state, device.memory, device.stored = dict(ended.state), ended.memory, {0: result.remembered}
+    begun = method.start_task(device.state, ended.state, ended.memory)
+    device.state, device.memory, device.stored = dict(begun), ended.memory, {0: result.remembered}
     again = device.train(2)
     odd = [key for key, tensor in again.delta.items() if not bool(tensor.isfinite().all())]
     require(not odd, f"the change of {odd[0] if odd else ''} is not finite")

@@ -125,10 +125,7 @@ def _try_settings(merge: PreparedMerge) -> None:
             if not measured:
                 list(settled.combine.combine(name, (1,), settled.merge_inputs))
             if seen[0][0] != step and (settled.combine != step or settled.merge_inputs is not zeros):
-                raise RecipeError(
-                    f"parameters: {step.name} reads whole models, so its settings are those of all tensors; give one "
-                    "value in place of a list"
-                )
+                raise RecipeError(f"parameters: {step.name} reads whole models; give one value in place of a list")
 
 
 def _zero(name: str, start: int, stop: int) -> Tensor:  # noqa: ARG001 - read like a delta
