@@ -14,7 +14,7 @@ from fedtune.recipe.schema import Unit
 from fedtune.tasks import Task, get_task
 from fedtune.techniques import Technique
 from fedtune.techniques.deft._mlps import find_mlps
-from fedtune.training.training_step import compute_step_loss
+from fedtune.training.step_loss import compute_step_loss
 from tests.tiny import llama, texts
 
 __all__ = [

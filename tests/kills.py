@@ -18,7 +18,7 @@ from fedtune.cli.main import main
 from fedtune.server import replies
 from fedtune.tracking import RoundRecord, Store
 
-__all__ = ["PLANTS", "command", "start"]
+__all__ = ["MEMORY_PLANTS", "PLANTS", "command", "start"]
 
 Call = Callable[..., Any]
 _ROUND = "round-0002"
@@ -42,7 +42,7 @@ def command(home: str, argv: Sequence[str], plant: str) -> None:
     os.dup2(printed, 2)
     sys.argv = ["fedtune", *argv]
     if plant:
-        PLANTS[plant]()
+        {**PLANTS, **MEMORY_PLANTS}[plant]()
     main()
 
 
@@ -140,6 +140,28 @@ def _is_round(number: int) -> Callable[[Store, str, RoundRecord], bool]:
     return lambda store, run, record: record.number == number
 
 
+def _before_the_memory_rename() -> None:
+    _wrap(Path, "replace", _is_memory_of_client_2, after=False)
+
+
+def _after_the_memory_rename() -> None:
+    _wrap(Path, "replace", _is_memory_of_client_2, after=True)
+
+
+def _half_a_memory_file() -> None:
+    def cut(path: Path) -> bool:
+        found = ".memory-0001." in path.name and "client-000002" in str(path)
+        if found:
+            os.truncate(path, os.path.getsize(path) // 2)
+        return found
+
+    _wrap(files, "_flush", cut, after=False)
+
+
+def _is_memory_of_client_2(_: Path, target: Path) -> bool:
+    return target.name == "memory-0001.safetensors" and "client-000002" in str(target)
+
+
 PLANTS: dict[str, Callable[[], None]] = {
     "in round 0": _in_round_zero,
     "half a spooled contribution": _half_a_spooled_contribution,
@@ -152,4 +174,9 @@ PLANTS: dict[str, Callable[[], None]] = {
     "in the transaction": _in_the_transaction,
     "after the commit": _after_the_commit,
     "before the end is recorded": _before_the_end_is_recorded,
+}
+MEMORY_PLANTS: dict[str, Callable[[], None]] = {
+    "before the memory rename": _before_the_memory_rename,
+    "after the memory rename": _after_the_memory_rename,
+    "half a memory file": _half_a_memory_file,
 }

@@ -13,7 +13,7 @@ from fedtune.recipe.schema import Unit
 from fedtune.tasks import Task
 from fedtune.techniques import Technique
 from fedtune.techniques.deft.deft import get_probes
-from fedtune.training.training_step import compute_step_loss
+from fedtune.training.step_loss import compute_step_loss
 from tests.deft_models import opt, relu_bert, t5
 from tests.deft_twin import deft, labelled, padded, slow_loss, step_gradients, task_of
 from tests.technique_steps import LANGUAGE, TEXT, shake

@@ -19,7 +19,7 @@ from fedtune.recipe.schema import ModelSettings
 from fedtune.techniques import apply_techniques, list_trainable_tensors
 from fedtune.techniques._loss_terms import add_loss_term, collect_loss_terms
 from fedtune.techniques.meft._reversible import run_reversible
-from fedtune.training.training_step import compute_step_loss
+from fedtune.training.step_loss import compute_step_loss
 from tests.meft_models import FAMILIES, VARIANTS, a_batch, equal, stack_of, twins
 from tests.technique_steps import LANGUAGE, TEXT, chosen, gradients, logits, shake
 from tests.tiny import llama

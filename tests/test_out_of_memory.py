@@ -18,6 +18,7 @@ from fedtune.training import (
     LocalTrainingResult,
     evaluate_model,
     get_model_state,
+    step_loss,
     train_local_model,
     training_step,
 )
@@ -32,7 +33,7 @@ class _SmallCard:
 
     def __init__(self, most: int) -> None:
         self.most, self.sizes = most, list[int]()
-        self._compute = training_step.compute_step_loss
+        self._compute = step_loss.compute_step_loss
 
     def compute_loss(self, task: Any, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         size = len(batch["labels"])

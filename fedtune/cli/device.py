@@ -97,7 +97,14 @@ def move(url: str) -> None:
 @_data
 @_memory
 @_idle
-def join(source: str, memory: int | None, idle_minutes: float) -> None:
+@click.option(
+    "--memory-key",
+    envvar="FEDTUNE_MEMORY_KEY",
+    type=click.Path(path_type=Path),
+    help="File of 32 bytes that encrypts what is kept of earlier tasks, e.g. on a mounted keyring.  "
+    "[default: a key of each run in the device's home]",
+)
+def join(source: str, memory: int | None, idle_minutes: float, memory_key: Path | None) -> None:
     """Take part in runs until you stop the command.
 
     The device reconnects after server restarts and network failures.
@@ -112,6 +119,10 @@ def join(source: str, memory: int | None, idle_minutes: float) -> None:
 
     from fedtune.device.device_home import DeviceHome
     from fedtune.device.join import run_device
+    from fedtune.device.memory_key import use_memory_key
+
+    if memory_key is not None:
+        use_memory_key(memory_key)
 
     run_device(DeviceHome(), source, memory or psutil.virtual_memory().total, idle_minutes * 60, print_with_time)
 
@@ -146,8 +157,29 @@ def status(as_json: bool) -> None:
 
 
 @device.command()
+@click.argument("run")
+def forget(run: str) -> None:
+    """Delete what this device keeps of a run, the key first. It starts anew if it takes part again.
+
+    RUN is the whole id of the run, which the operator knows.
+
+    Example: fedtune device forget 20260301-120000-sentiment-1a2b
+    """
+    from fedtune.device.device_home import DeviceHome
+    from fedtune.errors import DeviceError
+
+    home = DeviceHome()
+    if home.is_joined:
+        raise DeviceError(f"the device in {home.folder} is joined; stop that process first")
+    home.delete_run(run)
+    click.echo(f"forgot {run}")
+
+
+@device.command()
 def leave() -> None:
-    """Delete the identity, the key and the current train request. The operator removes the device from the server.
+    """Delete the identity, all keys, what is kept of runs and the current train request.
+
+    The operator removes the device from the server.
 
     Example: fedtune device leave
     """

@@ -8,6 +8,7 @@ from fedtune.continual._border_methods import build_border_methods, write_out_bo
 from fedtune.continual._masked_head import find_head, list_classes, mask_classes
 from fedtune.continual._method import Border, BorderResult, ContinualMethod, MethodRound, MethodSetup, TaskUpload
 from fedtune.continual._plan import Place, StreamPlan, find_stream
+from fedtune.continual._storage import check_storage, find_storage_budget
 from fedtune.continual._stream_rows import (
     list_tasks,
     number_tasks,
@@ -16,7 +17,7 @@ from fedtune.continual._stream_rows import (
     select_place_rows,
 )
 from fedtune.errors import RecipeError
-from fedtune.recipe.schema import Recipe, Stream, Unit
+from fedtune.recipe.schema import Recipe, Unit
 from fedtune.recipe.unit_registry import build_unit
 
 __all__ = [
@@ -30,11 +31,12 @@ __all__ = [
     "TaskUpload",
     "build_border_methods",
     "build_methods",
-    "build_stream_methods",
     "check_stream",
     "find_head",
+    "find_storage_budget",
     "find_stream",
     "list_classes",
+    "list_methods",
     "list_tasks",
     "mask_classes",
     "name_memory",
@@ -61,9 +63,14 @@ def build_methods(units: Sequence[Unit], recipe_key: str = "stream.memory") -> t
     return chosen
 
 
-def build_stream_methods(stream: Stream) -> tuple[ContinualMethod, ...]:
-    """Return the methods of a stream: first those that merge at the end of a task, so that others see the result."""
-    remembering, merging = build_methods(stream.memory), build_border_methods(stream.consolidate)
+def list_methods(recipe: Recipe) -> tuple[ContinualMethod, ...]:
+    """Return the methods of a recipe's stream, none without a stream.
+
+    Those that merge at the end of a task come first, so that the others see the result.
+    """
+    if recipe.stream is None:
+        return ()
+    remembering, merging = build_methods(recipe.stream.memory), build_border_methods(recipe.stream.consolidate)
     if merging and any(method.uses_all_tasks for method in remembering):
         raise RecipeError("stream.consolidate: joint trains on all tasks, so nothing is left to merge; drop one")
     return (*merging, *remembering)
@@ -84,7 +91,9 @@ def check_stream(recipe: Recipe) -> None:
     """Raise RecipeError if the methods of a stream cannot do what the rest of the recipe asks."""
     if recipe.stream is None:
         return
-    for method in build_stream_methods(recipe.stream):
+    methods = list_methods(recipe)
+    check_storage(recipe, methods)
+    for method in methods:
         key = "stream.consolidate" if method.consolidates else "stream.memory"
         if method.needs_common_border and recipe.stream.arrival != "together":
             raise RecipeError(

@@ -7,6 +7,7 @@ head that grows.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from fedtune.continual._stream_rows import list_tasks
 from fedtune.errors import ModelError
 
 __all__ = ["find_head", "list_classes", "mask_classes"]
+
+_ACTIVE: WeakKeyDictionary[nn.Module, list[Tensor]] = WeakKeyDictionary()
+"""The masks of the blocks that a model is in, the innermost last."""
 
 
 def list_classes(
@@ -48,18 +52,24 @@ def find_head(model: nn.Module, num_labels: int) -> nn.Module:
 
 @contextmanager
 def mask_classes(model: nn.Module, classes: Sequence[int] | None, num_labels: int) -> Iterator[None]:
-    """Let a classifier predict only ``classes`` inside the block; None for all of them."""
-    if classes is None or len(classes) == num_labels:
+    """Let a classifier predict only ``classes`` inside the block; None for all of them.
+
+    Of nested blocks, the innermost one counts.
+    """
+    if (classes is None or len(classes) == num_labels) and not _ACTIVE.get(model):
         yield
         return
     hidden = torch.ones(num_labels, dtype=torch.bool)
-    hidden[list(classes)] = False
+    hidden[list(range(num_labels) if classes is None else classes)] = False
+    masks = _ACTIVE.setdefault(model, [])
 
     def hide(_: nn.Module, __: Any, logits: Tensor) -> Tensor:
-        return logits.masked_fill(hidden.to(logits.device), -torch.inf)
+        return logits.masked_fill(hidden.to(logits.device), -torch.inf) if masks[-1] is hidden else logits
 
     handle = find_head(model, num_labels).register_forward_hook(hide)
+    masks.append(hidden)
     try:
         yield
     finally:
         handle.remove()
+        masks.pop()

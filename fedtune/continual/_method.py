@@ -27,6 +27,10 @@ class MethodSetup:
     ``rows`` are the rows of ``examples`` that the client trains on. ``stored`` are the tensors that this method kept on
     the device in earlier visits, by visit; ``received`` is what the server sent of its memory. ``classes`` are the
     classes that the loss compares, None for all. ``derive_seed`` gives this client's seeds of this round, by purpose.
+
+    ``all_rows`` are the client's examples of any task, as far as it has them now. ``list_classes`` returns the classes
+    of some tasks, None for all. ``run_forward`` returns the loss of a batch of other examples, as a training step
+    computes it, and the model's logits.
     """
 
     model: nn.Module
@@ -42,6 +46,12 @@ class MethodSetup:
     classes: Sequence[int] | None = None
     num_labels: int = 0
     micro_batch_size: int | None = None
+    all_rows: NDArray[np.int64] | None = None
+    list_classes: Callable[[Sequence[int]], Sequence[int] | None] | None = None
+    run_forward: Callable[[Tensors], tuple[Tensor, Tensor | None]] | None = None
+    num_tasks: int = 0
+    held_rows: Mapping[int, NDArray[np.int64]] = field(default_factory=dict)
+    """The rows that the client would train on in each task that it has begun, as far as it still holds them."""
 
 
 class MethodRound:
@@ -123,8 +133,22 @@ class ContinualMethod(NamedUnit):
         """Its name in sentences."""
         return self.name
 
+    def count_stored_bytes(self) -> int:
+        """Return the bytes of the tensors that the method is set to keep on each device, as far as they are known."""
+        return 0
+
     def check(self, recipe: Recipe) -> None:
         """Raise RecipeError if the method cannot do what the rest of the recipe asks."""
+
+    def check_export(self) -> None:
+        """Raise ModelError if no plain model can contain the result."""
+
+    def rewrite_model(self, model: nn.Module, task: Task, recipe: Recipe) -> None:
+        """Rewrite the loaded model before the techniques do; ModelError if it does not fit."""
+
+    def trains(self, place: Place) -> bool:
+        """Whether clients train in a round. In one without training they only upload statistics."""
+        return True
 
     def begin_round(self, setup: MethodSetup) -> MethodRound:
         """Begin a client's round on the device."""

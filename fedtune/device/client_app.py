@@ -13,7 +13,7 @@ from flwr.clientapp import ClientApp
 from fedtune import paths
 from fedtune.device.local_round import read_payload, run_local_round
 from fedtune.device.problems import problem_of
-from fedtune.errors import NoTaskError
+from fedtune.errors import MemoryBudgetError, NoTaskError
 from fedtune.flower import train_messages
 from fedtune.recipe.required_plug_ins import decode_plug_ins, require_plug_ins
 from fedtune.training import get_run_context
@@ -38,7 +38,7 @@ def train_round(message: Message, _: Context) -> Message:
     rows = run_context.client_rows[request.client]
     try:
         deltas, report = run_local_round(request, state, run_context, rows, own)
-    except NoTaskError as error:
+    except (NoTaskError, MemoryBudgetError) as error:
         return Message(Error(TRAINING_FAILED, f"{DECLINED_PREFIX}{error}"), reply_to=message)
     return Message(train_messages.make_update_record(deltas, report.to_fields()), reply_to=message)
 

@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from fedtune import paths
+from fedtune.device.memory_key import get_key_path
 from fedtune.errors import DeviceError, StoreError
 from fedtune.files import replace_file_atomically, write_bytes_atomically
 
@@ -178,8 +179,18 @@ class DeviceHome:
         """Return the folder of the device's local state in a run. Its name is a hash: the id comes from the server."""
         return self.folder / "own" / hashlib.sha256(run.encode()).hexdigest()[:32]
 
+    def delete_run(self, run: str) -> None:
+        """Delete the local state of a run, the key of its memory first; DeviceError if there is none."""
+        folder = self.get_local_state_folder(run)
+        if not folder.is_dir():
+            raise DeviceError(f"{self.folder} holds nothing of a run {run}; give the whole id of the run")
+        get_key_path(folder).unlink(missing_ok=True)
+        shutil.rmtree(folder)
+
     def delete_all(self) -> None:
-        """Delete the identity, the key and the local state."""
+        """Delete the identity, the keys and the local state; the keys of memories first, so that they are worthless."""
+        for key in get_key_path(self.get_local_state_folder("")).parent.glob("*.key"):
+            key.unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -14,6 +14,7 @@ from fedtune.accelerator import require_device
 from fedtune.device import local_state
 from fedtune.device.held_base import with_base
 from fedtune.device.private_update import make_update_private, redact_report
+from fedtune.device.stream_memory import add_stored_tensors, write_stored_tensors
 from fedtune.memory import peak_rss, reset_peak_rss
 from fedtune.training import (
     ClientRound,
@@ -68,6 +69,7 @@ def run_local_round(
     state, received = split_memory(state)
     state, own = with_base(request, state, part, folder), _own(part, folder, request.round)
     stream = make_stream_round(context, rows, request.round, request.client, received=received)
+    stream = add_stored_tensors(stream, part.recipe, request, folder)
     rows = rows if stream is None else stream.rows
     client = ClientRound(
         part.model, part.techniques, part.recipe, context.train, rows, request.round, request.client, own, micro, stream
@@ -75,6 +77,7 @@ def run_local_round(
     outcome = train_local_model(client, state)
     if outcome.local_tensors:
         local_state.save_local_state(folder, request.round, outcome.local_tensors)
+    write_stored_tensors(outcome.remembered, stream, part.recipe, request, folder)
     held_out = count_held_out(len(rows), part.recipe.evaluation.local_holdout)
     loss = outcome.train_loss if len(rows) - held_out >= FEWEST else math.nan
     scores = _told(outcome.holdout_metrics, outcome.trained_score) if held_out >= FEWEST else {}

@@ -19,6 +19,7 @@ from fedtune.device.held_base import leave_others
 from fedtune.device.local_data import LocalData, summarise_local_data
 from fedtune.device.local_round import read_payload, run_local_round
 from fedtune.device.memory_budget import choose_micro_batch_size
+from fedtune.device.own_memory import delete_unneeded_memory
 from fedtune.device.problems import problem_of
 from fedtune.device.trainer_channel import STATE, Frame, TrainerChannel
 from fedtune.errors import ClientUpdateError, FedtuneError, MemoryBudgetError, NoTaskError, StoreError
@@ -69,6 +70,7 @@ class Trainer:
         fits()
         folder = DeviceHome().get_local_state_folder(request.run_id)
         leave_others(folder)
+        delete_unneeded_memory(folder)
         deltas, report = run_local_round(request, state, context, rows, folder, self._micro)
         return Frame(
             {"kind": "trained", "report": report.to_fields(), "holding": summarise_local_data(context, rows)}, deltas

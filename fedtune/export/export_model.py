@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from fedtune import tasks, techniques
+from fedtune import continual, tasks, techniques
 from fedtune.errors import ModelError, StoreError
 from fedtune.export.peft_adapter import describe_adapter_loading, make_peft_adapter, save_peft_adapter
 from fedtune.export.safetensors_model import save_whole_model
@@ -37,6 +37,8 @@ def write_export(
     recipe: Recipe, labels: Sequence[str], state: Mapping[str, Tensor], folder: Path, form: Format | None, card: str
 ) -> Format:
     """Do the same as ``export_model`` for a model whose class names are known."""
+    for method in continual.list_methods(recipe):
+        method.check_export()
     model, chosen, _ = prepare_model(recipe, labels, device="cpu")
     set_model_state(model, state)
     adapter = make_peft_adapter(model, chosen, recipe, state) if form != "model" else None

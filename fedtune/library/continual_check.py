@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,6 +25,7 @@ from fedtune.training.stream_round import StreamRound
 
 __all__ = ["check_continual_method"]
 
+_TECHNIQUES = ("full", "head-only")
 _LABELS, _ROWS, _CLIENT = ("a", "b", "c"), 12, 0
 _STREAM = {
     "setting": "class",
@@ -43,7 +45,8 @@ class _Device:
         tiny = next(one for one in TINY_MODELS if one.task == "text-classification")
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self._prepared = prepare(tiny.build(0), ["full"], task=tiny.task)
+            chosen = [unit.name for unit in self.recipe.train.techniques]
+            self._prepared = prepare(tiny.build(0), chosen, task=tiny.task)
             batches = [tiny.make_batch(seed) for seed in range(_ROWS // 4)]
         labels = torch.arange(_ROWS) % len(_LABELS)
         ids = torch.cat([batch["input_ids"] for batch in batches]).int()
@@ -102,7 +105,7 @@ class _Device:
 def check_continual_method(name: str) -> Iterator[CheckResult]:
     """Check a method with its default settings; one that does not fit the tiny stream is skipped with its reason."""
     method: ContinualMethod = build_unit("fedtune.continual", Unit(name=name), "stream.memory")
-    recipe = _make_recipe(name, "consolidate" if method.consolidates else "memory")
+    recipe = _choose_recipe(name, "consolidate" if method.consolidates else "memory")
     checks = {
         "a round of a task gives the same bits twice": _check_repeat,
         "uploads what it declares": _check_upload,
@@ -116,7 +119,17 @@ def check_continual_method(name: str) -> Iterator[CheckResult]:
         yield run_check(what, partial(check, recipe, method), refusals)
 
 
-def _make_recipe(name: str, key: str) -> Recipe:
+def _choose_recipe(name: str, key: str) -> Recipe:
+    """Return the recipe with the first technique that the method allows; the first one if it allows none."""
+    recipes = [_make_recipe(name, key, technique) for technique in _TECHNIQUES]
+    for recipe in recipes:
+        with suppress(ModelError, RecipeError):
+            continual.check_stream(recipe)
+            return recipe
+    return recipes[0]
+
+
+def _make_recipe(name: str, key: str, technique: str) -> Recipe:
     settings: dict[str, Any] = {
         "version": 2,
         "name": "check",
@@ -124,7 +137,7 @@ def _make_recipe(name: str, key: str) -> Recipe:
         "model": {"source": "path:nowhere"},
         "data": {"source": "csv:nowhere"},
         "devices": [{"count": 1}],
-        "train": {"techniques": ["full"], "batch_size": 4, "local_steps": 2, "lr": 0.01},
+        "train": {"techniques": [technique], "batch_size": 4, "local_steps": 2, "lr": 0.01},
         "federation": {},
         "stream": {**_STREAM, key: [name]},
     }

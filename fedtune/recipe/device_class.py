@@ -14,6 +14,8 @@ Dtype = Literal["float32", "bfloat16"]
 
 OVERRIDABLE = ("techniques", "batch_size", "dtype", "device")
 """The settings of a recipe that a device class may override."""
+_LEFT_OUT = (("device", None), ("storage", None))
+"""Recipes without these are written as before there were any, so that their runs resume."""
 
 
 class DeviceClass(SettingsModel):
@@ -30,6 +32,9 @@ class DeviceClass(SettingsModel):
     batch_size: int | None = Field(None, ge=1, description="replaces train.batch_size")
     dtype: Dtype | None = Field(None, description="replaces model.dtype")
     device: ComputeDevice | None = Field(None, description="replaces train.device")
+    storage: ByteSize | None = Field(
+        None, description="bytes on disk for what continual methods keep; replaces stream.own_memory.budget"
+    )
     tags: list[Tag] = Field([], description="tags for federation.selection in a simulation")
     examples_per_second: float | None = Field(
         None, gt=0, description="examples per simulated second; without it, no deadline is missed"
@@ -43,9 +48,9 @@ class DeviceClass(SettingsModel):
         return split_joined(value)
 
     @model_serializer(mode="wrap")
-    def _leave_out_unset_device(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _leave_out_what_is_unset(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         written: dict[str, Any] = serialise(self)
-        return {key: value for key, value in written.items() if (key, value) != ("device", None)}
+        return {key: value for key, value in written.items() if (key, value) not in _LEFT_OUT}
 
     @property
     def overridden_settings(self) -> tuple[str, ...]:

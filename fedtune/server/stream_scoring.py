@@ -56,7 +56,7 @@ def select_task_rows(
     context: RunContext, part: str, tasks: Sequence[int], rows: Sequence[int] | None
 ) -> dict[int, list[int]]:
     """Return the rows of each task in a split, limited to ``rows`` if given. Tasks without examples are left out."""
-    numbers = continual.number_tasks(context.recipe, getattr(context.corpus, part), context.corpus.label_names)
+    numbers = context.number_split_tasks(part)
     found: dict[int, list[int]] = defaultdict(list)
     for row in range(len(numbers)) if rows is None else rows:
         if numbers[row] in tasks:

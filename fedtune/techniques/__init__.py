@@ -20,7 +20,7 @@ from fedtune.techniques._layers.unfrozen_batch_norm import (
 )
 from fedtune.techniques._loss_terms import collect_loss_terms
 from fedtune.techniques._saving import refuse_saving
-from fedtune.techniques._technique import ExtraPayload, StepInfo, Technique
+from fedtune.techniques._technique import ExtraPayload, StepInfo, Technique, list_head_parameters
 from fedtune.wire.client_update import LowRankPair, TensorSpec
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "collect_metrics",
     "compute_extra_payload",
     "declare_extra_payload",
+    "list_head_parameters",
     "list_local_tensors",
     "list_low_rank_pairs",
     "list_trainable_tensors",

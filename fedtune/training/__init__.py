@@ -14,7 +14,7 @@ from fedtune.training.local_training import (
 from fedtune.training.model_state import get_model_state, get_tensor_shapes, named_tensors, precise, set_model_state
 from fedtune.training.received_state import score_received
 from fedtune.training.run_context import RunContext, clear_run_context, get_run_context, prepare_model, set_run_context
-from fedtune.training.training_step import compute_step_loss
+from fedtune.training.step_loss import compute_step_loss
 
 __all__ = [
     "ClientRound",

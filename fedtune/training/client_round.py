@@ -45,6 +45,12 @@ class ClientRound:
         """The recipe's task."""
         return get_task(self.recipe.task)
 
+    @property
+    def trains(self) -> bool:
+        """Whether the round trains. In a stream, a method may want nothing to move."""
+        stream = self.stream
+        return stream is None or all(method.trains(stream.place) for method in stream.methods)
+
     def split_rows(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the rows to train on and the held-out rows, the same in every round."""
         return split_holdout(

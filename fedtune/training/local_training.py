@@ -1,5 +1,6 @@
 """The local training of one client in one round, from the shared state to the delta of the trained tensors."""
 
+import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -113,16 +114,17 @@ def train_local_model(client: ClientRound, state: Mapping[str, Tensor]) -> Local
         torch.manual_seed(client.derive_seed("dropout"))
         release_freed()
         with mask_trained_classes(client):
-            steps = _run_steps(client, rows, masters)
+            steps = _run_steps(client, rows, masters) if client.trains else _skip_steps(client, rows)
         release_freed()
         kept = {
             name: masters[name].detach().cpu() if name in masters else one
             for name, one in get_model_state(model, client.local_tensors).items()
         }
         delta = start.deltas({**named_tensors(model), **masters}, names)
-        _warn_if_nothing_moved(
-            [*delta.values(), *(kept[name] - one for name, one in client.local_tensors.items())], client
-        )
+        if client.trains:
+            _warn_if_nothing_moved(
+                [*delta.values(), *(kept[name] - one for name, one in client.local_tensors.items())], client
+            )
         backward = partial(_run_extra_backward, client, rows, steps.micro_batch_size)
         added = compute_extra_payload(client.techniques, model, client.number, backward)
         with mask_trained_classes(client):
@@ -178,6 +180,13 @@ class _RoundSteps(NamedTuple):
     activation_bytes: int
     num_examples: int
     micro_batch_size: int | None
+
+
+def _skip_steps(client: ClientRound, rows: IntArray) -> _RoundSteps:
+    """Return the result of a round without training. It has no loss, and the weight of the examples of its steps."""
+    client.model.eval()
+    most = total_steps(len(rows), client.recipe) * client.recipe.train.batch_size
+    return _RoundSteps(math.nan, 0, min(len(rows), most), client.micro_batch_size)
 
 
 def _run_steps(client: ClientRound, rows: IntArray, masters: Mapping[str, nn.Parameter]) -> _RoundSteps:

@@ -54,6 +54,8 @@ def prepare_model(
         seed=derive_seed(recipe.seed, "head"),
         quantisation=quantised[0] if quantised else None,
     )
+    for method in continual.list_methods(recipe):
+        method.rewrite_model(model, task, recipe)
     shared = techniques.apply_techniques(chosen, model, task, derive_seed(recipe.seed, "techniques"))
     check_packing(recipe, model)
     return _move_model(model, choose_device(device or recipe.train.device), chosen), chosen, shared
@@ -78,6 +80,7 @@ class RunContext:
     """The contexts of device classes with their own settings, by name. They share this context's examples."""
     local_tensors: dict[str, Tensor] = field(init=False, repr=False)
     """The tensors that stay on each device, with their values before training."""
+    _split_tasks: dict[str, np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Copy the local tensors while the model is untrained."""
@@ -111,12 +114,19 @@ class RunContext:
     @cached_property
     def methods(self) -> tuple[continual.ContinualMethod, ...]:
         """The continual methods of the stream."""
-        return () if self.recipe.stream is None else continual.build_stream_methods(self.recipe.stream)
+        return continual.list_methods(self.recipe)
 
-    @cached_property
+    @property
     def task_numbers(self) -> np.ndarray:
         """The task [n] of each example of the training split, -1 for none."""
-        return continual.number_tasks(self.recipe, self.corpus.train, self.corpus.label_names)
+        return self.number_split_tasks("train")
+
+    def number_split_tasks(self, part: str) -> np.ndarray:
+        """Return the task [n] of each example of a split, -1 for none."""
+        if part not in self._split_tasks:
+            table = getattr(self.corpus, part)
+            self._split_tasks[part] = continual.number_tasks(self.recipe, table, self.corpus.label_names)
+        return self._split_tasks[part]
 
     @cached_property
     def train(self) -> data.EncodedDataset:

@@ -1,6 +1,8 @@
 """Find out what a client trains on in a round of a stream, and what it uploads at the end of a task."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +40,8 @@ def make_stream_round(
     if place is None:
         raise NoTaskError("it has no task in this round, as stream.arrival says", code="no-task")
     joint = any(method.uses_all_tasks for method in context.methods)
-    own = rows[context.task_numbers[rows] >= 0] if joint else find_task_rows(context, rows, place, client)
+    all_rows = rows[context.task_numbers[rows] >= 0]
+    own = all_rows if joint else find_task_rows(context, rows, place, client)
     if not len(own):
         raise NoTaskError(f"it has no example of task {plan.task_names[place.task]}", code="no-task-examples")
     tasks = range(len(plan.task_names)) if joint else place.seen
@@ -54,6 +57,10 @@ def make_stream_round(
         place.last and plan.stream.arrival == "together",
         stored or {},
         received or {},
+        all_rows,
+        partial(continual.list_classes, plan, labels),
+        len(plan.task_names),
+        {task: find_task_rows(context, rows, replace(place, task=task), client) for task in place.seen},
     )
 
 

@@ -1,6 +1,6 @@
 """A client's round in a stream of tasks: its place, its examples, its classes, and the methods that remember."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,7 +18,9 @@ class StreamRound:
 
     ``rows`` are the examples of its task. ``classes`` are those that the loss compares, and ``seen_classes`` those that
     the model may predict, None for all. ``stored`` are the tensors of earlier visits on the device, by visit, and
-    ``received`` the server's memory; both are named by their method.
+    ``received`` the server's memory; both are named by their method. ``all_rows`` are the client's examples of any
+    task, and ``list_classes`` returns the classes of some tasks, None for all. ``held_rows`` are its examples of each
+    task begun, among ``num_tasks``.
     """
 
     place: Place
@@ -30,3 +32,7 @@ class StreamRound:
     uploads: bool = False
     stored: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
     received: Mapping[str, Tensor] = field(default_factory=dict)
+    all_rows: NDArray[np.int64] | None = None
+    list_classes: Callable[[Sequence[int]], Sequence[int] | None] | None = None
+    num_tasks: int = 0
+    held_rows: Mapping[int, NDArray[np.int64]] = field(default_factory=dict)

@@ -1,20 +1,22 @@
 """What a stream changes in a client's round: the classes of the head, the progress of a task, and the methods."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fedtune.accelerator import find_device, move_tensors
 from fedtune.continual import MethodRound, MethodSetup, mask_classes, name_memory, select_memory
+from fedtune.techniques import begin_step
 from fedtune.training.client_round import ClientRound
+from fedtune.training.step_loss import capture_logits, compute_step_loss
 
 __all__ = [
     "add_memory_gradients",
     "begin_methods",
-    "capture_logits",
     "collect_stored_tensors",
     "collect_uploads",
     "compute_lr_progress",
@@ -46,11 +48,25 @@ def begin_methods(client: ClientRound) -> ClientRound:
                 stream.classes,
                 stream.num_labels,
                 client.micro_batch_size,
+                stream.all_rows,
+                stream.list_classes,
+                partial(_run_forward, client),
+                stream.num_tasks,
+                {task: replace(client, rows=own).split_rows()[0] for task, own in stream.held_rows.items()},
             )
         )
         for method in stream.methods
     ]
     return replace(client, method_rounds=started)
+
+
+def _run_forward(client: ClientRound, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Return the loss of a batch of other examples, as a step computes it, and the model's logits."""
+    moved = move_tensors(batch, find_device(client.model))
+    begin_step(client.techniques, client.model, moved, client.number / client.recipe.federation.rounds)
+    with capture_logits(client.model, wanted=True) as logits:
+        loss = compute_step_loss(client.task, client.model, moved)
+    return loss, logits[-1] if logits else None
 
 
 def mask_trained_classes(client: ClientRound) -> AbstractContextManager[None]:
@@ -70,26 +86,6 @@ def compute_lr_progress(client: ClientRound, step: int, steps: int) -> float:
     if client.stream is None:
         return ((client.number - 1) + step / steps) / client.recipe.federation.rounds
     return ((client.stream.place.round - 1) + step / steps) / client.stream.place.rounds
-
-
-@contextmanager
-def capture_logits(model: nn.Module, *, wanted: bool) -> Iterator[list[Tensor]]:
-    """Collect the logits of the model's forward passes inside the block, if they are wanted."""
-    found: list[Tensor] = []
-    if not wanted:
-        yield found
-        return
-
-    def keep(_: nn.Module, __: Any, output: Any) -> None:
-        logits = getattr(output, "logits", None)
-        if isinstance(logits, Tensor):
-            found.append(logits)
-
-    handle = model.register_forward_hook(keep)
-    try:
-        yield found
-    finally:
-        handle.remove()
 
 
 def compute_method_terms(

@@ -6,24 +6,24 @@ of the whole batch, except for rounding, and dropout, which draws anew for every
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedtune.accelerator import find_device, is_out_of_memory, move_tensors, release_memory, use_autocast
+from fedtune.accelerator import find_device, is_out_of_memory, move_tensors, release_memory
 from fedtune.data import EncodedDataset
 from fedtune.errors import FedtuneWarning, MemoryBudgetError
 from fedtune.memory import StorageMeter
-from fedtune.tasks import Task
-from fedtune.techniques import begin_step, collect_loss_terms
+from fedtune.techniques import begin_step
 from fedtune.training.client_round import ClientRound
 from fedtune.training.micro_batches import can_split_batch, compute_loss_weights, split_into_micro_batches
-from fedtune.training.stream_training import add_memory_gradients, capture_logits, compute_method_terms
+from fedtune.training.step_loss import capture_logits, compute_step_loss
+from fedtune.training.stream_training import add_memory_gradients, compute_method_terms
 
-__all__ = ["StepResult", "compute_step_loss", "run_step"]
+__all__ = ["StepResult", "run_step"]
 
 
 class StepResult(NamedTuple):
@@ -136,10 +136,3 @@ def _add_gradients(
     if losses:
         add_memory_gradients(methods)
     return losses, kept
-
-
-def compute_step_loss(task: Task, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Return the loss of a step: the task's loss plus the terms that techniques add inside the model."""
-    with collect_loss_terms() as terms, use_autocast(model):
-        loss = task.compute_loss(model, batch)
-    return torch.stack([loss, *terms]).sum() if terms else loss

@@ -26,6 +26,9 @@ SENTENCES: Mapping[str, str] = {
     "device",
     "disk-failed": "its disk cannot be read or written",
     "memory-model": "holding model and data takes more than the {allowed_mb} MB this device allows",
+    "memory-damaged": "what it remembers of earlier tasks was changed or is of another run; fedtune device forget on "
+    "the device starts anew",
+    "memory-key": "its key for what it remembers of earlier tasks cannot be used",
     "memory-short": "it ran out of memory",
     "memory-step": "a step needs about {needed_mb} MB of memory, and this device allows {allowed_mb} MB",
     "memory-training": "training held more than the {allowed_mb} MB this device allows and was ended",
@@ -37,9 +40,13 @@ SENTENCES: Mapping[str, str] = {
     "order-unreadable": "it cannot read the train request; update fedtune on the device",
     "privacy-broken": "it would send more than the recipe's privacy allows",
     "recipe-unknown": "its fedtune does not understand the recipe; update fedtune on the device",
+    "replay-short": "{bytes} bytes are too few to store an example of each of {groups} classes or tasks; {empty} would "
+    "have none",
     "server-outdated": "the server's fedtune speaks protocol {server} and the device's protocol {device}; update "
     "fedtune on the server",
     "source-unreadable": "it cannot read a source that the recipe or --data names",
+    "storage-exceeded": "what it would store of a task takes {needed_kb} kB, and its budget allows {allowed_kb} kB",
+    "storage-short": "it may have to store {needed_kb} kB more, and its disk has {free_kb} kB left",
     "trainer-ended": "its trainer ended with code {code}, {tries} times",
     "trainer-killed": "its trainer was killed by signal {signal}, {tries} times; free memory on the device",
     "unit-unavailable": "it lacks a technique, task, merge step or partition that the recipe names; install the "
