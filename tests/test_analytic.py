@@ -217,6 +217,15 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = [
         {"train": {**HEAD_ONLY, "techniques": ["full"]}},
         "task b has one round",
     ),
+    (
+        {"tune": "first"},
+        {},
+        {
+            "train": {**HEAD_ONLY, "techniques": ["full", {"batch-norm-statistics": {"local": True}}]},
+            "evaluation": {"local_holdout": 0.2},
+        },
+        "batch-norm-statistics keeps tensors on each device",
+    ),
     ({}, {"arrival": "own"}, {}, "needs all clients to end a task in the same round"),
     ({"ridge": 0}, {}, {}, "ridge is 0, but must be above 0"),
     ({"ridge": "thirds"}, {}, {}, "ridge"),

@@ -1,8 +1,11 @@
 """The analytic head with a tuned backbone: it is frozen for good, or sums are renewed by whoever still holds data."""
 
+import itertools
+import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,10 +21,13 @@ from fedtune.continual.analytic import Analytic
 from fedtune.errors import FedtuneWarning, ModelError
 from fedtune.export import export_model
 from fedtune.recipe.schema import Recipe
+from fedtune.recipe.yaml_file import parse_recipe
+from fedtune.simulation import resolve_recipe
 from fedtune.training import RunContext, get_model_state, get_run_context, set_model_state
-from tests.federations import TRIVIAL, execute
+from tests.federations import TRIVIAL, WORDS, execute, tiny_bert
 from tests.streams import resolve_stream
 from tests.test_analytic import KEPT, analytic, equals_state, make_recipe, read_memory, read_state, sum_centrally
+from tests.test_stream_deployment import write_rows
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -58,6 +64,41 @@ def test_a_tuned_backbone_rests_while_sums_are_taken_and_the_head_fits_all_examp
     memory = read_counted_sums(read_memory(ended, 4))
     assert torch.equal(memory.backbone, hash_backbone(context.model, states[4]))
     assert memory.counted.all()
+
+
+@pytest.mark.parametrize("merge", ["flora", "mean"])
+def test_a_tuned_text_model_rests_whatever_the_merge_does_to_it(tmp_path: Path, merge: str) -> None:
+    """FLoRA draws the pairs anew in each merge, also when no client moved anything."""
+    tiny_bert(tmp_path / "bert")
+    write_rows(tmp_path / "words.csv", "kitchen", "garden")
+    stream = {
+        "setting": "domain",
+        "tasks": [{"name": "kitchen", "rounds": 2}, {"name": "garden", "rounds": 1}],
+        "memory": [analytic(tune="first")],
+    }
+    factors = "both-and-base" if merge == "flora" else "alternate"
+    overrides = [
+        "data.columns.domain=place",
+        f"merge=[{merge}]",
+        f"train.techniques=[{{lora: {{rank: 1, trained_factors: {factors}}}}}]",
+        f"stream={json.dumps(stream)}",
+        "checkpoints.keep=all",
+    ]
+    text = WORDS.format(folder=tmp_path).replace("federation: {rounds: 2}", "federation: {}")
+    recipe = resolve_recipe(parse_recipe(text, "words", overrides))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FedtuneWarning)
+        ended = execute(recipe)
+    states = [read_state(ended, number) for number in range(4)]
+    moved = [
+        {name for name, tensor in other.items() if not torch.equal(tensor, one[name])}
+        for one, other in itertools.pairwise(states)
+    ]
+    assert len(moved[0]) > 2
+    assert moved[1] == {"classifier.weight", "classifier.bias"}
+    assert moved[2] <= moved[1]
+    context = get_run_context(recipe.model_dump_json())
+    assert read_counted_sums(read_memory(ended, 3)).total.counts.sum() == len(context.corpus.train)
 
 
 def prepare() -> tuple[RunContext, Analytic, dict[str, torch.Tensor]]:
@@ -145,7 +186,7 @@ def test_a_border_that_is_repeated_changes_nothing() -> None:
         assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
-def test_a_projected_head_cannot_be_exported(tmp_path: Any) -> None:
+def test_a_projected_head_cannot_be_exported(tmp_path: Path) -> None:
     recipe = make_recipe(analytic(head="ranpac", width=20))
     with pytest.raises(ModelError, match="cannot contain the projection of ranpac"):
         export_model(recipe, {}, tmp_path / "model", None, "")

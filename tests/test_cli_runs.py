@@ -114,7 +114,17 @@ def test_plot_draws_into_the_run_or_where_it_is_told(home: Path, tmp_path: Path)
 @pytest.mark.parametrize("format_", ["csv", "parquet"])
 def test_export_writes_a_folder_of_tables(tmp_path: Path, format_: str) -> None:
     paths = parsed("export", "film", "tweets", "--format", format_, "-o", "out")["paths"]
-    names = ("checkpoints", "client_records", "client_scores", "metrics", "rounds", "runs", "samples")
+    names = (
+        "checkpoints",
+        "client_records",
+        "client_scores",
+        "metrics",
+        "rounds",
+        "runs",
+        "samples",
+        "task_scores",
+        "tasks",
+    )
     assert paths == [str(tmp_path / "out" / f"{name}.{format_}") for name in names]
 
 

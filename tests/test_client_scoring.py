@@ -32,7 +32,7 @@ from fedtune.simulation.in_process_grid import InProcessGrid
 from fedtune.simulation.workers import ProcessPoolWorkers, SequentialWorkers
 from fedtune.training import get_model_state, get_run_context, set_model_state
 from fedtune.training.holdout_split import split_holdout
-from fedtune.wire.client_update import TrainRequest
+from fedtune.wire.client_update import HoldoutMetrics, TrainRequest
 from fedtune.wire.error_codes import DECLINED_PREFIX, TRAINING_FAILED
 from fedtune.wire.protocol_codes import Problem
 from tests.federations import TRIVIAL, Ended, execute, order_of, silent, trivial, words
@@ -197,7 +197,7 @@ def test_devices_that_are_away_removed_silent_or_decline_cost_nothing_but_their_
         sending = Sending(shop, "run", Bases(shop, home / "runs" / "run", state, []))
         asking = ClientScoring(Unreliable(6, SequentialWorkers(app)), shop, "run", sending)
         found = asking.score_by_clients(crew, state, 1, 0.0)
-    assert {one.client for one in found} == {3}
+    assert {one.client for one in found.clients} == {3}
     [told] = [event for event in events if isinstance(event, Unscored)]
     assert told.asked == 5
     assert told.reasons == {
@@ -228,7 +228,7 @@ SCORE: dict[str, Any] = {
 
 
 def test_a_score_is_checked_before_it_is_believed() -> None:
-    assert read_score(MetricRecord({**GOOD, **SCORE})) == (7, 0.5, 0.25, (0.125,))
+    assert read_score(MetricRecord({**GOOD, **SCORE})).holdout_metrics == HoldoutMetrics(7, 0.5, 0.25, (0.125,))
     for wrong in (
         {"num_examples": 1},
         {"holdout_accuracy": 1.5},

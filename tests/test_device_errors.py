@@ -150,8 +150,8 @@ def test_whatever_is_raised_only_codes_of_the_table_travel(error: Exception) -> 
 
 @pytest.mark.parametrize("code", SENTENCES)
 def test_every_code_comes_back_as_its_sentence(code: str) -> None:
-    every = ("needed_mb", "allowed_mb", "rows", "columns", "code", "tries", "signal", "device", "server")
-    names = dict.fromkeys(every, 7)
+    every = "needed_mb allowed_mb rows columns code tries signal device server needed_kb allowed_kb free_kb"
+    names = dict.fromkeys([*every.split(), "bytes", "groups", "empty"], 7)
     counts = {name: count for name, count in names.items() if f"{{{name}}}" in SENTENCES[code]}
     problem = Problem(code, counts)
     assert parse_problem(problem.text) == problem

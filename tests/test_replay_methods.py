@@ -136,7 +136,8 @@ def forward(client: Any, batch: dict[str, Tensor], classes: list[int]) -> Tensor
     logits = client.model(pixel_values=batch["pixel_values"]).logits
     hidden = torch.ones(10, dtype=torch.bool)
     hidden[classes] = False
-    return logits.masked_fill(hidden, -torch.inf)
+    masked: Tensor = logits.masked_fill(hidden, -torch.inf)
+    return masked
 
 
 @pytest.mark.parametrize("micro", [None, 4])
@@ -161,12 +162,12 @@ def test_draws_differ_between_steps_and_rounds_but_not_when_a_step_begins_again(
     recipe = make_recipe({"replay": {"share": 0.5}})
     train_client(recipe, tmp_path, 1, 2)
     _, method, _, _ = take_step(recipe, 3, read_files(tmp_path))
-    first = method.draw("examples", method.examples)  # type: ignore[attr-defined]
-    assert first == method.draw("examples", method.examples)  # type: ignore[attr-defined]
+    first = method.draw("examples", method.examples)
+    assert first == method.draw("examples", method.examples)
     method.change_gradients()
-    assert first != method.draw("examples", method.examples)  # type: ignore[attr-defined]
+    assert first != method.draw("examples", method.examples)
     _, later, _, _ = take_step(recipe, 4, {0: read_files(tmp_path)[0]})
-    assert first != later.draw("examples", later.examples)  # type: ignore[attr-defined]
+    assert first != later.draw("examples", later.examples)
 
 
 def test_der_stores_the_logits_of_training_time(tmp_path: Path) -> None:

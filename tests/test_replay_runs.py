@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
 from fedtune import checkpoint, paths
+from fedtune.cli.device import device
 from fedtune.device.device_home import DeviceHome
 from fedtune.device.local_round import run_local_round
-from fedtune.device.memory_key import get_key_path
+from fedtune.device.memory_key import get_key_path, use_memory_key
 from fedtune.device.own_memory import MemoryFolder, delete_unneeded_memory
 from fedtune.device.problems import problem_of
 from fedtune.errors import DeviceError, MemoryBudgetError, StoreError
@@ -225,3 +227,18 @@ def test_a_device_away_for_a_task_reads_what_it_stored_before(tmp_path: Path) ->
     groups = read_files(tmp_path)[3]["replay/groups"].tolist()
     assert set(groups) == {0, 1, 6, 7}
     assert MemoryFolder(tmp_path, "run").count_bytes() == sum(path.stat().st_size for path in tmp_path.iterdir())
+
+
+def test_the_commands_say_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDTUNE_HOME", str(tmp_path))
+    folder = DeviceHome().get_local_state_folder("run")
+    train_client(make_recipe("replay", own_memory={"encrypted": True}), folder, 1)
+    with DeviceHome().hold_lock(), pytest.raises(DeviceError, match="is joined; stop that process first"):
+        CliRunner().invoke(device, ["forget", "run"], catch_exceptions=False)
+    assert CliRunner().invoke(device, ["forget", "run"], catch_exceptions=False).output == "forgot run\n"
+    assert not folder.exists()
+    assert not get_key_path(folder).exists()
+    with pytest.raises(DeviceError, match="holds nothing of a run run"):
+        CliRunner().invoke(device, ["forget", "run"], catch_exceptions=False)
+    with pytest.raises(StoreError, match=r"the memory key .* cannot be read"):
+        use_memory_key(tmp_path / "nowhere")

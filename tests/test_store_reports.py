@@ -183,6 +183,8 @@ def test_parquet_tables_hold_every_row_with_its_type(recorded: Recorded, tmp_pat
         "client_scores": 0,
         "checkpoints": 6,
         "samples": 0,
+        "task_scores": 0,
+        "tasks": 0,
     }
     assert tables["client_records"].to_pylist()[4] == {"run_id": "film-1a2b", "round": 2} | asdict(a_client_record(1))
     assert str(tables["client_records"].schema.field("activation_memory").type) == "int64"
@@ -214,6 +216,8 @@ def test_a_run_without_rounds_still_exports_all_tables(recorded: Recorded, tmp_p
         "rounds",
         "runs",
         "samples",
+        "task_scores",
+        "tasks",
     ]
     assert "train_loss" in pyarrow.parquet.read_table(tmp_path / "out" / "client_records.parquet").column_names
 

@@ -1,12 +1,14 @@
 """Streams on a server and two devices: the bits of the simulation, and devices that have only some of the tasks."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from fedtune.recipe.yaml_file import parse_recipe
 from fedtune.simulation import resolve_recipe
-from tests.federations import WORDS, execute, tiny_bert
+from tests.federations import TRIVIAL, WORDS, execute, tiny_bert
 from tests.servers import ended, joined, serving
 from tests.streams import CLASSES, resolve_stream
 from tests.test_deployment import hashes, submit
@@ -32,9 +34,15 @@ def write_rows(path: Path, *places: str) -> None:
     path.write_text("text,label,place\n" + "\n".join(rows) + "\n", encoding="utf-8")
 
 
-def test_a_deployed_stream_has_the_bits_of_a_simulated_one(home: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("memory", "technique"), [([], "full"), ([{"analytic": {"fewest": 1}}], "head-only")], ids=["naive", "analytic"]
+)
+def test_a_deployed_stream_has_the_bits_of_a_simulated_one(
+    home: Path, tmp_path: Path, memory: list[Any], technique: str
+) -> None:
     home.mkdir()
-    recipe = resolve_stream(CLASSES, devices=DEVICES)
+    train = {**yaml.safe_load(TRIVIAL)["train"], "techniques": [technique]}
+    recipe = resolve_stream({**CLASSES, "memory": memory}, devices=DEVICES, train=train)
     simulated = execute(recipe, run="simulated").hashes
     with serving(home) as server, joined(server, tmp_path, "partition:0", "partition:1"):
         found = ended(server, submit(server, recipe), seconds=240)

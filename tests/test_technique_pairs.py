@@ -20,6 +20,7 @@ from fedtune.errors import ModelError, RecipeError
 from fedtune.recipe import unit_registry
 from fedtune.recipe.schema import ModelSettings, Unit
 from fedtune.techniques import Technique, begin_round, begin_step
+from fedtune.techniques.low_rank._task_pairs import CONFLICTS
 from fedtune.training import (
     ClientRound,
     LocalTrainingResult,
@@ -39,7 +40,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "error-norm-truncation": {"threshold": 0.99},
     "fused-cross-entropy": {"chunk": 5},
     "lora": {"rank": 2, "dropout": 0.1},
+    "inf-lora": {"rank": 2},
     "meft": {"rank": 2},
+    "o-lora": {"rank": 2},
     "qlora": {"rank": 2},
     "selective-checkpointing": {"terms": 8},
     "shifted-attention": {"group_size": 4},
@@ -53,6 +56,12 @@ NAMES = unit_registry.list_unit_names("fedtune.techniques")
 PAIRS = [f"{one}+{other}" for one, other in combinations(NAMES, 2)]
 
 CLASHES = {
+    **{
+        "+".join(sorted((name, other))): reason
+        for name in ("inf-lora", "o-lora")
+        for other, reason in CONFLICTS.items()
+    },
+    "inf-lora+o-lora": "both add a low-rank pair for each task",
     **{
         "+".join(sorted((name, "dynamic-pruning"))): "a mask needs trained weights"
         for name in ("lora", "meft", "qlora")

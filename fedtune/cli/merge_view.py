@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+
+from fedtune.cli.plain_table import make_table
 
 if TYPE_CHECKING:
     from fedtune.offline_merge import ModelComparison
@@ -49,7 +49,7 @@ def _lines(what: str, total: int) -> Callable[[int], None]:
 
 def show_comparison(found: "ModelComparison") -> None:
     """Print one row per model, then figures over all models."""
-    table = _table("model", "norm>", "cosines>", "changed>", "first tensor changed", "tokens")
+    table = make_table("model", "norm>", "cosines>", "changed>", "first tensor changed", "tokens")
     for place, name in enumerate(found.models):
         norm = "-" if found.norms is None else f"{found.norms[place]:.4f}"
         cosines = " ".join(f"{value:.3f}" for value in found.cosines[place])
@@ -72,7 +72,7 @@ def show_comparison(found: "ModelComparison") -> None:
 def show_metrics(scores: "ModelMetrics") -> None:
     """Print one row per model and domain."""
     names = sorted({one.name for figures in scores.values() for one in figures})
-    table = _table("model", "domain", *(f"{name}>" for name in names))
+    table = make_table("model", "domain", *(f"{name}>" for name in names))
     for model, figures in scores.items():
         for domain in dict.fromkeys(one.domain for one in figures):
             values = {one.name: f"{one.value:.4f}" for one in figures if one.domain == domain}
@@ -86,14 +86,6 @@ def _words(found: "ModelComparison", place: int) -> str:
         return "-"
     differs = words.more or words.missing or words.moved
     return f"+{words.more} -{words.missing} moved {words.moved}" if differs else "same"
-
-
-def _table(*heads: str) -> Table:
-    """Return a plain table; a heading that ends in ``>`` aligns its column to the right."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    for head in heads:
-        table.add_column(head.removesuffix(">"), justify="right" if head.endswith(">") else "left", overflow="fold")
-    return table
 
 
 def _console() -> Console:

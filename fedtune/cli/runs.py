@@ -60,21 +60,28 @@ def list_(store: str | None, as_json: bool) -> None:
 @_run_argument
 @click.option("--last", type=click.IntRange(1), default=30, show_default=True, help="Number of rounds to show.")
 @click.option("--all", "every", is_flag=True, help="Show every round.")
+@click.option("--reference", metavar="RUN", help="A run that learned all tasks together, for the intransigence.")
 @_add_shared_options
-def show(run: str, last: int, every: bool, store: str | None, as_json: bool) -> None:
-    """Show a run: its last rounds, its result by domain, its clients. --json prints every round.
+def show(run: str, last: int, every: bool, reference: str | None, store: str | None, as_json: bool) -> None:
+    """Show a run: its last rounds, its result by domain, its tasks, its clients. --json prints every round.
 
     Example: fedtune runs show latest
     """
     from fedtune.cli import runs_view
     from fedtune.tracking import Store, run_json
+    from fedtune.tracking.stream_reference import compare_with_reference
 
     with Store.open(store) as opened:
         [(found, rounds)] = _read_runs(opened, [run])
+        compared = compare_with_reference((found, rounds), _read_runs(opened, [reference])[0]) if reference else None
     if as_json:
-        click.echo(run_json.json_text(run_json.make_run_document(found, rounds, detailed=True)))
+        document = run_json.make_run_document(found, rounds, detailed=True)
+        if compared is not None:
+            document["stream"]["figures"] |= {"intransigence": compared.intransigence}
+            document["stream"]["reference"] = compared.run_id
+        click.echo(run_json.json_text(document))
     else:
-        runs_view.show_run(found, rounds, None if every else last)
+        runs_view.show_run(found, rounds, None if every else last, compared)
 
 
 @runs.command()

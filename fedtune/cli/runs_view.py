@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
+from fedtune.cli.plain_table import make_table
+from fedtune.cli.stream_view import describe_setting_mix, iter_stream_tables, list_stream_rows
 from fedtune.library.privacy_text import describe_privacy
 from fedtune.tracking import ClientRecord, RoundRecord, RunRecord
 from fedtune.tracking.client_spread import compute_spreads
@@ -25,6 +26,7 @@ from fedtune.tracking.run_summary import (
     sum_costs,
 )
 from fedtune.tracking.sample_text import format_samples
+from fedtune.tracking.stream_reference import Reference
 from fedtune.untrusted import clean_text
 
 __all__ = ["show_comparison", "show_list", "show_run"]
@@ -42,7 +44,7 @@ def show_list(runs: Sequence[RunRecord], newest: Mapping[str, Sequence[RoundMetr
     if not runs:
         _console().print("No runs yet. Start one: fedtune simulate recipes/sentiment.yaml")
         return
-    table = _table("run", "status", "rounds>", "result", "started")
+    table = make_table("run", "status", "rounds>", "result", "started")
     for run in runs:
         done = f"{run.rounds_completed}/{run.rounds_planned}"
         table.add_row(
@@ -55,13 +57,18 @@ def show_list(runs: Sequence[RunRecord], newest: Mapping[str, Sequence[RoundMetr
     _console().print(table)
 
 
-def show_run(run: RunRecord, rounds: Rounds, last: int | None = None) -> None:
-    """Print a run: its start and the ``last`` rounds, all by default. Totals cover every round."""
+def show_run(run: RunRecord, rounds: Rounds, last: int | None = None, reference: Reference | None = None) -> None:
+    """Print a run: its start and the ``last`` rounds, all by default. Totals cover every round.
+
+    ``reference`` is the run that the stream was compared with.
+    """
     console = _console()
     console.print(_facts(run, rounds), "")
     console.print(_rounds(run, rounds, last), "")
     if (name := find_main_metric_name(run, list_metrics(rounds))) is not None:
         console.print(_domains(rounds, name), "")
+    for table in iter_stream_tables(run, rounds, reference):
+        console.print(table, "")
     for line in _samples(rounds):
         console.print(line, soft_wrap=True)
     if any(record.client_scores for record in rounds):
@@ -75,7 +82,7 @@ def show_run(run: RunRecord, rounds: Rounds, last: int | None = None) -> None:
 
 def show_comparison(recorded: Recorded, settings: Mapping[str, Sequence[Any]]) -> None:
     """Print runs as columns: results, costs, then the settings in which they differ."""
-    table = _table("", *(run.id for run, _ in recorded))
+    table = make_table("", *(run.id for run, _ in recorded))
     table.add_row("status", *(_status(run.status) for run, _ in recorded))
     table.add_row("rounds", *(f"{run.rounds_completed}/{run.rounds_planned}" for run, _ in recorded))
     table.add_row("result", *(_headline(run, list_metrics(rounds)) for run, rounds in recorded))
@@ -83,10 +90,16 @@ def show_comparison(recorded: Recorded, settings: Mapping[str, Sequence[Any]]) -
     table.add_row("sent to clients", *(decimal(cost.bytes_down) for cost in costs))
     table.add_row("sent back", *(decimal(cost.bytes_up) for cost in costs))
     table.add_row("activations", *(decimal(cost.activation_memory) for cost in costs))
-    table.add_row("time", *(_seconds(cost.seconds) for cost in costs), end_section=bool(settings))
+    table.add_row("time", *(_seconds(cost.seconds) for cost in costs))
+    for name, cells in list_stream_rows(recorded):
+        table.add_row(name, *cells)
+    if settings:
+        table.add_section()
     for key, values in settings.items():
         table.add_row(key, *(_setting(value) for value in values))
     _console().print(table)
+    if (warning := describe_setting_mix(recorded)) is not None:
+        _console().print(warning, style="yellow")
 
 
 def _facts(run: RunRecord, rounds: Rounds) -> Table:
@@ -113,7 +126,7 @@ def _facts(run: RunRecord, rounds: Rounds) -> Table:
 def _rounds(run: RunRecord, rounds: Rounds, last: int | None) -> Table:
     name = find_main_metric_name(run, list_metrics(rounds)) or "accuracy"
     split, values = get_progress_series(rounds, name)
-    table = _table(
+    table = make_table(
         "round>",
         "status",
         f"local {name}>" if split == "local" else f"{name}>",
@@ -135,7 +148,7 @@ def _rounds(run: RunRecord, rounds: Rounds, last: int | None) -> Table:
 
 
 def _domains(rounds: Rounds, name: str) -> Table:
-    table = _table("domain", "split", f"{name} before>", "after>")
+    table = make_table("domain", "split", f"{name} before>", "after>")
     for split in ("validation", "local", "test"):
         for domain, (before, after) in compare_before_and_after(rounds, split, name).items():
             table.add_row(
@@ -157,7 +170,7 @@ def _clients(rounds: Rounds) -> Table:
     """Return how metrics vary between clients in the last round that clients scored."""
     found = compute_spreads(rounds)
     last = max(one.round for one in found)
-    table = _table("clients' own", f"round {last}", "clients>", "mean>", "deviation>", "worst tenth>")
+    table = make_table("clients' own", f"round {last}", "clients>", "mean>", "deviation>", "worst tenth>")
     for one in (one for one in found if one.round == last):
         moment = "shared model" if one.moment == "shared" else f"{one.moment} training"
         figures = map(_number, (one.mean, one.deviation, one.worst_tenth))
@@ -169,7 +182,9 @@ def _devices(rounds: Rounds) -> Table:
     """Return one line per device class, so that a thousand clients fit on a screen."""
     every = [one for record in rounds for one in record.client_records]
     late = [] if all(one.staleness is None for one in every) else ["rounds late>"]
-    table = _table("device", "clients>", "merged>", "examples>", "sent back>", "activations>", "peak process>", *late)
+    table = make_table(
+        "device", "clients>", "merged>", "examples>", "sent back>", "activations>", "peak process>", *late
+    )
     for device in dict.fromkeys(one.device for one in every):
         own = [one for one in every if one.device == device]
         table.add_row(
@@ -214,14 +229,6 @@ def _newest(lines: Sequence[str], last: int | None) -> Sequence[str]:
 def _console() -> Console:
     # No markup, because a reason may contain brackets.
     return Console(markup=False, highlight=False)
-
-
-def _table(*heads: str) -> Table:
-    """Return a plain table; a heading that ends in ``>`` aligns its column to the right."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    for head in heads:
-        table.add_column(head.removesuffix(">"), justify="right" if head.endswith(">") else "left", overflow="fold")
-    return table
 
 
 def _status(status: str) -> Text:

@@ -45,7 +45,7 @@ class FisherSums(NamedTuple):
     """The sums by parameter name, and the number of examples."""
 
     sums: dict[str, Tensor]
-    count: int  # type: ignore[assignment]  # a tuple has a method of this name
+    num_examples: int
 
 
 def choose_fisher_kind(task: Task, classes: Collection[int]) -> FisherKind:

@@ -128,6 +128,9 @@ class ContinualMethod(NamedUnit):
     uses_all_tasks: ClassVar[bool] = False
     """Whether every round trains on the examples of all tasks."""
 
+    uploads_at_start: ClassVar[bool] = False
+    """Whether clients upload in the first round of a visit too, for ``after_first_round``."""
+
     @property
     def label(self) -> str:
         """Its name in sentences."""
@@ -155,8 +158,18 @@ class ContinualMethod(NamedUnit):
         return MethodRound()
 
     def declare_upload(self, model: nn.Module, recipe: Recipe, names: Sequence[str]) -> dict[str, TensorSpec]:
-        """The tensors that each client adds to its update in the last round of a visit; ``names`` are trained."""
+        """The tensors that each client adds to its update in the last round of a visit; ``names`` are trained.
+
+        With ``uploads_at_start``, in the first round too.
+        """
         return {}
+
+    def after_first_round(self, border: Border) -> Tensors:
+        """Return the next state, on the server, after the merge of a visit's first round, if others follow. It is pure.
+
+        Only methods that upload at the start are asked. ``before`` is the state that the visit began with.
+        """
+        return border.after
 
     def after_task(self, border: Border) -> BorderResult:
         """Return the next state and the method's memory, on the server, when a task has ended. It is pure."""

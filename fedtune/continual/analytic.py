@@ -79,8 +79,14 @@ class Analytic(ContinualMethod):
         self._check_tuning(recipe)
 
     def _check_tuning(self, recipe: Recipe) -> None:
-        chosen = [one for one in build_techniques(recipe.train.techniques) if one.selects_trainable_tensors]
-        tuning = [one.name for one in chosen if one.name != "head-only"]
+        chosen = build_techniques(recipe.train.techniques)
+        tuning = [one.name for one in chosen if one.selects_trainable_tensors and one.name != "head-only"]
+        local = [one.name for one in chosen if one.has_local_tensors()]
+        if local:
+            raise RecipeError(
+                f"analytic: {'+'.join(local)} keeps tensors on each device, so devices would sum different features; "
+                "choose another technique"
+            )
         if self.tune == "none" and tuning:
             raise RecipeError(
                 f"analytic: {'+'.join(tuning)} trains below the head, which would make the sums of earlier tasks "

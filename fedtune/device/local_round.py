@@ -14,7 +14,7 @@ from fedtune.accelerator import require_device
 from fedtune.device import local_state
 from fedtune.device.held_base import with_base
 from fedtune.device.private_update import make_update_private, redact_report
-from fedtune.device.stream_memory import add_stored_tensors, write_stored_tensors
+from fedtune.device.stream_memory import add_stored_tensors, count_stored_bytes, write_stored_tensors
 from fedtune.memory import peak_rss, reset_peak_rss
 from fedtune.training import (
     ClientRound,
@@ -37,6 +37,7 @@ from fedtune.wire.client_update import (
 from fedtune.wire.masked_weights import decode_masked_state, find_masks, select_active_values
 from fedtune.wire.memory_names import split_memory
 from fedtune.wire.stored_state import StoredState
+from fedtune.wire.task_figures import TaskFigures
 
 __all__ = ["read_payload", "run_local_round"]
 
@@ -81,6 +82,8 @@ def run_local_round(
     held_out = count_held_out(len(rows), part.recipe.evaluation.local_holdout)
     loss = outcome.train_loss if len(rows) - held_out >= FEWEST else math.nan
     scores = _told(outcome.holdout_metrics, outcome.trained_score) if held_out >= FEWEST else {}
+    scores |= _tell_tasks(outcome.task_figures)
+    stored = count_stored_bytes(stream, part.recipe, request, folder)
     peak = outcome.accelerator_peak
     cost = outcome.num_examples, loss, outcome.seconds, outcome.activation_bytes, outcome.peak_rss
     report = ClientReport(
@@ -89,6 +92,7 @@ def run_local_round(
         device_code=DEVICE_TYPES.index(outcome.device_type) or None,
         accelerator_memory=None if peak is None else peak.allocated,
         accelerator_reserved=None if peak is None else peak.reserved,
+        stored_bytes=stored,
         **scores,
     )
     deltas, privacy = select_active_values(outcome.delta, find_masks(state)), part.recipe.privacy
@@ -110,20 +114,28 @@ def _scored(
     recipe = part.recipe
     reset_peak_rss()
     own = _own(part, folder, request.round + 1)
-    stream = make_stream_round(context, rows, request.round, request.client)
+    stream = make_stream_round(context, rows, request.round, request.client, scoring=True)
     rows = rows if stream is None else stream.rows
     client = ClientRound(
         part.model, part.techniques, recipe, context.train, rows, request.round, request.client, own, stream=stream
     )
-    score = score_received(client, split_memory(state)[0])
+    score, of_tasks = score_received(client, split_memory(state)[0])
     tells = count_held_out(len(rows), recipe.evaluation.local_holdout) >= FEWEST and recipe.privacy is None
     figures = _told(score) if tells else {}
+    figures |= _tell_tasks(of_tasks) if recipe.privacy is None else {}
     return ClientReport(0, math.nan, time.perf_counter() - started, 0, peak_rss(), **figures)
 
 
 def _own(part: RunContext, folder: Path, before: int) -> dict[str, Tensor]:
     """Return the client's local tensors as they are before a round."""
     return {**part.local_tensors, **local_state.load_local_state(folder, before)} if part.local_tensors else {}
+
+
+def _tell_tasks(figures: TaskFigures | None) -> dict[str, Any]:
+    """Return the fields of a report that concern the tasks of a stream."""
+    if figures is None:
+        return {}
+    return {f"task_{name}": value for name, value in figures._asdict().items()}
 
 
 def _told(before: HoldoutMetrics, after: HoldoutMetrics | None = None) -> dict[str, Any]:

@@ -54,5 +54,8 @@ def redact_report(report: ClientReport) -> ClientReport:
         holdout_accuracy=0.0,
         extra_holdout_metrics=(),
         trained_holdout_metrics=(),
+        task_predictions=None,
+        task_accuracies=None,
+        task_losses=None,
     )
     return replace(bare, num_examples=1, loss=math.nan)

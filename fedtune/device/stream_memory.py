@@ -13,7 +13,7 @@ from fedtune.recipe.schema import Recipe
 from fedtune.training.stream_round import StreamRound
 from fedtune.wire.client_update import TrainRequest
 
-__all__ = ["add_stored_tensors", "write_stored_tensors"]
+__all__ = ["add_stored_tensors", "count_stored_bytes", "write_stored_tensors"]
 
 
 def add_stored_tensors(
@@ -42,6 +42,11 @@ def write_stored_tensors(
     assert isinstance(recipe.stream.tasks, list)
     if stream.place.last and stream.place.visit == len(recipe.stream.tasks) - 1:
         memory.mark_ended()
+
+
+def count_stored_bytes(stream: StreamRound | None, recipe: Recipe, request: TrainRequest, folder: Path) -> int | None:
+    """Return the bytes of what the device stores for later visits; None without a stream."""
+    return None if stream is None else _open(recipe, request, folder).count_bytes()
 
 
 def _open(recipe: Recipe, request: TrainRequest, folder: Path) -> MemoryFolder:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedtune import continual
+from fedtune import continual, techniques
 from fedtune.continual import ContinualMethod
 from fedtune.data.encoded_texts import EncodedTexts
 from fedtune.errors import ModelError, RecipeError
@@ -22,10 +22,11 @@ from fedtune.recipe.schema import Recipe, Unit
 from fedtune.recipe.unit_registry import build_unit
 from fedtune.training import ClientRound, LocalTrainingResult, get_model_state, train_local_model
 from fedtune.training.stream_round import StreamRound
+from fedtune.training.stream_tasks import follow_stream
 
 __all__ = ["check_continual_method"]
 
-_TECHNIQUES = ("full", "head-only")
+_TECHNIQUES = ("full", "head-only", "inf-lora")
 _LABELS, _ROWS, _CLIENT = ("a", "b", "c"), 12, 0
 _STREAM = {
     "setting": "class",
@@ -45,8 +46,9 @@ class _Device:
         tiny = next(one for one in TINY_MODELS if one.task == "text-classification")
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            chosen = [unit.name for unit in self.recipe.train.techniques]
-            self._prepared = prepare(tiny.build(0), chosen, task=tiny.task)
+            self._prepared = prepare(
+                tiny.build(0), [{one.name: one.settings} for one in self.recipe.train.techniques], task=tiny.task
+            )
             batches = [tiny.make_batch(seed) for seed in range(_ROWS // 4)]
         labels = torch.arange(_ROWS) % len(_LABELS)
         ids = torch.cat([batch["input_ids"] for batch in batches]).int()
@@ -73,12 +75,12 @@ class _Device:
             classes,
             classes,
             len(_LABELS),
-            uploads=True,
+            uploading=[self.method],
             stored=self.stored,
             received=received,
         )
-        model, techniques = self._prepared.model, self._prepared.techniques
-        client = ClientRound(model, techniques, self.recipe, self._examples, rows, number, _CLIENT, stream=stream)
+        model, chosen = self._prepared.model, self._prepared.techniques
+        client = ClientRound(model, chosen, self.recipe, self._examples, rows, number, _CLIENT, stream=stream)
         return train_local_model(client, self.state)
 
     def end_task(self, number: int, result: LocalTrainingResult) -> continual.BorderResult:
@@ -141,7 +143,10 @@ def _make_recipe(name: str, key: str, technique: str) -> Recipe:
         "federation": {},
         "stream": {**_STREAM, key: [name]},
     }
-    return Recipe.model_validate(settings)
+    recipe = Recipe.model_validate(settings)
+    chosen = follow_stream(recipe, techniques.build_techniques(recipe.train.techniques))
+    units = [Unit(name=one.name, settings=one.model_dump(mode="json")) for one in chosen]
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"techniques": units})})
 
 
 def _check_repeat(recipe: Recipe, method: ContinualMethod) -> None:

@@ -7,13 +7,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fedtune.recipe.schema import Recipe
 from fedtune.tracking import RoundRecord, RunRecord, Store
+from fedtune.tracking.stream_ledger import compute_stream_figures, make_matrix
+from fedtune.tracking.task_matrix import TaskMatrix
 
 if TYPE_CHECKING:
     from torch import nn
 
 __all__ = ["Run", "make_table"]
 
-TableName = Literal["runs", "rounds", "client_records", "metrics", "client_scores", "checkpoints", "samples"]
+TableName = Literal[
+    "runs", "rounds", "client_records", "metrics", "client_scores", "checkpoints", "samples", "task_scores", "tasks"
+]
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,18 @@ class Run:
     def samples(self) -> Any:
         """What the model generated for ``evaluation.prompts``: an Arrow table with a row per round and prompt."""
         return self.to_arrow("samples")
+
+    @property
+    def matrix(self) -> TaskMatrix | None:
+        """The accuracy on each task before training and after each visit of the stream; None without a stream."""
+        return make_matrix(self.record, self.rounds)
+
+    @property
+    def stream_figures(self) -> dict[str, float | None]:
+        """Accuracy, forgetting, learning and the other figures of the stream by name; empty without a stream."""
+        rounds = self.rounds
+        matrix = make_matrix(self.record, rounds)
+        return {} if matrix is None else compute_stream_figures(matrix, rounds)
 
     def to_arrow(self, table: TableName = "rounds") -> Any:
         """One of the tables of ``fedtune runs export`` for this run, as an Arrow table."""

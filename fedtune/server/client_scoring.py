@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from flwr.app import Message
@@ -22,10 +23,11 @@ from fedtune.server.run_clients import RunClients
 from fedtune.server.scheduling.round_scheduler import DEVICE_REMOVED, NO_REPLY_BEFORE_DEADLINE
 from fedtune.server.sending import Sending
 from fedtune.server.spool import open_spool
-from fedtune.tracking import ClientScore
+from fedtune.server.task_ledger import ClientFigures, list_task_scores
+from fedtune.tracking import ClientScore, TaskScore
 from fedtune.training import RunContext
 from fedtune.untrusted import clean_text
-from fedtune.wire.client_update import FEWEST, HoldoutMetrics
+from fedtune.wire.client_update import FEWEST, ClientReport
 
 __all__ = ["ClientScoring", "draw_scorers"]
 
@@ -36,6 +38,13 @@ _LEAST_SECONDS = 300.0
 
 A device that has not trained yet must load the model and the data first.
 """
+
+
+class SharedScores(NamedTuple):
+    """What clients scored of a shared state: over all their held-out examples, and in a stream of each task."""
+
+    clients: tuple[ClientScore, ...] = ()
+    tasks: tuple[TaskScore, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,7 @@ class ClientScoring:
 
     def score_by_clients(
         self, clients: RunClients, state: State, round_number: int, round_seconds: float
-    ) -> tuple[ClientScore, ...]:
+    ) -> SharedScores:
         """Return the scores of the clients that ``evaluation.clients`` selects.
 
         Devices that are offline get no request, and replies after the deadline are ignored. An event names the clients
@@ -57,7 +66,7 @@ class ClientScoring:
         """
         scorers = draw_scorers(self.context.recipe, _list_connected_clients(self.grid, clients))
         if not scorers:
-            return ()
+            return SharedScores()
         deadline = _choose_deadline(self.context.recipe, clients, round_seconds)
         found = self._request_scores(clients, scorers, RoundPayloads(self.context, state, round_number), deadline)
         reasons = {
@@ -65,27 +74,41 @@ class ClientScoring:
         }
         if reasons:
             emit_event(Unscored(round_number, len(scorers), reasons))
-        scored = [(client, said) for client, said in found.items() if isinstance(said, HoldoutMetrics)]
+        scored = {client: said for client, said in found.items() if isinstance(said, ClientReport)}
         metrics, task = self.context.recipe.evaluation.metrics, self.context.task
-        return tuple(
-            one for client, score in scored for one in list_client_scores(client, "shared", score, metrics, task)
+        whole = [(client, one.holdout_metrics) for client, one in scored.items()]
+        told = [
+            ClientFigures(client, clients.devices[client].device_class, one.task_figures)
+            for client, one in scored.items()
+            if one.task_figures is not None
+        ]
+        return SharedScores(
+            tuple(
+                one
+                for client, score in whole
+                if score is not None
+                for one in list_client_scores(client, "shared", score, metrics, task)
+            ),
+            list_task_scores(self.context, "shared", told),
         )
 
     def _request_scores(
         self, clients: RunClients, scorers: Sequence[int], payloads: RoundPayloads, deadline: float | None
-    ) -> dict[int, HoldoutMetrics | str]:
+    ) -> dict[int, ClientReport | str]:
         """Return the score of each client, or the reason why there is none, in client order."""
-        found: dict[int, HoldoutMetrics | str] = dict.fromkeys(scorers, NO_REPLY_BEFORE_DEADLINE)
+        found: dict[int, ClientReport | str] = dict.fromkeys(scorers, NO_REPLY_BEFORE_DEADLINE)
 
         def note_removed(client: int) -> None:
             found[client] = DEVICE_REMOVED
 
+        plan = self.context.stream_plan
+        num_tasks = 0 if plan is None else len(plan.task_names)
         with open_spool(self.run_id, payloads.round_number) as spool:
             folder = spool if clients.shares_disk else None
             downloads = Downloads(payloads, self.sending.bases, folder, deployed=False)
             messages = self.sending.scoring_messages(scorers, clients, downloads)
             for client, reply in stream_replies(self.grid, messages, deadline, clients.poll, note_removed):
-                found[client] = _read(reply)
+                found[client] = _read(reply, num_tasks)
         return found
 
 
@@ -120,12 +143,14 @@ def _choose_deadline(recipe: Recipe, clients: RunClients, round_seconds: float) 
     return recipe.federation.deadline or max(_LEAST_SECONDS, round_seconds)
 
 
-def _read(reply: Message) -> HoldoutMetrics | str:
+def _read(reply: Message, num_tasks: int) -> ClientReport | str:
     """Return the score in a reply, or the reason why there is none."""
     if reply.has_error():
         return ": ".join(read_error(reply.error))
     try:
-        score = read_score(reply.content.metric_records.get("report"))
+        score = read_score(reply.content.metric_records.get("report"), num_tasks)
     except ClientUpdateError as error:
         return f"refused: {clean_text(error)}"
-    return score or f"it has fewer than {FEWEST} held-out examples"
+    if score.holdout_metrics is None and score.task_figures is None:
+        return f"it has fewer than {FEWEST} held-out examples"
+    return score

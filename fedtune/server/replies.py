@@ -32,7 +32,7 @@ class ExpectedReply:
     """What the server expects of one client in a round.
 
     ``most_examples`` is the number the client can have trained on; ``bytes_down`` is what it was sent. ``plug_ins`` are
-    those that the recipe needs.
+    those that the recipe needs. ``num_tasks`` is the number of distinct tasks of its stream.
     """
 
     client: int
@@ -42,6 +42,7 @@ class ExpectedReply:
     most_examples: int = MOST_EXAMPLES
     bytes_down: int = 0
     plug_ins: Sequence[RequiredPlugIn] = ()
+    num_tasks: int = 0
 
 
 def receive_update(reply: Message, expected: ExpectedReply, spool: Path) -> tuple[ClientRecord, ClientUpdate | None]:
@@ -54,7 +55,7 @@ def receive_update(reply: Message, expected: ExpectedReply, spool: Path) -> tupl
     path = spool / f"client-{expected.client:06d}.safetensors"
     try:
         payload = _payload(reply, expected.payload.most_bytes)
-        report = read_report(reply.content.metric_records.get("report"), expected.most_examples)
+        report = read_report(reply.content.metric_records.get("report"), expected.most_examples, expected.num_tasks)
         write_bytes_atomically(path, payload)
         norm = check_client_update(
             path, expected.payload.expected_shapes, expected.payload.extra_payload_specs, expected.norm_limit
@@ -79,10 +80,10 @@ def receive_update(reply: Message, expected: ExpectedReply, spool: Path) -> tupl
         device_type=report.device_type,
         accelerator_memory=report.accelerator_memory,
         accelerator_reserved=report.accelerator_reserved,
+        stored_bytes=report.stored_bytes,
     )
-    return record, ClientUpdate(
-        expected.client, report.num_examples, path, report.holdout_metrics, report.trained_metrics
-    )
+    scores = report.holdout_metrics, report.trained_metrics
+    return record, ClientUpdate(expected.client, report.num_examples, path, *scores, task_figures=report.task_figures)
 
 
 def scale_by_staleness(

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from fedtune.errors import ClientUpdateError
 from fedtune.recipe.validation_errors import explain_validation_error
 from fedtune.untrusted import clean_text
-from fedtune.wire.client_update import DEVICE_TYPES, ClientReport, HoldoutMetrics
+from fedtune.wire.client_update import DEVICE_TYPES, ClientReport
 
 __all__ = ["MOST_EXAMPLES", "read_report", "read_score"]
 
@@ -19,6 +19,7 @@ _MOST_BYTES = 2**50
 _MOST_SECONDS = 10.0**7
 _MOST_LOSS = 1e30
 _MOST_FIGURES = 64
+_MOST_TASKS = 1000
 
 
 def _not_infinite(value: float) -> float:
@@ -29,6 +30,8 @@ def _not_infinite(value: float) -> float:
 
 _Loss = Annotated[float, AfterValidator(_not_infinite)]
 _Bytes = Annotated[int, Field(ge=0, le=_MOST_BYTES)]
+_Predictions = Annotated[int, Field(ge=0, le=_MOST_BYTES)]
+_Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 class _Bounded(BaseModel):
@@ -50,6 +53,10 @@ class _Bounded(BaseModel):
     accelerator_reserved: _Bytes | None = None
     extra_holdout_metrics: list[_Loss] = Field(max_length=_MOST_FIGURES)
     trained_holdout_metrics: list[_Loss] = Field(max_length=_MOST_FIGURES)
+    task_predictions: list[_Predictions] | None = Field(None, max_length=_MOST_TASKS)
+    task_accuracies: list[_Share] | None = Field(None, max_length=_MOST_TASKS)
+    task_losses: list[_Loss] | None = Field(None, max_length=_MOST_TASKS)
+    stored_bytes: _Bytes | None = None
 
     @field_validator("trained_holdout_metrics")
     @classmethod
@@ -65,10 +72,11 @@ class _OfScoring(_Bounded):
     num_examples: int = Field(ge=0, le=0)
 
 
-def read_report(record: MetricRecord | None, most_examples: int = MOST_EXAMPLES) -> ClientReport:
+def read_report(record: MetricRecord | None, most_examples: int = MOST_EXAMPLES, num_tasks: int = 0) -> ClientReport:
     """Return the report in a reply; raise ClientUpdateError if a field is missing or out of bounds.
 
-    ``most_examples`` is the largest number of examples that the client can have trained on in the round.
+    ``most_examples`` is the largest number of examples that the client can have trained on in the round, ``num_tasks``
+    the number of distinct tasks of the stream.
     """
     bounded = _checked(record, _Bounded)
     if bounded.num_examples > most_examples:
@@ -76,15 +84,26 @@ def read_report(record: MetricRecord | None, most_examples: int = MOST_EXAMPLES)
             f"its report counts {bounded.num_examples} examples, but of what the device declared it can have trained "
             f"on {most_examples} at most"
         )
-    return ClientReport(**bounded.model_dump())
+    return _require_tasks(ClientReport(**bounded.model_dump()), num_tasks)
 
 
-def read_score(record: MetricRecord | None) -> HoldoutMetrics | None:
-    """Return the score in the reply of a client that only scored; None if it has too few held-out examples.
+def read_score(record: MetricRecord | None, num_tasks: int = 0) -> ClientReport:
+    """Return the report of a client that only scored. It has no scores of too few held-out examples.
 
     Raise ClientUpdateError as ``read_report`` does.
     """
-    return ClientReport(**_checked(record, _OfScoring).model_dump()).holdout_metrics
+    return _require_tasks(ClientReport(**_checked(record, _OfScoring).model_dump()), num_tasks)
+
+
+def _require_tasks(report: ClientReport, num_tasks: int) -> ClientReport:
+    """Raise ClientUpdateError if a report tells of other tasks than the stream has."""
+    lists = report.task_predictions, report.task_accuracies, report.task_losses
+    lengths = {-1 if one is None else len(one) for one in lists}
+    if lengths not in ({-1}, {num_tasks} if num_tasks else {-1}):
+        raise ClientUpdateError(
+            f"its report has scores of {max(lengths)} tasks, and the stream has {num_tasks}; update the client"
+        )
+    return report
 
 
 def _checked(record: MetricRecord | None, kind: type[_Bounded]) -> _Bounded:

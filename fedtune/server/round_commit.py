@@ -10,6 +10,7 @@ from torch import Tensor
 from fedtune import checkpoint, paths
 from fedtune.server.events import RoundEnded, emit_event
 from fedtune.server.scoring import State
+from fedtune.server.task_ledger import RoundLedger
 from fedtune.tracking import CheckpointRecord, ClientRecord, ClientScore, MetricRecord, RoundRecord, SampleRecord, Store
 from fedtune.wire.stored_state import StoredState
 
@@ -30,6 +31,7 @@ class RoundResult(NamedTuple):
     samples: tuple[SampleRecord, ...] = ()
     memory: Mapping[str, Tensor] | None = None
     """What the server remembers of earlier tasks, in a round that ends one."""
+    ledger: RoundLedger = RoundLedger()
 
 
 def commit_round(store: Store, run_id: str, round_number: int, result: RoundResult) -> StoredState:
@@ -55,6 +57,7 @@ def commit_round(store: Store, run_id: str, round_number: int, result: RoundResu
         client_scores=result.client_scores,
         device_type=result.device_type,
         samples=result.samples,
+        **result.ledger._asdict(),
     )
     store.commit_round(run_id, record)
     emit_event(RoundEnded(record, result.main_metric))

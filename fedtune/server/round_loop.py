@@ -42,11 +42,13 @@ from fedtune.server.sending import Sending
 from fedtune.server.server_run import ServerRun
 from fedtune.server.spool import open_spool, sweep
 from fedtune.server.task_borders import end_task, start_task
+from fedtune.server.task_ledger import list_received_task_scores, record_visits
 from fedtune.server.task_memory import TaskMemory, list_sent_memory, read_newest_memory
 from fedtune.tracking import ClientRecord, MetricRecord, RoundRecord, SampleRecord, Store
 from fedtune.tracking.pruning import find_checkpointed_round, remove_pruned_checkpoints
 from fedtune.training import RunContext, get_model_state
 from fedtune.training.model_counts import check_model_counts
+from fedtune.training.stream_place import trains_in_round
 from fedtune.untrusted import clean_text
 from fedtune.wire.client_update import ClientUpdate
 from fedtune.wire.masked_weights import find_masks, restore_dense_tensors, select_active_values
@@ -148,10 +150,12 @@ def _run_round(run: ServerRun, clients: RunClients, state: SharedState, round_nu
     )
     metrics += run.safeguards.spending.compute_epsilon_after_round(("failed" if failure else "completed", records))
     scores = client_scores(updates, context.recipe.evaluation.metrics, context.task)
+    task_scores = list_received_task_scores(context, clients, updates)
     samples: tuple[SampleRecord, ...] = ()
     if scoring.scored_after(context, round_number):
         samples = scoring.write_samples(context, state)
-        scores += run.scoring.score_by_clients(clients, state, round_number, time.perf_counter() - started)
+        shared = run.scoring.score_by_clients(clients, state, round_number, time.perf_counter() - started)
+        scores, task_scores = scores + shared.clients, task_scores + shared.tasks
     result = RoundResult(
         state,
         started,
@@ -163,6 +167,7 @@ def _run_round(run: ServerRun, clients: RunClients, state: SharedState, round_nu
         device_type=context.device.type,
         samples=samples,
         memory=ended.memory,
+        ledger=record_visits(context, round_number, task_scores),
     )
     state = commit_round(run.store, run_id, round_number, result)
     if ended.memory is not None:
@@ -179,7 +184,12 @@ def _simulated_seconds(seconds: float | None) -> tuple[MetricRecord, ...]:
 def _merged(
     context: RunContext, state: SharedState, run_id: str, round_number: int, updates: Sequence[ClientUpdate]
 ) -> tuple[merging.Merged, tuple[MetricRecord, ...]]:
-    """Merge a round's updates and apply the techniques' changes; return the next state and metrics of the merge."""
+    """Merge a round's updates and apply the techniques' changes; return the next state and metrics of the merge.
+
+    If no client trained, the state stays as it is, because a merge may change tensors without any delta.
+    """
+    if not trains_in_round(context, round_number):
+        return merging.Merged(dict(state), {}), ()
     pipeline = append_noise_step(
         context.recipe, merging.build_pipeline(context.recipe.merge), run_id, round_number, updates
     )
@@ -234,6 +244,7 @@ def _gather_updates(
             run.safeguards.examples(client),
             run.sending.count_bytes_sent(client, downloads),
             run.sending.plug_ins,
+            0 if context.stream_plan is None else len(context.stream_plan.task_names),
         )
         received = receive_update(reply, expected, spool)
         records[client], update = scale_by_staleness(

@@ -8,7 +8,7 @@ from torch import Tensor
 from fedtune import continual, paths
 from fedtune.server.round_commit import get_checkpoint_path
 from fedtune.training import RunContext
-from fedtune.training.stream_place import declare_task_uploads
+from fedtune.training.stream_place import declare_task_uploads, list_uploading_methods
 from fedtune.wire.client_update import ClientUpdate
 from fedtune.wire.stored_state import StoredState
 
@@ -53,37 +53,42 @@ def end_task(
     memory: Mapping[str, Tensor],
     updates: Sequence[ClientUpdate],
 ) -> TaskEnd:
-    """Apply the continual methods if the round ends a task. ``updates`` are those that were merged, maybe none."""
+    """Apply the continual methods if the round ends a task. ``updates`` are those that were merged, maybe none.
+
+    After the first of several rounds of a task, only methods that upload at its start are applied.
+    """
     plan = context.stream_plan
-    visit = None if plan is None else plan.find_border(round_number)
-    if plan is None or visit is None or not context.methods:
+    if plan is None or not context.methods:
+        return TaskEnd(state, None)
+    visit = plan.find_border(round_number)
+    asked = list_uploading_methods(context, round_number) if visit is None else context.methods
+    if not asked:
         return TaskEnd(state, None)
     start, before = (_read_state(run_id, number) for number in (0, find_task_start(context, round_number)))
     uploads = _read_uploads(context, round_number, updates)
     kept: dict[str, Tensor] = {}
-    for method in context.methods:
-        own = [
-            continual.TaskUpload(client, weight, continual.select_memory(method, tensors))
-            for client, weight, tensors in uploads
-        ]
-        remembered = continual.select_memory(method, memory)
+    present = plan.find_visit(round_number) if visit is None else visit
+    for method in asked:
         border = continual.Border(
             context.recipe,
             context.model,
-            visit,
-            plan.find_task(visit),
+            present,
+            plan.find_task(present),
             round_number,
             start,
             before,
             state,
-            remembered,
-            own,
+            continual.select_memory(method, memory),
+            [one._replace(tensors=continual.select_memory(method, one.tensors)) for one in uploads],
             context.corpus.label_names,
         )
+        if visit is None:
+            state = method.after_first_round(border)
+            continue
         result = method.after_task(border)
         state = result.state
         kept |= continual.name_memory(method, result.memory)
-    return TaskEnd(state, kept)
+    return TaskEnd(state, None if visit is None else kept)
 
 
 def _read_uploads(

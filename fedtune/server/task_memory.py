@@ -36,7 +36,10 @@ def read_newest_memory(done: Sequence[RoundRecord]) -> dict[str, Tensor]:
 def list_sent_memory(context: RunContext, memory: Tensors, round_number: int) -> dict[str, Tensor]:
     """Return the memory that clients receive in a round, named by its method."""
     plan = context.stream_plan
-    place = None if plan is None or not memory else plan.find_place(round_number, 0)
+    if plan is None or not memory:
+        return {}
+    places = (plan.find_place(round_number, client) for client in range(context.recipe.num_clients))
+    place = next((place for place in places if place is not None), None)
     if place is None:
         return {}
     found: dict[str, Tensor] = {}

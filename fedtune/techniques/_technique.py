@@ -48,6 +48,9 @@ class Technique(NamedUnit):
     unsupported_devices: ClassVar[Mapping[str, str]] = {}
     """Device types that it cannot compute on, and why: the end of a sentence."""
 
+    needed_memory: ClassVar[str | None] = None
+    """The continual method that a stream must have for it."""
+
     def find_conflict(self, other: "Technique") -> str | None:
         """Why both cannot be combined with their settings, as the end of a sentence; None if they can."""
         return self.conflicts_with.get(other.name)
@@ -58,6 +61,13 @@ class Technique(NamedUnit):
 
     def rewrite_model(self, model: nn.Module, task: Task, seed: int) -> None:
         """Rewrite the model and unfreeze what is trained; ModelError if the model does not fit."""
+
+    def follow_stream(self, visits: Sequence[tuple[int, int]], *, together: bool) -> "Technique":
+        """The technique in a stream whose visits have these tasks and rounds; itself by default.
+
+        Unless ``together``, clients may be in different tasks in the same round. RecipeError if it cannot follow.
+        """
+        return self
 
     def begin_round(self, model: nn.Module, round_number: int) -> None:
         """Choose what is trained in round 1, 2, ... among the tensors that ``rewrite_model`` unfroze."""

@@ -18,6 +18,7 @@ from fedtune.tracking.records import (
 )
 from fedtune.tracking.run_lock import claim_run, is_run_active
 from fedtune.tracking.store import Store, new_run_id
+from fedtune.tracking.task_records import TaskRecord, TaskScore
 
 __all__ = [
     "Access",
@@ -33,6 +34,8 @@ __all__ = [
     "RunRecord",
     "SampleRecord",
     "Store",
+    "TaskRecord",
+    "TaskScore",
     "TokenRecord",
     "claim_run",
     "get_default_url",

@@ -1,5 +1,6 @@
 """Column types that mean the same in every database."""
 
+import json
 import math
 import re
 from datetime import UTC, datetime
@@ -7,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import Boolean, DateTime, Double, Text, TypeDecorator
 
-__all__ = ["AnyText", "Flag", "Measured", "Utc", "Words"]
+__all__ = ["AnyText", "Flag", "Measured", "Names", "Utc", "Words"]
 
 
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
@@ -56,6 +57,21 @@ class Words(TypeDecorator[tuple[str, ...]]):
     def process_result_value(self, value: str | None, dialect: Any) -> tuple[str, ...]:
         """Split the text into its words."""
         return tuple((value or "").split())
+
+
+class Names(TypeDecorator[tuple[str, ...]]):
+    """Names that may contain blanks, stored as a JSON list."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: tuple[str, ...] | None, dialect: Any) -> str | None:
+        """Write the names as ASCII, which every database takes."""
+        return json.dumps(value) if value else None
+
+    def process_result_value(self, value: str | None, dialect: Any) -> tuple[str, ...]:
+        """Read the list."""
+        return tuple(json.loads(value)) if value else ()
 
 
 class AnyText(TypeDecorator[str]):

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from datetime import datetime
 
+from fedtune.tracking.task_records import TaskRecord, TaskScore
+
 __all__ = [
     "Assignment",
     "AuditRecord",
@@ -47,7 +49,8 @@ class ClientRecord:
 
     ``device_type`` is that of the device that the figures were measured on: cpu, cuda or mps. It is None if nothing was
     measured, and in rounds that were recorded before it was. ``accelerator_memory`` and ``accelerator_reserved`` are
-    torch's peaks on CUDA.
+    torch's peaks on CUDA. ``stored_bytes`` is what the device keeps on its disk for later tasks of a stream, None in
+    runs without one.
     """
 
     client: int
@@ -67,6 +70,7 @@ class ClientRecord:
     device_type: str | None = None
     accelerator_memory: int | None = None
     accelerator_reserved: int | None = None
+    stored_bytes: int | None = None
 
     @property
     def device(self) -> str:
@@ -126,7 +130,8 @@ class SampleRecord:
 class RoundRecord:
     """One round, completed or failed. Number 0 has the state and the metrics before any training.
 
-    ``device_type`` is that of the device that the metrics were computed on, None if it was not recorded.
+    ``device_type`` is that of the device that the metrics were computed on, None if it was not recorded. ``tasks`` are
+    the visits of a stream that begin in the round; ``ends_visit`` is the one that ends with it.
     """
 
     number: int
@@ -139,6 +144,9 @@ class RoundRecord:
     client_scores: tuple[ClientScore, ...] = ()
     device_type: str | None = None
     samples: tuple[SampleRecord, ...] = ()
+    task_scores: tuple[TaskScore, ...] = ()
+    tasks: tuple[TaskRecord, ...] = ()
+    ends_visit: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

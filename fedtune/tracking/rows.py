@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Table, and_, delete, func, select
+from sqlalchemy import Connection, Table, and_, delete, func, insert, select
 
-from fedtune.tracking import tables
+from fedtune.tracking import tables, task_rows
 from fedtune.tracking.records import (
     CheckpointRecord,
     ClientRecord,
@@ -16,34 +16,42 @@ from fedtune.tracking.records import (
     RoundRecord,
     SampleRecord,
 )
+from fedtune.tracking.task_records import TaskScore
 
 __all__ = [
     "delete_rounds",
-    "make_child_rows",
-    "make_round_row",
     "read_checkpoint_scores",
     "read_latest_metrics",
     "read_rounds",
+    "write_round",
 ]
 
-Child = TypeVar("Child", ClientRecord, MetricRecord, CheckpointRecord, ClientScore, SampleRecord)
+Child = TypeVar("Child", ClientRecord, MetricRecord, CheckpointRecord, ClientScore, SampleRecord, TaskScore)
 Row = dict[str, Any]
 Key = tuple[str, int]
 
 
-def make_round_row(run_id: str, record: RoundRecord) -> Row:
+def write_round(connection: Connection, run_id: str, record: RoundRecord) -> None:
+    """Write the rows of a round in all tables."""
+    connection.execute(insert(tables.rounds), _make_round_row(run_id, record))
+    for table, children in _make_child_rows(run_id, record):
+        connection.execute(insert(table), children)
+    task_rows.write_visits(connection, run_id, record)
+
+
+def _make_round_row(run_id: str, record: RoundRecord) -> Row:
     """Return the row of the table of rounds."""
     own = ("number", "status", "reason", "seconds", "device_type")
     return {"run_id": run_id} | {name: getattr(record, name) for name in own}
 
 
-def make_child_rows(run_id: str, record: RoundRecord) -> list[tuple[Table, list[Row]]]:
+def _make_child_rows(run_id: str, record: RoundRecord) -> list[tuple[Table, list[Row]]]:
     """Return the rows of a round in the other tables, by table. Tables without a row are left out."""
     key = {"run_id": run_id, "round": record.number}
     checkpoint = (record.checkpoint,) if record.checkpoint else ()
     groups = zip(
         tables.ROUND_CHILD_TABLES,
-        (record.client_records, record.metrics, checkpoint, record.client_scores, record.samples),
+        (record.client_records, record.metrics, checkpoint, record.client_scores, record.samples, record.task_scores),
         strict=True,
     )
     return [(table, [key | asdict(child) for child in children]) for table, children in groups if children]
@@ -51,6 +59,7 @@ def make_child_rows(run_id: str, record: RoundRecord) -> list[tuple[Table, list[
 
 def delete_rounds(connection: Connection, run_id: str, after: int) -> None:
     """Delete the rounds of a run after number ``after``, with their rows in all tables."""
+    task_rows.delete_visits(connection, run_id, after)
     for table in (*tables.ROUND_CHILD_TABLES, tables.rounds):
         number = table.c.number if table is tables.rounds else table.c.round
         connection.execute(delete(table).where(table.c.run_id == run_id, number > after))
@@ -66,6 +75,8 @@ def read_rounds(connection: Connection, run_ids: Sequence[str], after: int = -1)
     checkpoints = _read_children(connection, tables.checkpoints, CheckpointRecord, run_ids, after)
     client_scores = _read_children(connection, tables.client_scores, ClientScore, run_ids, after)
     samples = _read_children(connection, tables.samples, SampleRecord, run_ids, after)
+    task_scores = _read_children(connection, tables.task_scores, TaskScore, run_ids, after)
+    visits = task_rows.read_visits(connection, run_ids)
     found: dict[str, list[RoundRecord]] = {run_id: [] for run_id in run_ids}
     for row in _select(connection, tables.rounds, run_ids, after):
         run_id = row.pop("run_id")
@@ -79,6 +90,9 @@ def read_rounds(connection: Connection, run_ids: Sequence[str], after: int = -1)
                 checkpoint=checkpoint,
                 client_scores=tuple(client_scores[key]),
                 samples=tuple(samples[key]),
+                task_scores=tuple(task_scores[key]),
+                tasks=tuple(one for one in visits[run_id] if one.first_round == row["number"]),
+                ends_visit=next((one.visit for one in visits[run_id] if one.last_round == row["number"]), None),
             )
         )
     return found

@@ -10,6 +10,7 @@ from fedtune.recipe.versions import read_stored_recipe
 from fedtune.tracking.client_spread import compute_spreads
 from fedtune.tracking.records import CheckpointRecord, RoundRecord, RunRecord
 from fedtune.tracking.run_summary import get_privacy_spent
+from fedtune.tracking.stream_json import make_stream_document
 
 __all__ = ["SCHEMA_VERSION", "json_text", "make_run_document"]
 
@@ -29,6 +30,7 @@ def make_run_document(run: RunRecord, rounds: Sequence[RoundRecord], *, detailed
             "finished_at": run.finished_at.isoformat() if run.finished_at else None,
             "metrics": [{"round": record.number} | asdict(metric) for record in rounds for metric in record.metrics],
             "checkpoint": checkpoints[-1] if checkpoints else None,
+            "stream": make_stream_document(run, rounds, detailed=detailed),
         }
     )
     if not detailed:
@@ -55,5 +57,6 @@ def _round(record: RoundRecord) -> dict[str, Any]:
         "client_records": [asdict(client) for client in record.client_records],
         "client_scores": [asdict(score) for score in record.client_scores],
         "samples": [asdict(sample) for sample in record.samples],
+        "task_scores": [asdict(score) for score in record.task_scores],
         "checkpoint": _checkpoint(record.number, record.checkpoint) if record.checkpoint else None,
     }

@@ -13,6 +13,7 @@ from fedtune import files
 from fedtune.errors import StoreError
 from fedtune.tracking.client_spread import MOMENTS
 from fedtune.tracking.plot_clients import draw_clients
+from fedtune.tracking.plot_stream import draw_borders, draw_matrix, draw_stability_gap
 from fedtune.tracking.records import ClientRecord, RoundRecord, RunRecord
 from fedtune.tracking.run_summary import (
     compute_train_loss,
@@ -23,6 +24,7 @@ from fedtune.tracking.run_summary import (
     list_metrics,
     sum_costs,
 )
+from fedtune.tracking.stream_ledger import find_task_ends, make_matrix
 
 __all__ = ["draw_runs"]
 
@@ -49,6 +51,7 @@ def draw_runs(runs: Recorded, path: Path) -> None:
 def _make_figure(runs: Recorded) -> Figure:
     found = {one.moment for _, rounds in runs for record in rounds for one in record.client_scores}
     moments = [moment for moment in MOMENTS if moment in found]
+    matrix = make_matrix(*runs[0]) if len(runs) == 1 else None
     grid: list[HashableList[str]] = [["quality", "learning"], ["traffic", "memory"], *_arrange_panels(moments)]
     figure = Figure(figsize=(11, 7.5 + 3.5 * len(grid[2:])), layout="constrained")
     axes_of = figure.subplot_mosaic(grid)
@@ -57,7 +60,13 @@ def _make_figure(runs: Recorded) -> Figure:
     _draw_quality(quality, runs)
     _draw_learning(learning, runs)
     _draw_traffic(traffic, runs)
-    _draw_memory(memory, runs)
+    if matrix is None:
+        _draw_memory(memory, runs)
+    else:
+        draw_matrix(memory, matrix)
+    if len({tuple(find_task_ends(rounds).items()) for _, rounds in runs}) == 1:
+        for axes in (quality, traffic):
+            draw_borders(axes, runs[0][1])
     for axes, moment in zip(of_clients, moments, strict=True):
         draw_clients(axes, _list_labelled_runs(runs), moment)
     for axes in (quality, learning, traffic, *of_clients):
@@ -65,7 +74,7 @@ def _make_figure(runs: Recorded) -> Figure:
         axes.set_xlabel("round")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (quality, learning, traffic, memory, *of_clients):
-        _format_axes(axes)
+        _format_axes(axes, lines=axes is not memory or matrix is None)
     figure.suptitle(_title(runs), x=0.01, ha="left", fontsize=14, fontweight="bold")
     return figure
 
@@ -130,6 +139,8 @@ def _draw_domains(axes: Axes, rounds: Rounds, split: str, name: str) -> None:
             markersize=2.5,
         )
     _draw_line(axes, get_metric_series(rounds, split, "all", name), color="black", label="all", linewidth=2.4)
+    if name == "accuracy":
+        draw_stability_gap(axes, rounds, split)
     test = get_metric_series(rounds, "test", "all", name) if split != "test" else {}
     if test:
         axes.plot(
@@ -224,9 +235,10 @@ def _show_note(axes: Axes, title: str, text: str) -> None:
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color="0.5")
 
 
-def _format_axes(axes: Axes) -> None:
+def _format_axes(axes: Axes, *, lines: bool = True) -> None:
     axes.title.set(fontsize=11, ha="left", x=0)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="0.9", linewidth=0.8)
+    if lines:
+        axes.grid(axis="y", color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(length=3, color="0.6", labelsize=9)

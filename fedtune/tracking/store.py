@@ -84,9 +84,7 @@ class Store:
             _expect(connection, run_id)
             if _has_round(connection, run_id, record.number):
                 raise StoreError(f"round {record.number} of run {run_id} is recorded already; go on at the next round")
-            connection.execute(insert(tables.rounds), rows.make_round_row(run_id, record))
-            for table, children in rows.make_child_rows(run_id, record):
-                connection.execute(insert(table), children)
+            rows.write_round(connection, run_id, record)
 
     def finish(self, run_id: str, status: str, reason: str = "") -> None:
         """Record that a run ended, and how: completed, failed or interrupted."""

@@ -1,5 +1,6 @@
 """Export of runs: a folder of tables as CSV or Parquet, or one JSON file of detailed documents."""
 
+import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,8 @@ from fedtune.tracking.records import (
     RunRecord,
     SampleRecord,
 )
+from fedtune.tracking.stream_ledger import list_visits
+from fedtune.tracking.task_records import TaskRecord, TaskScore
 
 __all__ = ["FORMATS", "export_runs"]
 
@@ -40,6 +43,7 @@ _TYPES: Mapping[Any, pa.DataType] = {
     float: pa.float64(),
     str: pa.string(),
     str | None: pa.string(),
+    tuple[str, ...]: pa.string(),  # as JSON
     bool: pa.bool_(),
     datetime: pa.timestamp("us", tz="UTC"),
     datetime | None: pa.timestamp("us", tz="UTC"),
@@ -52,7 +56,8 @@ def export_runs(recorded: Recorded, format: str, path: Path) -> list[Path]:  # n
     """Write runs and return the files.
 
     ``json``: ``path`` is one file. ``csv`` and ``parquet``: ``path`` becomes a folder with one file each for runs,
-    rounds, client records, metrics, client scores, checkpoints and samples, joined by ``run_id`` and ``round``.
+    rounds, client records, metrics, client scores, checkpoints, samples, task scores and tasks, joined by ``run_id``
+    and ``round``.
     StoreError when the folder is there already or cannot be written; nothing is left half-written.
     """
     if format == "json":
@@ -79,7 +84,7 @@ def _write_folder(written: Mapping[str, pa.Table], format: str, path: Path) -> l
 
 
 def make_arrow_tables(recorded: Recorded) -> dict[str, pa.Table]:
-    """Make the seven tables. Each row has the keys that join it to the others."""
+    """Make the nine tables. Each row has the keys that join it to the others."""
     every = [(run.id, record) for run, rounds in recorded for record in rounds]
     return {
         "runs": _table({}, RunRecord, [asdict(run) for run, _ in recorded]),
@@ -91,7 +96,13 @@ def make_arrow_tables(recorded: Recorded) -> dict[str, pa.Table]:
             _ROUND, CheckpointRecord, _children(every, lambda record: filter(None, [record.checkpoint]))
         ),
         "samples": _table(_ROUND, SampleRecord, _children(every, lambda record: record.samples)),
+        "task_scores": _table(_ROUND, TaskScore, _children(every, lambda record: record.task_scores)),
+        "tasks": _table(_RUN, TaskRecord, [row for run, rounds in recorded for row in _visits(run.id, rounds)]),
     }
+
+
+def _visits(run_id: str, rounds: Sequence[RoundRecord]) -> list[dict[str, Any]]:
+    return [{"run_id": run_id, **asdict(one), "labels": json.dumps(one.labels)} for one in list_visits(rounds)]
 
 
 def _own(record: RoundRecord) -> dict[str, Any]:

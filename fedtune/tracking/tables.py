@@ -13,7 +13,7 @@ from sqlalchemy import (
     Text,
 )
 
-from fedtune.tracking.column_types import AnyText, Flag, Measured, Utc, Words
+from fedtune.tracking.column_types import AnyText, Flag, Measured, Names, Utc, Words
 
 __all__ = [
     "ROUND_CHILD_TABLES",
@@ -30,6 +30,8 @@ __all__ = [
     "rounds",
     "runs",
     "samples",
+    "task_scores",
+    "tasks",
 ]
 
 
@@ -99,6 +101,7 @@ client_records = Table(
     Column("device_type", String(16)),
     Column("accelerator_memory", BigInteger),
     Column("accelerator_reserved", BigInteger),
+    Column("stored_bytes", BigInteger),
 )
 
 metrics = Table(
@@ -144,7 +147,33 @@ samples = Table(
     Column("ended", Flag),
 )
 
-ROUND_CHILD_TABLES = (client_records, metrics, checkpoints, client_scores, samples)
+task_scores = Table(
+    "task_scores",
+    metadata,
+    *_of_round(),
+    Column("scope", String(64), primary_key=True),
+    Column("moment", String(8), primary_key=True),
+    Column("task", String(255), primary_key=True),
+    Column("num_predictions", BigInteger, nullable=False),
+    Column("accuracy", Measured),
+    Column("loss", Measured),
+)
+
+ROUND_CHILD_TABLES = (client_records, metrics, checkpoints, client_scores, samples, task_scores)
+
+tasks = Table(
+    "tasks",
+    metadata,
+    Column("run_id", String(64), primary_key=True),
+    Column("visit", Integer, primary_key=True, autoincrement=False),
+    Column("name", String(255), nullable=False),
+    Column("first_round", Integer, nullable=False),
+    Column("last_round", Integer),
+    Column("opened_by", String(16), nullable=False),
+    Column("labels", Names),
+    Column("test_examples", BigInteger),
+    ForeignKeyConstraint(["run_id", "first_round"], ["rounds.run_id", "rounds.number"], ondelete="CASCADE"),
+)
 
 assignments = Table(
     "assignments",

@@ -49,10 +49,12 @@ from fedtune.training.stream_training import (
     mask_seen_classes,
     mask_trained_classes,
 )
+from fedtune.training.task_holdouts import score_task_holdouts
 from fedtune.training.training_rows import make_training_rows
 from fedtune.training.training_step import StepResult, run_step
 from fedtune.training.uploaded_statistics import compute_uploaded_statistics
 from fedtune.wire.client_update import HoldoutMetrics
+from fedtune.wire.task_figures import TaskFigures
 
 IntArray = NDArray[np.int64]
 
@@ -88,6 +90,8 @@ class LocalTrainingResult:
     micro_batch_size: int | None = None
     remembered: dict[str, Tensor] = field(default_factory=dict)
     """What continual methods keep on the device of this visit of a task."""
+    task_figures: TaskFigures | None = None
+    """Scores of the received model on the held-out examples of each task begun so far."""
 
 
 def train_local_model(client: ClientRound, state: Mapping[str, Tensor]) -> LocalTrainingResult:
@@ -110,6 +114,7 @@ def train_local_model(client: ClientRound, state: Mapping[str, Tensor]) -> Local
         client = begin_methods(client)
         with mask_seen_classes(client):
             received_score = score_held_out(client, held_out.tolist())
+        task_figures = score_task_holdouts(client)
         statistics = compute_uploaded_statistics(client, rows, names)
         torch.manual_seed(client.derive_seed("dropout"))
         release_freed()
@@ -148,6 +153,7 @@ def train_local_model(client: ClientRound, state: Mapping[str, Tensor]) -> Local
         accelerator_peak=read_accelerator_peak(device),
         micro_batch_size=steps.micro_batch_size,
         remembered=remembered,
+        task_figures=task_figures,
     )
 
 

@@ -12,7 +12,9 @@ from fedtune.training.cpu_threads import use_cpu_threads
 from fedtune.training.evaluation import score_held_out
 from fedtune.training.model_state import set_model_state
 from fedtune.training.stream_training import mask_seen_classes
+from fedtune.training.task_holdouts import score_task_holdouts
 from fedtune.wire.client_update import HoldoutMetrics
+from fedtune.wire.task_figures import TaskFigures
 
 __all__ = ["receive_state", "score_received"]
 
@@ -28,10 +30,15 @@ def receive_state(client: ClientRound, state: Mapping[str, Tensor]) -> None:
     begin_round(client.techniques, client.model, client.number)
 
 
-def score_received(client: ClientRound, state: Mapping[str, Tensor]) -> HoldoutMetrics:
-    """Return the metrics of ``state``, the result of a round, on the client's held-out rows. Nothing is trained."""
+def score_received(client: ClientRound, state: Mapping[str, Tensor]) -> tuple[HoldoutMetrics, TaskFigures | None]:
+    """Return the metrics of ``state``, the result of a round, on the client's held-out rows. Nothing is trained.
+
+    In a stream, those of each task come with them.
+    """
     _, held_out = client.split_rows()
     receive_state(client, state)
     threads, device = client.recipe.train.threads, find_device(client.model)
-    with use_cpu_threads(threads), fork_random_state(device), mask_seen_classes(client):
-        return score_held_out(client, held_out.tolist())
+    with use_cpu_threads(threads), fork_random_state(device):
+        with mask_seen_classes(client):
+            score = score_held_out(client, held_out.tolist())
+        return score, score_task_holdouts(client)

@@ -11,7 +11,7 @@ from fedtune.techniques import Technique
 from fedtune.training.metrics import check_metrics
 from fedtune.training.model_checks import check_privacy_settings
 from fedtune.training.model_counts import check_model_counts
-from fedtune.training.stream_tasks import check_stream_settings, list_stream_tasks
+from fedtune.training.stream_tasks import check_stream_settings, follow_stream, list_stream_tasks
 from fedtune.wire.client_update import UpdateKind
 
 __all__ = ["resolve_recipe"]
@@ -30,7 +30,6 @@ def resolve_recipe(recipe: Recipe) -> Recipe:
     if recipe.train.augmentation is not None and not task.can_augment:
         raise RecipeError(f"train.augmentation: {task.name} has no images to change; drop augmentation")
     chosen = techniques.build_techniques(recipe.train.techniques)
-    train = recipe.train.model_copy(update={"techniques": _written_out(chosen)})
     pipeline = merging.build_pipeline(recipe.merge)
     _check_fit(chosen, pipeline.combine)
     _check_own(chosen, pipeline, recipe.evaluation)
@@ -40,12 +39,13 @@ def resolve_recipe(recipe: Recipe) -> Recipe:
     data.check_partition(recipe)
     check_stream_settings(recipe)
     _check_copies(recipe)
-    devices = [_resolved(device, chosen, pipeline) for device in recipe.devices]
+    recipe = list_stream_tasks(recipe)
+    train = recipe.train.model_copy(update={"techniques": _written_out(follow_stream(recipe, chosen))})
+    devices = [_resolved(recipe, device, chosen, pipeline) for device in recipe.devices]
     if recipe.federation.asynchronous is not None:
         _check_late([*chosen, *_of_classes(recipe.devices)], pipeline, recipe.evaluation)
     merge = _written_out(pipeline.steps)
     written = TaskUnit(name=task.name, settings=task.model_dump(mode="json"))
-    recipe = list_stream_tasks(recipe)
     changes = {"task": written, "train": train, "devices": devices, "merge": merge}
     return recipe.model_copy(update=changes | {"evaluation": _resolve_evaluation(recipe.evaluation, task)})
 
@@ -71,7 +71,9 @@ def _resolve_evaluation(evaluation: EvaluationSettings, task: tasks.Task) -> Eva
     return evaluation
 
 
-def _resolved(device: DeviceClass, chosen: Sequence[Technique], pipeline: merging.MergePipeline) -> DeviceClass:
+def _resolved(
+    recipe: Recipe, device: DeviceClass, chosen: Sequence[Technique], pipeline: merging.MergePipeline
+) -> DeviceClass:
     """Return a device class with its techniques written out.
 
     They must send the same kind of update as the common ones.
@@ -86,7 +88,7 @@ def _resolved(device: DeviceClass, chosen: Sequence[Technique], pipeline: mergin
                 f"devices: {technique.name} needs all devices to train alike, but {device.name} has techniques of its "
                 "own; drop them or the technique"
             )
-    return device.model_copy(update={"techniques": _written_out(own)})
+    return device.model_copy(update={"techniques": _written_out(follow_stream(recipe, own))})
 
 
 def _of_classes(devices: Sequence[DeviceClass]) -> list[Technique]:

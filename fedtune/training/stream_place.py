@@ -11,11 +11,18 @@ from torch import Tensor
 from fedtune import continual
 from fedtune.errors import NoTaskError
 from fedtune.seeds import derive_seed
+from fedtune.training.holdout_split import split_holdout
 from fedtune.training.run_context import RunContext
-from fedtune.training.stream_round import StreamRound
-from fedtune.wire.client_update import TensorSpec
+from fedtune.training.stream_round import StreamRound, TaskHoldout
+from fedtune.wire.client_update import FEWEST, TensorSpec
 
-__all__ = ["count_round_examples", "declare_task_uploads", "find_task_rows", "make_stream_round"]
+__all__ = [
+    "count_round_examples",
+    "declare_task_uploads",
+    "find_task_rows",
+    "list_uploading_methods",
+    "make_stream_round",
+]
 
 IntArray = NDArray[np.int64]
 StoredTensors = Mapping[int, Mapping[str, Tensor]]
@@ -28,21 +35,25 @@ def make_stream_round(
     client: int,
     stored: StoredTensors | None = None,
     received: Mapping[str, Tensor] | None = None,
+    *,
+    scoring: bool = False,
 ) -> StreamRound | None:
     """Return a client's round in the stream, None without a stream.
+
+    A client that only scores, with ``scoring``, may have ended its last task, or have no example of its task.
 
     Raises NoTaskError if the client has no task in the round, or no example of its task.
     """
     plan = context.stream_plan
     if plan is None:
         return None
-    place = plan.find_place(number, client)
+    place = find_last_place(plan, number, client) if scoring else plan.find_place(number, client)
     if place is None:
         raise NoTaskError("it has no task in this round, as stream.arrival says", code="no-task")
     joint = any(method.uses_all_tasks for method in context.methods)
     all_rows = rows[context.task_numbers[rows] >= 0]
     own = all_rows if joint else find_task_rows(context, rows, place, client)
-    if not len(own):
+    if not len(own) and not scoring:
         raise NoTaskError(f"it has no example of task {plan.task_names[place.task]}", code="no-task-examples")
     tasks = range(len(plan.task_names)) if joint else place.seen
     trained = tasks if plan.stream.setting != "task" and plan.stream.loss == "seen" else (place.task,)
@@ -54,14 +65,45 @@ def make_stream_round(
         continual.list_classes(plan, labels, trained, neighbours=True),
         continual.list_classes(plan, labels, trained if plan.stream.setting == "task" else tasks, neighbours=True),
         len(labels),
-        place.last and plan.stream.arrival == "together",
+        list_uploading_methods(context, number),
         stored or {},
         received or {},
         all_rows,
         partial(continual.list_classes, plan, labels),
         len(plan.task_names),
         {task: find_task_rows(context, rows, replace(place, task=task), client) for task in place.seen},
+        _list_holdouts(context, rows, place, client) if scoring or place.first else (),
     )
+
+
+def find_last_place(plan: continual.StreamPlan, number: int, client: int) -> continual.Place | None:
+    """Return the place of a client in a round, or the last one before it; None before its first task."""
+    return next((place for one in range(number, 0, -1) if (place := plan.find_place(one, client))), None)
+
+
+def _list_holdouts(context: RunContext, rows: IntArray, place: continual.Place, client: int) -> tuple[TaskHoldout, ...]:
+    """Return the held-out rows of the tasks that the client has begun, or of all in joint training."""
+    plan, share = context.stream_plan, context.recipe.evaluation.local_holdout
+    assert plan is not None
+    if not share:
+        return ()
+    seed, labels = derive_seed(context.recipe.seed, client, "own"), context.corpus.label_names
+    joint = any(method.uses_all_tasks for method in context.methods)
+    tasks = tuple(range(len(plan.task_names))) if joint else place.seen
+    told_apart = plan.stream.setting == "task"
+    if joint:
+        _, held_out = split_holdout(rows[context.task_numbers[rows] >= 0], share, seed)
+        own = {task: held_out[context.task_numbers[held_out] == task] for task in tasks}
+    else:
+        places = {task: replace(place, task=task) for task in tasks}
+        own = {
+            task: split_holdout(find_task_rows(context, rows, one, client), share, seed)[1]
+            for task, one in places.items()
+        }
+    classes = {
+        task: continual.list_classes(plan, labels, (task,) if told_apart else tasks, neighbours=True) for task in tasks
+    }
+    return tuple(TaskHoldout(task, own[task], classes[task]) for task in tasks if len(own[task]) >= FEWEST)
 
 
 def find_task_rows(context: RunContext, rows: IntArray, place: continual.Place, client: int) -> IntArray:
@@ -86,13 +128,26 @@ def count_round_examples(context: RunContext, number: int) -> list[int]:
     ]
 
 
-def declare_task_uploads(context: RunContext, round_number: int, names: Sequence[str]) -> dict[str, TensorSpec]:
-    """Return what clients add to their updates in a round that ends a task; ``names`` are the trained tensors."""
+def list_uploading_methods(context: RunContext, round_number: int) -> list[continual.ContinualMethod]:
+    """Return the methods that clients upload tensors of: all at the end of a task, and some in its first round."""
     plan = context.stream_plan
-    if plan is None or plan.stream.arrival != "together" or plan.find_border(round_number) is None:
-        return {}
+    place = None if plan is None or plan.stream.arrival != "together" else plan.find_place(round_number, 0)
+    if place is None:
+        return []
+    return [method for method in context.methods if place.last or (place.first and method.uploads_at_start)]
+
+
+def declare_task_uploads(context: RunContext, round_number: int, names: Sequence[str]) -> dict[str, TensorSpec]:
+    """Return what clients add to their updates in a round that ends or begins a task; ``names`` are trained tensors."""
     return {
         f"{method.name}/{name}": form
-        for method in context.methods
+        for method in list_uploading_methods(context, round_number)
         for name, form in method.declare_upload(context.model, context.recipe, names).items()
     }
+
+
+def trains_in_round(context: RunContext, round_number: int) -> bool:
+    """Whether clients train in a round. Methods that let them rest have one plan for all clients."""
+    plan = context.stream_plan
+    place = None if plan is None else plan.find_place(round_number, 0)
+    return place is None or all(method.trains(place) for method in context.methods)

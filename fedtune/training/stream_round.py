@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,7 +10,15 @@ from torch import Tensor
 
 from fedtune.continual import ContinualMethod, Place
 
-__all__ = ["StreamRound"]
+__all__ = ["StreamRound", "TaskHoldout"]
+
+
+class TaskHoldout(NamedTuple):
+    """A client's held-out rows of one task, and the classes that the model may predict for them, None for all."""
+
+    task: int
+    rows: NDArray[np.int64]
+    classes: Sequence[int] | None
 
 
 @dataclass(frozen=True)
@@ -18,9 +27,10 @@ class StreamRound:
 
     ``rows`` are the examples of its task. ``classes`` are those that the loss compares, and ``seen_classes`` those that
     the model may predict, None for all. ``stored`` are the tensors of earlier visits on the device, by visit, and
-    ``received`` the server's memory; both are named by their method. ``all_rows`` are the client's examples of any
-    task, and ``list_classes`` returns the classes of some tasks, None for all. ``held_rows`` are its examples of each
-    task begun, among ``num_tasks``.
+    ``received`` the server's memory; both are named by their method. ``uploading`` are the methods that upload tensors.
+    ``all_rows`` are the client's examples of any task, and ``list_classes`` returns the classes of some tasks, None for
+    all. ``held_rows`` are its examples of each task begun, among ``num_tasks``. ``holdouts`` are scored
+    one by one, if any.
     """
 
     place: Place
@@ -29,10 +39,11 @@ class StreamRound:
     classes: Sequence[int] | None
     seen_classes: Sequence[int] | None
     num_labels: int
-    uploads: bool = False
+    uploading: Sequence[ContinualMethod] = ()
     stored: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
     received: Mapping[str, Tensor] = field(default_factory=dict)
     all_rows: NDArray[np.int64] | None = None
     list_classes: Callable[[Sequence[int]], Sequence[int] | None] | None = None
     num_tasks: int = 0
     held_rows: Mapping[int, NDArray[np.int64]] = field(default_factory=dict)
+    holdouts: Sequence[TaskHoldout] = ()

@@ -12,7 +12,7 @@ from fedtune.recipe.schema import Natural, Recipe, Stream, Unit
 from fedtune.recipe.stream_settings import EachValue, EqualGroups, StreamTask, TimeCuts
 from fedtune.seeds import derive_seed
 
-__all__ = ["check_stream_settings", "list_stream_tasks", "list_times"]
+__all__ = ["check_stream_settings", "follow_stream", "list_stream_tasks", "list_times"]
 
 _MOST_TASKS = 1000
 
@@ -39,13 +39,18 @@ def check_stream_settings(recipe: Recipe) -> None:
         )
     if recipe.federation.asynchronous is not None:
         raise RecipeError("federation.asynchronous: a late update belongs to an earlier task; drop it or the stream")
-    _check_techniques(techniques.build_techniques(recipe.train.techniques))
+    _check_techniques(techniques.build_techniques(recipe.train.techniques), [unit.name for unit in stream.memory])
     continual.check_stream(recipe)
 
 
-def _check_techniques(chosen: Sequence[techniques.Technique]) -> None:
-    """Raise RecipeError if batch norms would follow the newest task."""
+def _check_techniques(chosen: Sequence[techniques.Technique], memory: Sequence[str]) -> None:
+    """Raise RecipeError if a technique lacks its memory, or if batch norms would follow the newest task."""
     for technique in chosen:
+        if technique.needed_memory not in (None, *memory):
+            raise RecipeError(
+                f"train.techniques: {technique.name} needs what {technique.needed_memory} remembers of earlier tasks; "
+                f"add it to stream.memory"
+            )
         if technique.model_dump().get("norms") == "live":
             raise RecipeError(
                 f"train.techniques: {technique.name} lets batch-norm statistics follow the newest task, which forgets "
@@ -71,6 +76,15 @@ def list_stream_tasks(recipe: Recipe) -> Recipe:
     )
     rounds = recipe.federation.model_copy(update={"rounds": written.num_rounds})
     return recipe.model_copy(update={"stream": written, "federation": rounds})
+
+
+def follow_stream(recipe: Recipe, chosen: Sequence[techniques.Technique]) -> list[techniques.Technique]:
+    """Return the techniques with what they need to know of the recipe's stream, whose tasks must be listed."""
+    if recipe.stream is None:
+        return list(chosen)
+    plan = continual.StreamPlan(recipe)
+    visits = [(plan.find_task(number), visit.rounds) for number, visit in enumerate(plan.visits)]
+    return [one.follow_stream(visits, together=recipe.stream.arrival == "together") for one in chosen]
 
 
 def _write_out(recipe: Recipe) -> list[Unit]:

@@ -110,10 +110,12 @@ def collect_stored_tensors(client: ClientRound) -> dict[str, Tensor]:
 
 
 def collect_uploads(client: ClientRound) -> dict[str, Tensor]:
-    """Return what the client uploads at the end of its task, by method; nothing in other rounds."""
-    if client.stream is None or not client.stream.uploads:
+    """Return what the client uploads at the end of its task, or at its begin, by method; nothing in other rounds."""
+    stream = client.stream
+    if stream is None or not stream.uploading:
         return {}
-    return _collect(client, [one.compute_upload() for one in client.method_rounds])
+    begun = zip(stream.methods, client.method_rounds, strict=True)
+    return _collect(client, [one.compute_upload() if method in stream.uploading else {} for method, one in begun])
 
 
 def _collect(client: ClientRound, found: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

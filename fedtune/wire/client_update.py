@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedtune.errors import ClientUpdateError
+from fedtune.wire.task_figures import TaskFigures
 from fedtune.wire.tensor_payload import pack, packed_size
 
 __all__ = [
@@ -123,7 +124,8 @@ class ClientReport:
 
     The holdout fields are metrics of the received model on held-out examples; ``extra_holdout_metrics`` are the
     recipe's further metrics. ``trained_holdout_metrics`` are loss, accuracy and further metrics of the trained model.
-    Without held-out examples, counts and metrics are 0 and both lists are empty.
+    Without held-out examples, counts and metrics are 0 and both lists are empty. In a stream, the lists of tasks have
+    the metrics of each one. ``stored_bytes`` is what the device keeps on its disk for later tasks.
     """
 
     num_examples: int
@@ -140,6 +142,17 @@ class ClientReport:
     accelerator_reserved: int | None = None
     extra_holdout_metrics: Sequence[float] = ()
     trained_holdout_metrics: Sequence[float] = ()
+    task_predictions: Sequence[int] | None = None
+    task_accuracies: Sequence[float] | None = None
+    task_losses: Sequence[float] | None = None
+    stored_bytes: int | None = None
+
+    @property
+    def task_figures(self) -> TaskFigures | None:
+        """The metrics of each task of a stream, or None if the client told none."""
+        if self.task_predictions is None or self.task_accuracies is None or self.task_losses is None:
+            return None
+        return TaskFigures(self.task_predictions, self.task_accuracies, self.task_losses)
 
     @property
     def device_type(self) -> str:
@@ -180,6 +193,7 @@ class ClientUpdate:
     holdout_metrics: HoldoutMetrics | None = None
     trained_metrics: HoldoutMetrics | None = None
     scale: float = 1.0
+    task_figures: TaskFigures | None = None
 
     def list_tensor_names(self) -> set[str]:
         """Return the names of its tensors, including extra tensors besides the deltas."""

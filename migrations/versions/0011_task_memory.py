@@ -1,4 +1,4 @@
-"""Checkpoints say what the server remembers of earlier tasks, in a file beside them. Runs without a stream have none."""
+"""Checkpoints name what the server remembers of earlier tasks, a file beside them. Runs without a stream have none."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
-from peft import LoraConfig, PeftConfig, inject_adapter_in_model
+from peft import LoraConfig, PeftConfig
 from peft.tuners.lora import LoraLayer
 from pydantic import Field
 from torch import Tensor, nn
@@ -24,11 +24,12 @@ from fedtune.errors import FedtuneWarning, ModelError
 from fedtune.models.read_past import read_past
 from fedtune.tasks import Task
 from fedtune.techniques._technique import Technique, list_head_parameters, unfreeze_parameters
+from fedtune.techniques.low_rank._pair_injection import add_pairs
 from fedtune.techniques.low_rank._pair_sum import sum_in_fewer_passes
 from fedtune.techniques.low_rank._untargeted_matrices import describe_untargeted_matrices, needs_conv_shapes
 from fedtune.wire.client_update import LowRankPair, UpdateKind
 
-__all__ = ["LowRankTechnique", "dequantise_linear", "find_target_modules"]
+__all__ = ["LowRankTechnique", "dequantise_linear", "find_target_modules", "list_factors", "list_lora_layers"]
 
 
 class LowRankTechnique(Technique):
@@ -61,12 +62,16 @@ class LowRankTechnique(Technique):
         _keep_four_bit_layout(model)
         with _keep_gradients_on(model), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            inject_adapter_in_model(config, model)
-        for _, layer in _list_lora_layers(model):
+            add_pairs(model, config, self.list_pair_names())
+        for _, layer in list_lora_layers(model):
             _copy_conv_shape(layer)
             sum_in_fewer_passes(layer)
-        unfreeze_parameters(model, [*_factors(model, "A"), *_factors(model, "B"), *head])
+        unfreeze_parameters(model, [*list_factors(model, "A"), *list_factors(model, "B"), *head])
         self._freeze(model, "A", self.trained_factors == "b-only")
+
+    def list_pair_names(self) -> list[str]:
+        """Names of the pairs that each layer gets."""
+        return ["default"]
 
     def begin_round(self, model: nn.Module, round_number: int) -> None:
         """Train B in odd rounds and A in even ones when alternating."""
@@ -89,7 +94,9 @@ class LowRankTechnique(Technique):
 
     def list_low_rank_pairs(self, model: nn.Module) -> list[LowRankPair]:
         """B and A of each layer; the weights of GPT-2's layers are transposed."""
-        return [_pair(name, layer, self.trained_factors == "both-and-base") for name, layer in _list_lora_layers(model)]
+        shared_base = self.trained_factors == "both-and-base"
+        layers = list_lora_layers(model)
+        return [_pair(name, layer, pair, shared_base) for name, layer in layers for pair in layer.lora_A]
 
     def has_unchanged_base(self) -> bool:
         """Base weights change if they are shared."""
@@ -98,9 +105,10 @@ class LowRankTechnique(Technique):
     def make_peft_config(self, model: nn.Module, task: Task) -> PeftConfig | None:
         """The configuration of the layers, with the head as a module that is saved whole.
 
-        None for a model that reads the shape of a convolution, because PEFT's layers do not have it.
+        None for a model that reads the shape of a convolution, because PEFT's layers do not have it, and for several
+        pairs.
         """
-        if needs_conv_shapes(model):
+        if needs_conv_shapes(model) or len(self.list_pair_names()) > 1:
             return None
         configurations: dict[str, LoraConfig] = vars(model)["peft_config"]
         config = configurations["default"]
@@ -118,16 +126,16 @@ class LowRankTechnique(Technique):
             base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
             value = base.get_parameter(last).detach()
             added = isinstance(layer, LoraLayer) and last == "weight"
-            found[name] = value + layer.get_delta_weight("default") if added else value.clone()
+            found[name] = value + _sum_products(layer) if added else value.clone()
         return found
 
     def _fold(self, model: nn.Module) -> None:
         """W + (alpha / rank) B A as plain layers; four-bit weights are expanded first."""
-        for name, layer in _list_lora_layers(model):
+        for name, layer in list_lora_layers(model):
             base = layer.get_base_layer()
             plain = dequantise_linear(base)
             with torch.no_grad():
-                plain.weight += layer.get_delta_weight("default").to(plain.weight.dtype)
+                plain.weight += _sum_products(layer).to(plain.weight.dtype)
             model.set_submodule(name, _restore_class(plain, base))
         for name, layer in list(model.named_modules()):
             if isinstance(layer, Linear4bit):
@@ -136,7 +144,7 @@ class LowRankTechnique(Technique):
 
     def _freeze(self, model: nn.Module, factor: str, frozen: bool) -> None:
         parameters = dict(model.named_parameters())
-        for name in _factors(model, factor):
+        for name in list_factors(model, factor):
             parameters[name].requires_grad_(not frozen)
 
 
@@ -222,15 +230,23 @@ def _output_embeddings(model: nn.Module) -> str | None:
     return next((name for name, layer in model.named_modules() if layer is output), None) if output else None
 
 
-def _list_lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
+def list_lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
+    """Return the layers with pairs, by name."""
     return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer)]
 
 
-def _pair(name: str, layer: LoraLayer, shared_base: bool) -> LowRankPair:
-    left, right = (f"{name}.lora_{factor}.default.weight" for factor in "BA")
+def _pair(name: str, layer: LoraLayer, pair: str, shared_base: bool) -> LowRankPair:
+    left, right = (f"{name}.lora_{factor}.{pair}.weight" for factor in "BA")
     base = f"{name}.base_layer.weight" if shared_base else None
-    return LowRankPair(left, right, float(layer.scaling["default"]), base, isinstance(layer.get_base_layer(), Conv1D))
+    return LowRankPair(left, right, float(layer.scaling[pair]), base, isinstance(layer.get_base_layer(), Conv1D))
 
 
-def _factors(model: nn.Module, factor: str) -> list[str]:
+def _sum_products(layer: LoraLayer) -> Any:
+    """The scaled products of all pairs of a layer."""
+    first, *others = (layer.get_delta_weight(pair) for pair in layer.lora_A)
+    return sum(others, first)
+
+
+def list_factors(model: nn.Module, factor: str) -> list[str]:
+    """Return the names of all A or of all B."""
     return [name for name, _ in model.named_parameters() if f".lora_{factor}." in name]
