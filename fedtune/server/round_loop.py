@@ -44,7 +44,7 @@ from fedtune.server.scheduling.factory import make_round_scheduler
 from fedtune.server.sending import Sending
 from fedtune.server.server_run import ServerRun
 from fedtune.server.spool import open_spool, sweep
-from fedtune.server.task_borders import end_task
+from fedtune.server.task_borders import end_task, start_task
 from fedtune.server.task_ledger import list_received_task_scores, record_visits
 from fedtune.server.task_memory import TaskMemory, list_sent_memory, read_newest_memory
 from fedtune.tracking import ClientRecord, MetricRecord, RoundRecord, SampleRecord, Store
@@ -128,6 +128,7 @@ def _run_round(run: ServerRun, clients: RunClients, state: SharedState, round_nu
     None means that the round must start again, since it failed because a device was removed.
     """
     started, context, run_id = time.perf_counter(), run.context, run.run_id
+    state = start_task(context, run_id, round_number, state, run.memory.tensors)
     with open_spool(run_id, round_number) as spool:
         records, updates = _gather_updates(run, clients, state, round_number, spool)
         failure = explain_shortage(records, context.recipe)

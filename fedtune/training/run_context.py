@@ -22,7 +22,6 @@ from fedtune.recipe.schema import ColumnSettings, DataSettings, Recipe
 from fedtune.recipe.validation_errors import explain_validation_error
 from fedtune.seeds import derive_seed
 from fedtune.techniques import Technique
-from fedtune.training.activation_statistics import check_merge_has_targets
 from fedtune.training.device_classes import check_device_class
 from fedtune.training.evaluation import EvaluatedModel
 from fedtune.training.generation import GeneratedText, TextGenerator, require_positions
@@ -271,7 +270,7 @@ def _build(recipe: str) -> RunContext:
     parsed = tasks.resolve_reader(Recipe.model_validate_json(recipe))
     corpus = tasks.load_data(parsed, tasks.load_class_names(parsed))
     model, chosen, shared = prepare_model(parsed, corpus.label_names)
-    check_merge_has_targets(merging.build_pipeline(parsed.merge).steps, model, shared)
+    merging.check_merge_has_targets(merging.build_pipeline(parsed.merge).steps, model, shared)
     check_model_privacy(parsed, model, chosen, shared)
     if parsed.stream is not None and parsed.stream.drift is not None:
         continual.check_features_stay(chosen, model, len(corpus.label_names))
