@@ -40,6 +40,8 @@ CLAIMS = (
     "continual_merges",
     "asynchronous",
     "privacy",
+    "continual_classes",
+    "continual_text",
     "chat_masks",
     "instruct_format",
     "device_phases",

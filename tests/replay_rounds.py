@@ -1,6 +1,7 @@
 """Rounds of one client of a stream of digits, for the tests of methods that keep examples."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,9 @@ def begin_client(
     """The client's round with its state received, and that of its one method."""
     context: RunContext = get_run_context(recipe.model_dump_json())
     rows = context.client_rows[CLIENT]
-    stream = make_stream_round(context, rows, number, CLIENT, stored)
-    assert stream is not None
+    begun = make_stream_round(context, rows, number, CLIENT)
+    assert begun is not None
+    stream = replace(begun, stored=stored or {})
     client = ClientRound(
         context.model, context.techniques, recipe, context.train, stream.rows, number, CLIENT, stream=stream
     )

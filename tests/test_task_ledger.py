@@ -146,7 +146,7 @@ TASKS: dict[str, Any] = {
 def test_scores_of_tasks_are_checked_before_they_are_believed() -> None:
     report = read_report(MetricRecord(GOOD | TASKS), num_tasks=2)
     assert report.task_figures is not None
-    assert report.task_figures.list_told() == [(0, 7, 0.5, 0.25)]
+    assert report.task_figures.list_reported() == [(0, 7, 0.5, 0.25)]
     assert read_report(MetricRecord(GOOD), num_tasks=2).task_figures is None
 
 

@@ -5,6 +5,9 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from fedtune.continual._border_methods import build_border_methods, write_out_border_methods
+from fedtune.continual._drift_checks import check_drift
+from fedtune.continual._drift_features import check_features_stay, find_last_layer
+from fedtune.continual._drift_opening import end_visit
 from fedtune.continual._masked_head import find_head, list_classes, mask_classes
 from fedtune.continual._method import Border, BorderResult, ContinualMethod, MethodRound, MethodSetup, TaskUpload
 from fedtune.continual._plan import Place, StreamPlan, find_stream
@@ -31,8 +34,11 @@ __all__ = [
     "TaskUpload",
     "build_border_methods",
     "build_methods",
+    "check_features_stay",
     "check_stream",
+    "end_visit",
     "find_head",
+    "find_last_layer",
     "find_storage_budget",
     "find_stream",
     "list_classes",
@@ -91,6 +97,7 @@ def check_stream(recipe: Recipe) -> None:
     """Raise RecipeError if the methods of a stream cannot do what the rest of the recipe asks."""
     if recipe.stream is None:
         return
+    check_drift(recipe)
     methods = list_methods(recipe)
     check_storage(recipe, methods)
     for method in methods:

@@ -66,7 +66,7 @@ def list_task_scores(context: RunContext, moment: str, told: Sequence[ClientFigu
     found: dict[tuple[str, int], list[tuple[int, float, float]]] = defaultdict(list)
     for one in told:
         scopes = [f"client:{one.client}", *([f"class:{one.device_class}"] if one.device_class else [])]
-        for task, *figures in one.figures.list_told():
+        for task, *figures in one.figures.list_reported():
             for scope in scopes:
                 found[scope, task].append((int(figures[0]), figures[1], figures[2]))
     return tuple(_average(scope, moment, plan.task_names[task], found[scope, task]) for scope, task in sorted(found))
@@ -87,6 +87,7 @@ def _describe_visit(context: RunContext, plan: StreamPlan, visit: int, round_num
         visit=visit + 1,
         name=plan.task_names[task],
         first_round=round_number,
+        opened_by="drift" if round_number - 1 in context.opened_after else "recipe",
         labels=tuple(names[number] for number in labels),
         test_examples=len(select_task_rows(context, "test", (task,), None).get(task, ())),
     )

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedtune import continual
+from fedtune.continual._drift_phases import find_phase
 from fedtune.errors import NoTaskError
 from fedtune.seeds import derive_seed
 from fedtune.training.holdout_split import split_holdout
@@ -25,7 +26,6 @@ __all__ = [
 ]
 
 IntArray = NDArray[np.int64]
-StoredTensors = Mapping[int, Mapping[str, Tensor]]
 
 
 def make_stream_round(
@@ -33,7 +33,6 @@ def make_stream_round(
     rows: IntArray,
     number: int,
     client: int,
-    stored: StoredTensors | None = None,
     received: Mapping[str, Tensor] | None = None,
     *,
     scoring: bool = False,
@@ -66,13 +65,14 @@ def make_stream_round(
         continual.list_classes(plan, labels, trained if plan.stream.setting == "task" else tasks, neighbours=True),
         len(labels),
         list_uploading_methods(context, number),
-        stored or {},
-        received or {},
-        all_rows,
-        partial(continual.list_classes, plan, labels),
-        len(plan.task_names),
-        {task: find_task_rows(context, rows, replace(place, task=task), client) for task in place.seen},
-        _list_holdouts(context, rows, place, client) if scoring or place.first else (),
+        received=received or {},
+        all_rows=all_rows,
+        list_classes=partial(continual.list_classes, plan, labels),
+        num_tasks=len(plan.task_names),
+        held_rows={task: find_task_rows(context, rows, replace(place, task=task), client) for task in place.seen},
+        holdouts=_list_holdouts(context, rows, place, client) if scoring or place.first else (),
+        drift=plan.stream.drift,
+        drift_phase=find_phase(plan, number) if plan.stream.drift else None,
     )
 
 

@@ -3,7 +3,7 @@
 from fedtune import continual
 from fedtune.training.client_round import ClientRound
 from fedtune.training.evaluation import score_held_out
-from fedtune.wire.task_figures import NOT_TOLD, TaskFigures
+from fedtune.wire.task_figures import NOT_REPORTED, TaskFigures
 
 __all__ = ["score_task_holdouts"]
 
@@ -13,7 +13,7 @@ def score_task_holdouts(client: ClientRound) -> TaskFigures | None:
     stream = client.stream
     if stream is None or not stream.holdouts:
         return None
-    told = [NOT_TOLD] * stream.num_tasks
+    told = [NOT_REPORTED] * stream.num_tasks
     for one in stream.holdouts:
         with continual.mask_classes(client.model, one.classes, stream.num_labels):
             score = score_held_out(client, one.rows.tolist())

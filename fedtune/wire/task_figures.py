@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import NamedTuple, Self
 
-__all__ = ["NOT_TOLD", "TaskFigures"]
+__all__ = ["NOT_REPORTED", "TaskFigures"]
 
-NOT_TOLD = (0, 0.0, 0.0)
+NOT_REPORTED = (0, 0.0, 0.0)
 """Stands for a task that the client has not begun, or of which it holds out too few examples."""
 
 
@@ -21,7 +21,7 @@ class TaskFigures(NamedTuple):
         """Make the lists from one tuple per task."""
         return cls(*(list(column) for column in zip(*told, strict=True)))
 
-    def list_told(self) -> list[tuple[int, int, float, float]]:
+    def list_reported(self) -> list[tuple[int, int, float, float]]:
         """Return the number, predictions, accuracy and loss of each task that was scored."""
         every = zip(self.predictions, self.accuracies, self.losses, strict=True)
         return [(task, *figures) for task, figures in enumerate(every) if figures[0]]
