@@ -37,6 +37,7 @@ CLAIMS = (
     "rebasin",
     "aim",
     "aim_federation",
+    "continual_merges",
     "asynchronous",
     "privacy",
     "drift",
