@@ -39,6 +39,8 @@ CLAIMS = (
     "aim_federation",
     "asynchronous",
     "privacy",
+    "continual_classes",
+    "continual_text",
     "chat_masks",
     "instruct_format",
     "device_phases",

@@ -17,7 +17,7 @@ from fedtune import merging
 from fedtune.data import EncodedDataset
 from fedtune.data.sampling import iter_inputs, sample_rows
 from fedtune.data.token_blocks import iter_token_blocks
-from fedtune.merging import MergeContext, MergeInput, MergePipeline
+from fedtune.merging import MergeContext, MergeInput, MergePipeline, measure_activation_statistics
 from fedtune.recipe.yaml_file import read_recipe
 from fedtune.simulation import resolve_recipe
 from fedtune.tasks import get_task
@@ -32,7 +32,6 @@ from fedtune.training import (
     set_model_state,
     train_local_model,
 )
-from fedtune.training.activation_statistics import measure_activation_statistics
 from fedtune.training.model_state import named_tensors
 from fedtune.wire.client_update import ClientUpdate, pack
 

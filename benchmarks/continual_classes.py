@@ -3,7 +3,7 @@
 Fashion-MNIST, two classes at a time, on features of EfficientNet-Lite0 as pretrained on ImageNet, at 64 pixels: 400
 training, 100 validation and 500 test pictures per class, the same for all seeds; a seed draws the order of the classes,
 their split over four clients (Dirichlet 1 per class) and the initial weights. The sampling error of the test accuracy
-is about 0.5 point.
+is about 0.5 point. ``--pictures`` changes how many are trained on.
 
 Analytic heads are computed as the method ``analytic`` does, from sums of clients and tasks in single precision.
 Gradients: FedAvg over the frozen features, three rounds per task, one epoch of batches of 32 per round, AdamW, the rate
@@ -14,7 +14,7 @@ residual bottleneck of 128 before it too. ``joint`` has all pictures in every ro
 ``exactness``: the largest difference of test scores to those of one pass over all training pictures, relative to the
 largest score, over seeds and splits.
 
-Run: python -m benchmarks.continual_classes [--seeds 3] [--short]
+Run: python -m benchmarks.continual_classes [--seeds 3] [--pictures 400] [--kinds linear adapter] [--short]
 """
 
 import argparse
@@ -46,6 +46,7 @@ from fedtune.training import use_cpu_threads
 
 SIZE, CLIENTS, ROUNDS = 2, 4, 3
 PICTURES = {"train": 400, "validation": 100, "test": 500}
+SHORT = {"train": 40, "validation": 10, "test": 20}
 RATES = (1e-3, 3e-3, 1e-2)
 SPLITS: dict[str, float | None] = {"dirichlet 1": 1.0, "dirichlet 0.1": 0.1, "one class per client": None}
 WIDTH = 1000
@@ -57,14 +58,14 @@ def main() -> None:
     parser.add_argument(
         "--short", action="store_true", help="40 training, 10 validation and 20 test pictures per class"
     )
+    parser.add_argument("--pictures", type=int, default=PICTURES["train"], help="training pictures per class")
+    parser.add_argument("--kinds", nargs="+", default=["linear", "adapter"], help="what gradients train")
     chosen = parser.parse_args()
-    sizes = {name: count // 10 if chosen.short else count for name, count in PICTURES.items()}
-    if chosen.short:
-        sizes["test"] = 20
+    sizes = SHORT if chosen.short else {**PICTURES, "train": chosen.pictures}
     with use_cpu_threads(1):
         parts, seeds = read_features(sizes), range(chosen.seeds)
         rows = [summarise(name, [make(parts, seed) for seed in seeds]) for name, make in ANALYTIC.items()]
-        for kind, arm in product(("linear", "adapter"), ("naive", "joint", "joint, 5 x")):
+        for kind, arm in product(chosen.kinds, ("naive", "joint", "joint, 5 x")):
             rows.append(compare_rates(parts, kind, arm, seeds))
         exactness = measure_exactness(parts, seeds)
     ceiling = max(row["accuracy"] for row in rows if "joint" in row["method"])
@@ -75,7 +76,8 @@ def main() -> None:
         "g4: double precision, same bits": exactness["double"] == 0,
         "g4: single precision within 1e-5": exactness["single"] <= 1e-5,
     }
-    save("continual_classes", {"pictures": sizes, "rows": rows, "exactness": exactness, "gates": gates})
+    name = "continual_classes" if sizes["train"] == PICTURES["train"] else f"continual_classes-{sizes['train']}"
+    save(name, {"pictures": sizes, "rows": rows, "exactness": exactness, "gates": gates})
 
 
 class Stream(NamedTuple):

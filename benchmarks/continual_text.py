@@ -54,12 +54,14 @@ CACHE = str(get_cache_folder())
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--arms", default=";".join(ARMS), help="names with a semicolon between")
     parser.add_argument("--short", action="store_true", help="three tasks of few steps, to try the script")
     given = parser.parse_args()
     rows = []
     for seed in range(given.seeds):
-        for arm, changes in ARMS.items():
-            rows.append({"arm": arm, "seed": seed, **run_arm([*changes, f"seed={seed}"], short=given.short)})
+        for arm in given.arms.split(";"):
+            changes = [*ARMS[arm], f"seed={seed}"]
+            rows.append({"arm": arm, "seed": seed, **run_arm(changes, short=given.short)})
             print(rows[-1], file=sys.stderr, flush=True)
     result = {"seeds": given.seeds, "rows": rows, "arms": summarise(rows)}
     if given.short:
@@ -119,21 +121,26 @@ def compute_figures(matrix: Sequence[dict[str, float]]) -> dict[str, float]:
     }
 
 
-def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Return means and standard deviations over seeds, and the share of the gap that each arm closes."""
-    by_arm = {arm: [row for row in rows if row["arm"] == arm] for arm in ARMS}
-    low, high = (np.mean([row["accuracy"] for row in by_arm[arm]]) for arm in ("naive", "joint"))
-    found = {}
-    for arm, own in by_arm.items():
-        final = [row["accuracy"] for row in own]
+def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """Return means and standard deviations over seeds, and the share of the gap that each arm closes, if known."""
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    finals = {arm: [row["accuracy"] for row in rows if row["arm"] == arm] for arm in arms}
+    low, high = (float(np.mean(finals[arm])) if arm in finals else None for arm in ("naive", "joint"))
+    found: dict[str, dict[str, float | None]] = {}
+    for arm, final in finals.items():
+        own = [row for row in rows if row["arm"] == arm]
         found[arm] = {
             "accuracy": float(np.mean(final)),
-            "deviation": float(np.std(final, ddof=1)) if len(final) > 1 else 0.0,
+            "deviation": float(np.std(final, ddof=1)) if len(final) > 1 else None,
             "learning": float(np.mean([row["learning"] for row in own])),
             "forgetting": float(np.mean([row["forgetting"] for row in own])),
-            "gap_closed": float((np.mean(final) - low) / (high - low)) if high > low else 0.0,
+            "gap_closed": _compute_gap_closed(float(np.mean(final)), low, high),
         }
     return found
+
+
+def _compute_gap_closed(accuracy: float, low: float | None, high: float | None) -> float | None:
+    return None if low is None or high is None or high <= low else (accuracy - low) / (high - low)
 
 
 if __name__ == "__main__":

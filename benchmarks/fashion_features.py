@@ -1,7 +1,5 @@
 """Features of Fashion-MNIST by EfficientNet-Lite0 as pretrained on ImageNet, kept in the cache."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import safetensors.torch
 import torch
@@ -34,25 +32,27 @@ def make_recipe() -> Recipe:
 
 
 def read_features(sizes: dict[str, int]) -> Parts:
-    """The features of the first pictures of each class; they are computed once and kept in the cache."""
-    path = get_cache_folder() / "benchmarks" / f"lite0-fashion-{'-'.join(map(str, sizes.values()))}.safetensors"
+    """The features of the first pictures of each class in each part; they are computed once and kept in the cache."""
+    return {name: read_part(name, count) for name, count in sizes.items()}
+
+
+def read_part(name: str, count: int) -> Part:
+    path = get_cache_folder() / "benchmarks" / f"lite0-fashion-{name}-{count}.safetensors"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        found = {f"{name}.{what}": one for name, part in compute_features(sizes) for what, one in part.items()}
-        safetensors.torch.save_file(found, path)
+        features, labels = compute_features(name, count)
+        safetensors.torch.save_file({"features": features, "labels": labels}, path)
     kept = safetensors.torch.load_file(path)
-    return {name: (kept[f"{name}.features"], kept[f"{name}.labels"]) for name in sizes}
+    return kept["features"], kept["labels"]
 
 
-def compute_features(sizes: dict[str, int]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+def compute_features(name: str, count: int) -> Part:
     recipe = make_recipe()
     corpus = tasks.load_data(recipe, tasks.load_class_names(recipe))
     model, chosen, _ = prepare_model(recipe, corpus.label_names)
-    reader = tasks.load_reader(recipe)
-    for name, count in sizes.items():
-        table = getattr(corpus, name)
-        labels = np.array(table["label"])
-        rows = np.sort(np.concatenate([np.flatnonzero(labels == label)[:count] for label in range(CLASSES)]))
-        examples = tasks.get_task(recipe.task).encode_examples(table.select(rows), recipe, reader)
-        features, found = zip(*iter_features(model, chosen, examples, range(len(rows)), 50), strict=True)
-        yield name, {"features": torch.cat(features), "labels": torch.cat(found)}
+    table, reader = getattr(corpus, name), tasks.load_reader(recipe)
+    labels = np.array(table["label"])
+    rows = np.sort(np.concatenate([np.flatnonzero(labels == label)[:count] for label in range(CLASSES)]))
+    examples = tasks.get_task(recipe.task).encode_examples(table.select(rows), recipe, reader)
+    features, found = zip(*iter_features(model, chosen, examples, range(len(rows)), 50), strict=True)
+    return torch.cat(features), torch.cat(found)

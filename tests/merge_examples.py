@@ -67,10 +67,13 @@ METHODS: dict[str, Method] = {
     "della": Method(full={"density": 0.4}, same=False, alone=False, symmetric=False),
     "breadcrumbs": Method({"density": 1.0}, {"density": 0.6, "gamma": 0.1}),
     "breadcrumbs-ties": Method({"density": 1.0}, {"density": 0.6, "gamma": 0.1}),
+    "magmax": Method({"scale": 1.0}, {"scale": 0.5}, alone=False),  # no weights; only a tie knows an order
+    "opcm": Method(full={"alpha": 0.3}, same=False, alone=False, symmetric=False),  # vectors add up; later ones yield
     "sce": Method(full={"select_topk": 0.4}, alone=False),  # squares, not weights, say how much a model counts
     "trimmed-mean": Method({"share": 0.34}, alone=False),  # all models count the same
     "fisher": Method(),
     "regmean": Method(full={"shrink": 0.5}),
+    "lorm": Method(),
 }
 
 
@@ -124,7 +127,7 @@ def _statistics(step: CombineStep, index: int, delta: Tensors) -> Held | None:
     random = torch.Generator().manual_seed(50)
     if step.name == "fisher":
         return Held({name: torch.rand(tensor.shape, generator=random) for name, tensor in delta.items()})
-    if step.name == "regmean":
+    if step.name in ("regmean", "lorm"):
         inputs = torch.randn(40, 14, generator=random.manual_seed(index))
         return Held({"weight": inputs.T @ inputs / 40})
     return None

@@ -12,18 +12,18 @@ from fedtune import techniques
 from fedtune.data.sampling import sample_rows
 from fedtune.data.token_blocks import iter_token_blocks
 from fedtune.errors import DataError, RecipeError
-from fedtune.merging import build_pipeline
-from fedtune.models import load_model
-from fedtune.recipe.schema import ModelSettings, Unit
-from fedtune.tasks import get_task
-from fedtune.training.activation_statistics import (
+from fedtune.merging import (
     ActivationSums,
     average_activations,
+    build_pipeline,
     check_merge_has_targets,
     find_input_channels,
     measure_activation_statistics,
     sum_activations,
 )
+from fedtune.models import load_model
+from fedtune.recipe.schema import ModelSettings, Unit
+from fedtune.tasks import get_task
 from fedtune.training.calibration_inputs import load_calibration_inputs
 from tests.tiny import FewTexts, bert, few_texts, llama
 

@@ -13,7 +13,7 @@ from fedtune import paths as homes
 from fedtune.data.sampling import iter_inputs
 from fedtune.device.client_app import app
 from fedtune.errors import RecipeError
-from fedtune.merging import MergeContext, build_pipeline
+from fedtune.merging import MergeContext, build_pipeline, find_input_channels, measure_activation_statistics
 from fedtune.recipe.schema import Recipe
 from fedtune.server import round_loop
 from fedtune.server.merge_context import make_merge_context
@@ -31,7 +31,6 @@ from fedtune.training import (
     set_model_state,
     train_local_model,
 )
-from fedtune.training.activation_statistics import find_input_channels, measure_activation_statistics
 from fedtune.training.uploaded_statistics import declare_uploaded_statistics
 from fedtune.wire.client_update import ClientUpdate, decode_tensors, pack
 from tests.federations import Ended, execute, outcome, silent, spoilt, words

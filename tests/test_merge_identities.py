@@ -96,8 +96,8 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(name: str) -> None:
 
 
 def merged_without_statistics(name: str, given: list[dict[str, Tensor]], count: int) -> dict[str, Tensor]:
-    """RegMean has no Gram matrix of layers as wide as these, so its mean is what is left."""
-    return merged(thinning("linear" if name == "regmean" else name), given, WEIGHTS[count])
+    """No Gram matrix is measured of layers as wide as these, so the mean is what is left."""
+    return merged(thinning("linear" if name in ("regmean", "lorm") else name), given, WEIGHTS[count])
 
 
 @EACH
@@ -124,7 +124,7 @@ def test_a_linear_merge_of_shares_is_the_base_and_task_arithmetic() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["linear", "nuslerp", "multislerp", "karcher", "geometric-median", "fisher", "regmean"]
+    "name", ["linear", "nuslerp", "multislerp", "karcher", "geometric-median", "fisher", "regmean", "lorm"]
 )
 def test_weights_that_sum_to_zero_are_refused(name: str) -> None:
     count = METHODS[name].models

@@ -13,7 +13,7 @@ from tests.recipe_examples import TEXT
 
 ROWS, RANK, COLUMNS = 12, 4, 9
 SUMS = ["mean", "linear", "task-arithmetic"]
-PICKS = ["ties", "dare-ties", "della", "breadcrumbs", "breadcrumbs-ties", "sce"]
+PICKS = ["ties", "dare-ties", "della", "breadcrumbs", "breadcrumbs-ties", "sce", "magmax", "opcm"]
 
 
 def drawn(seed: int, *shape: int) -> Tensor:
@@ -71,7 +71,9 @@ def test_a_recipe_is_refused_where_entries_of_one_factor_would_be_picked(name: s
     if name not in PICKS:
         resolve_recipe(recipe)
         return
-    with pytest.raises(RecipeError, match=f"^merge: {name} picks entries by sign or size, but lora sends one factor"):
+    with pytest.raises(
+        RecipeError, match=f"^merge: {name} depends on how a product is factored, but lora sends one factor"
+    ):
         resolve_recipe(recipe)
 
 

@@ -51,7 +51,9 @@ def test_one_client_of_five_that_sends_a_hundredfold_delta_moves_a_robust_merge_
     assert distance(after_round(tmp_path, "mean", hostile), others) > 5 * size
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if name not in ("fisher", "regmean")])
+@pytest.mark.parametrize(
+    "name", [name for name, method in METHODS.items() if name not in ("fisher", "regmean", "lorm")]
+)
 def test_every_step_serves_a_round(tmp_path: Path, name: str) -> None:
     count = METHODS[name].models
     found = after_round(tmp_path, name, clients(count), **METHODS[name].full or METHODS[name].plain)
@@ -82,7 +84,7 @@ def test_too_few_or_too_many_clients_are_refused(tmp_path: Path, name: str, coun
 @pytest.mark.parametrize("name", METHODS)
 def test_weights_of_a_round_sum_to_one(name: str) -> None:
     combine = build_pipeline([Unit(name=name)]).combine
-    equal = name in ("model-stock", "sce", "trimmed-mean")
+    equal = name in ("model-stock", "sce", "magmax", "opcm", "trimmed-mean")
     assert combine.compute_client_weights([1, 3]) == ([0.5, 0.5] if equal else [0.25, 0.75])
 
 
@@ -95,12 +97,12 @@ def test_each_round_draws_masks_of_its_own_and_a_round_again_draws_the_same(tmp_
 NORM: dict[str, tuple[int, ...]] = {"n.weight": (4,), "n.running_mean": (4,), "n.running_var": (4,)}
 
 
-@pytest.mark.parametrize("name", ["ties", "dare-linear", "sce", "breadcrumbs"])
+@pytest.mark.parametrize("name", ["ties", "dare-linear", "sce", "magmax", "opcm", "breadcrumbs"])
 def test_running_statistics_are_no_task_vectors(tmp_path: Path, name: str) -> None:
     deltas = [a_state(NORM, seed) for seed in (1, 2, 3)]
     found, mean = after_round(tmp_path, name, deltas), after_round(tmp_path, "mean", deltas)
     assert not torch.allclose(found["n.weight"], mean["n.weight"])
-    if name == "sce":  # models count the same there
+    if name in ("sce", "magmax", "opcm"):  # models count the same there
         return
     for running in ("n.running_mean", "n.running_var"):
         torch.testing.assert_close(found[running], mean[running])

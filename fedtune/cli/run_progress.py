@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from fedtune.server.events import (
+    DriftNoticed,
     Event,
     ReplyReceived,
     RoundEnded,
@@ -15,6 +16,7 @@ from fedtune.server.events import (
     RunStarted,
     Scoring,
     Unscored,
+    describe_drift,
     describe_unscored_clients,
     event_handler,
     format_round,
@@ -115,6 +117,8 @@ def _line(event: Event, clock: Clock, rounds: int) -> str:
             return f"scoring {event.part}  {event.done}/{event.total}"
         case Unscored():
             return describe_unscored_clients(event)
+        case DriftNoticed():
+            return describe_drift(event)
         case RoundEnded():
             left = clock.format_remaining_time()
             line = f"round {event.record.number}/{rounds}  {format_round(event.record, event.main_metric)}"
@@ -151,6 +155,9 @@ def _update(bars: Progress, round_bar: TaskID, client_bar: TaskID, clock: Clock,
         case Scoring():
             scoring = f"scoring {event.part}"
             bars.update(client_bar, total=event.total, completed=event.done, visible=True, description=scoring, note="")
+        case DriftNoticed():
+            if line := describe_drift(event):
+                bars.console.print(line, highlight=False)
         case Unscored():
             bars.console.print(describe_unscored_clients(event), highlight=False)
         case RoundEnded():

@@ -10,9 +10,11 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
+from fedtune.cli.drift_view import format_drift
 from fedtune.cli.plain_table import make_table
 from fedtune.cli.stream_view import describe_setting_mix, iter_stream_tables, list_stream_rows
 from fedtune.library.privacy_text import describe_privacy
+from fedtune.recipe.versions import read_stored_recipe
 from fedtune.tracking import ClientRecord, RoundRecord, RunRecord
 from fedtune.tracking.client_spread import compute_spreads
 from fedtune.tracking.run_summary import (
@@ -75,6 +77,8 @@ def show_run(run: RunRecord, rounds: Rounds, last: int | None = None, reference:
         console.print(_clients(rounds), "")
     if any(record.client_records for record in rounds):
         console.print(_devices(rounds), "")
+    for line in format_drift(rounds, _find_patience(run)):
+        console.print(line, style="yellow" if "alarm in" in line or "drifts" in line else "")
     for line in _newest(list_problems(rounds), last):
         console.print(line, style="yellow")
     console.print(f"Next: fedtune runs plot {run.id}", soft_wrap=True)
@@ -100,6 +104,11 @@ def show_comparison(recorded: Recorded, settings: Mapping[str, Sequence[Any]]) -
     _console().print(table)
     if (warning := describe_setting_mix(recorded)) is not None:
         _console().print(warning, style="yellow")
+
+
+def _find_patience(run: RunRecord) -> int:
+    drift = (read_stored_recipe(run.recipe).get("stream") or {}).get("drift") or {}
+    return int(drift.get("patience", 1))
 
 
 def _facts(run: RunRecord, rounds: Rounds) -> Table:

@@ -4,6 +4,10 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from fedtune.continual._border_methods import build_border_methods, write_out_border_methods
+from fedtune.continual._drift_checks import check_drift
+from fedtune.continual._drift_features import check_features_stay, find_last_layer
+from fedtune.continual._drift_opening import end_visit
 from fedtune.continual._masked_head import find_head, list_classes, mask_classes
 from fedtune.continual._method import Border, BorderResult, ContinualMethod, MethodRound, MethodSetup, TaskUpload
 from fedtune.continual._plan import Place, StreamPlan, find_stream
@@ -28,9 +32,13 @@ __all__ = [
     "Place",
     "StreamPlan",
     "TaskUpload",
+    "build_border_methods",
     "build_methods",
+    "check_features_stay",
     "check_stream",
+    "end_visit",
     "find_head",
+    "find_last_layer",
     "find_storage_budget",
     "find_stream",
     "list_classes",
@@ -43,6 +51,7 @@ __all__ = [
     "read_stream_values",
     "select_memory",
     "select_place_rows",
+    "write_out_border_methods",
 ]
 
 
@@ -52,14 +61,25 @@ def build_methods(units: Sequence[Unit], recipe_key: str = "stream.memory") -> t
     names = [method.name for method in chosen]
     if len(set(names)) < len(names):
         raise RecipeError(f"{recipe_key}: {', '.join(names)} names one method twice; drop one")
+    misplaced = [method.name for method in chosen if method.consolidates]
+    if misplaced:
+        raise RecipeError(f"{recipe_key}: {misplaced[0]} merges at the end of a task; list it in stream.consolidate")
     if "joint" in names and len(names) > 1:
         raise RecipeError(f"{recipe_key}: joint has all examples, so nothing is left to remember; drop the others")
     return chosen
 
 
 def list_methods(recipe: Recipe) -> tuple[ContinualMethod, ...]:
-    """Return the methods of a recipe's stream, none without a stream."""
-    return () if recipe.stream is None else build_methods(recipe.stream.memory)
+    """Return the methods of a recipe's stream, none without a stream.
+
+    Those that merge at the end of a task come first, so that the others see the result.
+    """
+    if recipe.stream is None:
+        return ()
+    remembering, merging = build_methods(recipe.stream.memory), build_border_methods(recipe.stream.consolidate)
+    if merging and any(method.uses_all_tasks for method in remembering):
+        raise RecipeError("stream.consolidate: joint trains on all tasks, so nothing is left to merge; drop one")
+    return (*merging, *remembering)
 
 
 def name_memory(method: ContinualMethod, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -77,15 +97,17 @@ def check_stream(recipe: Recipe) -> None:
     """Raise RecipeError if the methods of a stream cannot do what the rest of the recipe asks."""
     if recipe.stream is None:
         return
-    methods = build_methods(recipe.stream.memory)
+    check_drift(recipe)
+    methods = list_methods(recipe)
     check_storage(recipe, methods)
     for method in methods:
+        key = "stream.consolidate" if method.consolidates else "stream.memory"
         if method.needs_common_border and recipe.stream.arrival != "together":
             raise RecipeError(
-                f"stream.memory: {method.name} needs all clients to end a task in the same round; set arrival: together"
+                f"{key}: {method.label} needs all clients to end a task in the same round; set arrival: together"
             )
         if method.uploads_statistics and recipe.privacy is not None:
             raise RecipeError(
-                f"stream.memory: {method.name} sends statistics that privacy neither clips nor noises; drop one of them"
+                f"{key}: {method.label} sends statistics that privacy neither clips nor noises; drop one of them"
             )
         method.check(recipe)

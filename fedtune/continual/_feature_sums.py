@@ -109,14 +109,16 @@ def select_shared_rows(labels: Tensor, fewest: int) -> Tensor:
 
 def pack_triangle(matrix: Tensor) -> Tensor:
     """Return the upper triangle of a symmetric matrix [d, d], row by row [d (d + 1) / 2]."""
-    rows, columns = torch.triu_indices(*matrix.shape)
-    return matrix[rows, columns]
+    return matrix[_mask_triangle(len(matrix))]
 
 
 def unpack_triangle(packed: Tensor, num_features: int) -> Tensor:
     """Return the symmetric matrix [d, d] of a packed upper triangle."""
-    rows, columns = torch.triu_indices(num_features, num_features)
     matrix = packed.new_zeros(num_features, num_features)
-    matrix[rows, columns] = packed
-    matrix[columns, rows] = packed
-    return matrix
+    matrix[_mask_triangle(num_features)] = packed
+    return matrix + matrix.triu(1).T
+
+
+def _mask_triangle(num_features: int) -> Tensor:
+    """Return which entries are packed: a byte per entry, where indices would take sixteen."""
+    return torch.ones(num_features, num_features, dtype=torch.bool).triu()

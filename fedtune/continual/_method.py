@@ -123,11 +123,18 @@ class ContinualMethod(NamedUnit):
     """Whether all clients must end a task in the same round: it uses the state at the task's end."""
     uploads_statistics: ClassVar[bool] = False
     """Whether clients send more than their update, which ``privacy`` neither clips nor noises."""
+    consolidates: ClassVar[bool] = False
+    """Whether it merges the state at the end of a task; such a method is listed in ``stream.consolidate``."""
     uses_all_tasks: ClassVar[bool] = False
     """Whether every round trains on the examples of all tasks."""
 
     uploads_at_start: ClassVar[bool] = False
     """Whether clients upload in the first round of a visit too, for ``after_first_round``."""
+
+    @property
+    def label(self) -> str:
+        """Its name in sentences."""
+        return self.name
 
     def count_stored_bytes(self) -> int:
         """Return the bytes of the tensors that the method is set to keep on each device, as far as they are known."""
@@ -167,6 +174,10 @@ class ContinualMethod(NamedUnit):
     def after_task(self, border: Border) -> BorderResult:
         """Return the next state and the method's memory, on the server, when a task has ended. It is pure."""
         return BorderResult(border.after, border.memory)
+
+    def start_task(self, start: Tensors, state: Tensors, memory: Tensors) -> Tensors:
+        """Return the state that a later task's training starts from; ``start`` is that before any training."""
+        return state
 
     def list_sent_memory(self, memory: Tensors, place: Place) -> list[str]:
         """The names of the server's memory tensors that clients receive in a round."""

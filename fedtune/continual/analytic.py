@@ -1,24 +1,28 @@
-"""Analytic head: the classifier is computed from sums over features. Nothing is stored on devices or forgotten.
+"""Analytic head: the classifier is computed from sums over features, and devices store nothing.
 
 What: at the end of a task, each device sends the examples per class, their features' sums and the sum of x x^T over its
 examples' features x. The server adds them to those of earlier tasks and computes the last layer in closed form. The
 sums are those of one pass over all examples so far, so the head is the one of joint training on the same features, for
-any order of tasks and any split over devices. Heads: ``slda`` is linear discriminant analysis with a shrunk shared
-covariance, ``ridge`` is least squares to one-hot targets, ``ranpac`` is ridge on relu(x R), a random projection to
-``width`` features. ``shrinkage`` and ``ridge`` are relative to the mean variance and the mean square of the features;
-``ridge: halves`` chooses the ridge with the least squared error between the devices with even and with odd numbers,
-and then depends a little on the split.
+any order of tasks and any split over devices: old tasks lose only what more classes cost. Only the features of an
+example may differ in their last bits between batches and processors.
+Heads: ``slda`` is linear discriminant analysis with a shrunk shared covariance, ``ridge`` is least squares to one-hot
+targets, ``ranpac`` is ridge on relu(x R), a random projection to ``width`` features. ``shrinkage`` and ``ridge`` are
+relative to the mean variance and the mean square of the features. ``ridge: halves`` chooses the ridge with the least
+squared error between the devices with even and with odd numbers, and then depends a little on the split.
 Tuning: with ``tune: none`` nothing is trained. With ``first``, the techniques train in all rounds of the first task but
 the last one, and the backbone is frozen from then on. With ``every``, they train in all rounds of each task but the
 last one, and in that one devices send sums of all examples of tasks begun so far that they still hold, because the
 features moved. Classes that no device could renew keep their rows of the head, and a warning names tasks and devices.
 The digest of the backbone is stored beside the sums; an upload with another one is left out, with a warning.
 Sends: C (d + 1) + d (d + 1) / 2 numbers per device and task: 0.3 MB for 384 features and 10 classes, 3.3 MB for 1280.
+The server keeps the sums of two halves of the devices in double precision, 13 MB for 1280 features.
 A device is counted once per task. Only the devices of a task's last round send sums, so let all take part in it; give
 tasks in which nothing is tuned one round.
 Privacy: sums are not anonymous. Of one example, its feature sum is the feature itself, so a device leaves out classes
 with fewer than ``fewest`` examples. ``privacy`` neither clips nor noises sums, so the two exclude each other.
-Use when: a pretrained backbone separates the classes: no method of gradients without stored examples comes near it.
+Use when: a pretrained backbone separates the classes. On Fashion-MNIST, two classes at a time on features of
+EfficientNet-Lite0, slda and ridge end at 84.7 %, joint training by gradients with as many steps at 82.6 %, and a naive
+stream at 19 % (benchmarks/continual_classes.py). There ranpac with 1000 features ends at 83.4 %.
 Avoid when: the backbone must change for each task, or outputs must be calibrated: the scores of ridge are not log
 probabilities, so its loss means little.
 Source: Hayes and Kanan (arXiv 1909.01520) for slda, here with the exact pooled covariance; Fanì et al., Fed3R (arXiv

@@ -92,6 +92,8 @@ def run_local_round(
         device_code=DEVICE_TYPES.index(outcome.device_type) or None,
         accelerator_memory=None if peak is None else peak.allocated,
         accelerator_reserved=None if peak is None else peak.reserved,
+        drift_score=None if outcome.drift is None else outcome.drift.value,
+        drift_examples=None if outcome.drift is None else outcome.drift.num_examples,
         stored_bytes=stored,
         **scores,
     )

@@ -107,7 +107,7 @@ class _Device:
 def check_continual_method(name: str) -> Iterator[CheckResult]:
     """Check a method with its default settings; one that does not fit the tiny stream is skipped with its reason."""
     method: ContinualMethod = build_unit("fedtune.continual", Unit(name=name), "stream.memory")
-    recipe = _choose_recipe(name)
+    recipe = _choose_recipe(name, "consolidate" if method.consolidates else "memory")
     checks = {
         "a round of a task gives the same bits twice": _check_repeat,
         "uploads what it declares": _check_upload,
@@ -121,9 +121,9 @@ def check_continual_method(name: str) -> Iterator[CheckResult]:
         yield run_check(what, partial(check, recipe, method), refusals)
 
 
-def _choose_recipe(name: str) -> Recipe:
+def _choose_recipe(name: str, key: str) -> Recipe:
     """Return the recipe with the first technique that the method allows; the first one if it allows none."""
-    recipes = [_make_recipe(name, technique) for technique in _TECHNIQUES]
+    recipes = [_make_recipe(name, key, technique) for technique in _TECHNIQUES]
     for recipe in recipes:
         with suppress(ModelError, RecipeError):
             continual.check_stream(recipe)
@@ -131,7 +131,7 @@ def _choose_recipe(name: str) -> Recipe:
     return recipes[0]
 
 
-def _make_recipe(name: str, technique: str) -> Recipe:
+def _make_recipe(name: str, key: str, technique: str) -> Recipe:
     settings: dict[str, Any] = {
         "version": 2,
         "name": "check",
@@ -141,7 +141,7 @@ def _make_recipe(name: str, technique: str) -> Recipe:
         "devices": [{"count": 1}],
         "train": {"techniques": [technique], "batch_size": 4, "local_steps": 2, "lr": 0.01},
         "federation": {},
-        "stream": {**_STREAM, "memory": [name]},
+        "stream": {**_STREAM, key: [name]},
     }
     recipe = Recipe.model_validate(settings)
     chosen = follow_stream(recipe, techniques.build_techniques(recipe.train.techniques))
@@ -186,7 +186,8 @@ def _check_next_task(recipe: Recipe, method: ContinualMethod) -> None:
     device = _Device(recipe, method)
     result = device.train(1)
     ended = device.end_task(1, result)
-    device.state, device.memory, device.stored = dict(ended.state), ended.memory, {0: result.remembered}
+    begun = method.start_task(device.state, ended.state, ended.memory)
+    device.state, device.memory, device.stored = dict(begun), ended.memory, {0: result.remembered}
     again = device.train(2)
     odd = [key for key, tensor in again.delta.items() if not bool(tensor.isfinite().all())]
     require(not odd, f"the change of {odd[0] if odd else ''} is not finite")

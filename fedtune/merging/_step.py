@@ -94,10 +94,10 @@ class CombineStep(NamedUnit, ABC):
     """Combines the deltas of several models into one delta. ``min_models`` and ``max_models`` limit their number.
 
     Set ``sparsifies`` when the step drops or rescales entries; batch-norm running statistics are then averaged instead.
-    Set ``selects_entries`` when entries win by sign or size. Such a step cannot merge one LoRA factor alone, because
-    entries of a factor are not entries of the product. Set ``averages`` when the result is exactly the weighted sum of
-    the deltas. Clear ``adds_variance_of_means`` when a merged batch-norm variance must not include the spread between
-    the means of the models.
+    Set ``selects_entries`` when entries win by sign or size, or directions of a tensor count. Such a step cannot merge
+    one LoRA factor alone, because entries and directions of a factor are not those of the product. Set ``averages``
+    when the result is exactly the weighted sum of the deltas. Clear ``adds_variance_of_means`` when a merged batch-norm
+    variance must not include the spread between the means of the models.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedtune import models, tasks
 from fedtune.errors import ModelError, RecipeError
-from fedtune.merging import AlignStep, MergeContext, RelaxStep, RenormaliseStep
+from fedtune.merging import AlignStep, MergeContext, RelaxStep, RenormaliseStep, measure_activation_statistics
 from fedtune.offline_merge.json_file import read_json
 from fedtune.offline_merge.merge_config import MergeConfig, ModelEntry
 from fedtune.offline_merge.readers.open_model import RunExporter, open_model
@@ -90,7 +90,6 @@ def collect_merge_context(
         raise RecipeError(f"{_who(prepared)} must run the model; say what it does with --task")
     if source is None and needs & {"activity", "batches"}:
         raise RecipeError(f"{_who(prepared)} must watch the model at work; name data with --calibration-data")
-    from fedtune.training.activation_statistics import measure_activation_statistics
     from fedtune.training.calibration_inputs import load_calibration_inputs
 
     with materialise_model(prepared.models.base or next(iter(prepared.models.by_name)), runs) as folder:

@@ -30,6 +30,7 @@ _ACTS: dict[str, Acts] = {
     "trimmed-mean": "either",
     "fisher": "either",
     "regmean": "either",
+    "lorm": "either",
 }
 """Methods that combine whole models, or deltas if a base is named. All others need deltas."""
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedtune.errors import ModelError
+from fedtune.errors import ModelError, RecipeError
 from fedtune.merging import (
     BoundCombine,
     CombineStep,
@@ -124,6 +124,8 @@ def _try_settings(merge: PreparedMerge) -> None:
             settled = bind_combine(step, dict.fromkeys(targets if measured else [name], (1,)), zeros, MergeContext())
             if not measured:
                 list(settled.combine.combine(name, (1,), settled.merge_inputs))
+            if seen[0][0] != step and (settled.combine != step or settled.merge_inputs is not zeros):
+                raise RecipeError(f"parameters: {step.name} reads whole models; give one value in place of a list")
 
 
 def _zero(name: str, start: int, stop: int) -> Tensor:  # noqa: ARG001 - read like a delta

@@ -5,7 +5,7 @@ from typing import Any
 
 __all__ = ["LOWER_IS_BETTER", "choose_main_metric"]
 
-LOWER_IS_BETTER = frozenset({"loss", "mse", "perplexity"})
+LOWER_IS_BETTER = frozenset({"loss", "mse", "perplexity", "drift-centred", "drift-plain", "drift-nac", "drift-scale"})
 """Metrics that are better when lower. All others are better when higher."""
 _USUAL = ("accuracy", "perplexity", "loss")
 

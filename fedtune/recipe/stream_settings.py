@@ -7,7 +7,7 @@ from pydantic import ByteSize, Discriminator, Field, Tag, model_validator
 from fedtune.recipe.settings_model import SettingsModel
 from fedtune.recipe.train_settings import Unit
 
-__all__ = ["EachValue", "EqualGroups", "OwnMemory", "Staggered", "Stream", "StreamTask", "TimeCuts"]
+__all__ = ["Drift", "EachValue", "EqualGroups", "OwnMemory", "Staggered", "Stream", "StreamTask", "TimeCuts"]
 
 _RESERVED = frozenset({"all", "mean"})
 _COLUMN = {"class": "label", "task": "label", "domain": "domain"}
@@ -76,6 +76,18 @@ class OwnMemory(SettingsModel):
     encrypted: bool = Field(False, description="encrypt the files with a key that stays on the device")
 
 
+class Drift(SettingsModel):
+    """What tells that the data of a device no longer look like those of the tasks so far."""
+
+    signal: Literal["centred", "plain", "nac", "scale"] = Field(
+        "centred", description="centred: T2 of a batch, centred by class; plain: without labels; nac; scale"
+    )
+    batch: int = Field(32, ge=2, le=4096, description="examples of which a device computes its signal")
+    patience: int = Field(2, ge=1, le=1000, description="rounds in a row above the threshold that raise the alarm")
+    opens: bool = Field(False, description="whether an alarm ends the task and opens a new one")
+    asks: bool = Field(False, description="whether clients above the threshold come first in the next round")
+
+
 def _name_form(value: object) -> str:
     """Name how the tasks are given, so that errors concern this form alone."""
     if isinstance(value, EqualGroups | EachValue | TimeCuts):
@@ -113,6 +125,7 @@ class Stream(SettingsModel):
     memory: list[Unit] = Field([], max_length=8, description="what keeps the memory of earlier tasks; [] is naive")
     consolidate: list[Unit] = Field([], max_length=8, description="merge steps at the end of each task")
     own_memory: OwnMemory = OwnMemory()
+    drift: Drift | None = Field(None, description="watch whether the data of devices change; default: no")
 
     @model_validator(mode="before")
     @classmethod

@@ -9,6 +9,7 @@ from fedtune.tracking.run_summary import compute_train_loss
 from fedtune.tracking.sample_text import format_samples
 
 __all__ = [
+    "DriftNoticed",
     "Event",
     "ReplyReceived",
     "RoundEnded",
@@ -16,6 +17,7 @@ __all__ = [
     "RunStarted",
     "Scoring",
     "Unscored",
+    "describe_drift",
     "describe_unscored_clients",
     "emit_event",
     "event_handler",
@@ -77,7 +79,21 @@ class RoundEnded:
     main_metric: str | None = None
 
 
-Event = RunStarted | RoundStarted | ReplyReceived | Scoring | Unscored | RoundEnded
+@dataclass(frozen=True)
+class DriftNoticed:
+    """The drift signals of a round were compared with the threshold. ``drifting`` are the signals of clients above it.
+
+    ``rounds`` is for how many rounds the mean has been above, if that raises the alarm, else 0.
+    """
+
+    number: int
+    drifting: Mapping[int, float]
+    mean: float
+    threshold: float
+    rounds: int = 0
+
+
+Event = RunStarted | RoundStarted | ReplyReceived | Scoring | Unscored | RoundEnded | DriftNoticed
 
 
 _NAMED = 5
@@ -111,6 +127,18 @@ def describe_unscored_clients(event: Unscored) -> str:
     return f"round {event.number}  {many}: {'; '.join(named)}{more}"
 
 
+def describe_drift(event: DriftNoticed) -> str:
+    """Return one line that names the clients that drift, and the alarm; empty if there is nothing to tell."""
+    named = [f"client {client} drifts ({value:.2f})" for client, value in event.drifting.items()][:_NAMED]
+    named += [f"{len(event.drifting) - _NAMED} more"] if len(event.drifting) > _NAMED else []
+    if event.rounds:
+        times = f"for {event.rounds} rounds" if event.rounds > 1 else "in this round"
+        named.append(f"alarm: the mean {event.mean:.2f} has been above {event.threshold:.2f} {times}")
+    elif named:
+        named.append(f"the threshold is {event.threshold:.2f}")
+    return f"round {event.number}  {'; '.join(named)}" if named else ""
+
+
 def _is_newest(metric: MetricRecord) -> bool:
     """Whether the metric is over all domains and measured on the round's own state."""
     return metric.split in ("validation", "local", "privacy") and metric.domain == "all"
@@ -122,6 +150,9 @@ def _print(event: Event) -> None:
             print(format_run_start(event), flush=True)
         case Unscored():
             print(describe_unscored_clients(event), flush=True)
+        case DriftNoticed():
+            if line := describe_drift(event):
+                print(line, flush=True)
         case RoundEnded():
             lines = [
                 f"round {event.record.number}  {format_round(event.record, event.main_metric)}",

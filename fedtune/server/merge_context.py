@@ -7,10 +7,9 @@ from torch import Tensor
 
 from fedtune import merging
 from fedtune.data.sampling import iter_inputs, sample_rows
-from fedtune.merging import CalibrationRequest, MergeContext, MergePipeline
+from fedtune.merging import CalibrationRequest, MergeContext, MergePipeline, measure_activation_statistics
 from fedtune.seeds import derive_seed
 from fedtune.training import RunContext, set_model_state, use_cpu_threads
-from fedtune.training.activation_statistics import measure_activation_statistics
 from fedtune.training.uploaded_statistics import declare_uploaded_statistics, sum_uploaded_statistics
 from fedtune.wire.client_update import ClientUpdate
 

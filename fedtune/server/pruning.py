@@ -2,6 +2,7 @@
 
 from fedtune.continual import StreamPlan
 from fedtune.recipe.schema import Recipe
+from fedtune.server.drift_reference import list_reference_rounds
 from fedtune.tracking import Store
 from fedtune.tracking.pruning import prune_run_checkpoints
 
@@ -22,8 +23,9 @@ def prune_checkpoints(store: Store, run: str, recipe: Recipe) -> None:
 
 
 def _list_borders(recipe: Recipe) -> list[int]:
-    """Return the rounds that end the tasks of a stream."""
+    """Return the rounds that end the tasks of a stream, and those after which the server has a new drift reference."""
     if recipe.stream is None:
         return []
     plan = StreamPlan(recipe)
-    return [plan.find_border_round(visit) for visit in range(len(plan.visits))]
+    borders = [plan.find_border_round(visit) for visit in range(len(plan.visits))]
+    return sorted({*borders, *list_reference_rounds(plan)})

@@ -83,7 +83,9 @@ def receive_update(reply: Message, expected: ExpectedReply, spool: Path) -> tupl
         stored_bytes=report.stored_bytes,
     )
     scores = report.holdout_metrics, report.trained_metrics
-    return record, ClientUpdate(expected.client, report.num_examples, path, *scores, task_figures=report.task_figures)
+    return record, ClientUpdate(
+        expected.client, report.num_examples, path, *scores, task_figures=report.task_figures, drift=report.drift
+    )
 
 
 def scale_by_staleness(

@@ -20,6 +20,9 @@ from fedtune.server.bases import Bases
 from fedtune.server.class_payloads import RoundPayloads, list_trainable_tensors, pad_update_to_shared_rank
 from fedtune.server.client_scoring import ClientScoring
 from fedtune.server.downloads import Downloads
+from fedtune.server.drift_opening import list_opened_rounds, open_task, reopen_tasks
+from fedtune.server.drift_reference import update_memory
+from fedtune.server.drift_watch import DriftWatch
 from fedtune.server.events import ReplyReceived, RoundStarted, RunStarted, emit_event
 from fedtune.server.federated_evaluation import average_holdout_metrics, client_scores
 from fedtune.server.merge_context import make_merge_context
@@ -41,7 +44,7 @@ from fedtune.server.scheduling.factory import make_round_scheduler
 from fedtune.server.sending import Sending
 from fedtune.server.server_run import ServerRun
 from fedtune.server.spool import open_spool, sweep
-from fedtune.server.task_borders import end_task
+from fedtune.server.task_borders import end_task, start_task
 from fedtune.server.task_ledger import list_received_task_scores, record_visits
 from fedtune.server.task_memory import TaskMemory, list_sent_memory, read_newest_memory
 from fedtune.tracking import ClientRecord, MetricRecord, RoundRecord, SampleRecord, Store
@@ -64,6 +67,7 @@ def run_rounds(grid: Grid, context: RunContext, store: Store, run_id: str) -> No
     recipe = context.recipe
     done = store.rounds(run_id)
     first = done[-1].number + 1 if done else 1
+    reopen_tasks(context, done)
     check_model_counts(recipe, merging.build_pipeline(recipe.merge))
     emit_event(RunStarted(run_id, first, recipe.federation.rounds, scoring.to_score(context, first if done else 0)))
     sweep(run_id)
@@ -80,14 +84,16 @@ def run_rounds(grid: Grid, context: RunContext, store: Store, run_id: str) -> No
     )
     guards, asked_scores = Safeguards(context, store, run_id, done), ClientScoring(grid, context, run_id, sending)
     memory = TaskMemory(read_newest_memory(done))
-    run = ServerRun(run_id, context, store, scheduler, guards, sending, asked_scores, memory)
+    watch = DriftWatch(context, done)
+    run = ServerRun(run_id, context, store, scheduler, guards, sending, asked_scores, memory, watch)
     for round_number in range(first, recipe.federation.rounds + 1):
         ended: SharedState | None = None
         while ended is None:
             clients = roster.refresh_devices(clients, scheduler)
+            scheduler.prefer(watch.list_rising_clients())
             ended = _run_round(run, clients, state, round_number)
         state = ended
-        prune_checkpoints(store, run_id, recipe)
+        prune_checkpoints(store, run_id, context.recipe)
     if not any(record.status == "completed" and record.number for record in store.rounds(run_id)):
         raise RunError("no round got enough usable client updates; see the reasons in: fedtune runs show " + run_id)
 
@@ -122,6 +128,7 @@ def _run_round(run: ServerRun, clients: RunClients, state: SharedState, round_nu
     None means that the round must start again, since it failed because a device was removed.
     """
     started, context, run_id = time.perf_counter(), run.context, run.run_id
+    state = start_task(context, run_id, round_number, state, run.memory.tensors)
     with open_spool(run_id, round_number) as spool:
         records, updates = _gather_updates(run, clients, state, round_number, spool)
         failure = explain_shortage(records, context.recipe)
@@ -139,8 +146,10 @@ def _run_round(run: ServerRun, clients: RunClients, state: SharedState, round_nu
                 failure = with_refusals(f"the merge failed: {clean_text(error)}", records)
         if failure:
             records = mark_updates_unused(records)
-        ended = end_task(context, run_id, round_number, state, run.memory.tensors, [] if failure else updates)
-        state = ended.state
+        used = [] if failure else updates
+        ended = end_task(context, run_id, round_number, state, run.memory.tensors, used)
+        state, memory = ended.state, update_memory(context, round_number, run.memory.tensors, ended.memory, used)
+        drift = run.drift.judge(round_number, used)
     metrics = (
         figures
         + average_holdout_metrics(updates, context.task)
@@ -148,7 +157,9 @@ def _run_round(run: ServerRun, clients: RunClients, state: SharedState, round_nu
         + _simulated_seconds(run.scheduler.seconds())
     )
     metrics += run.safeguards.spending.compute_epsilon_after_round(("failed" if failure else "completed", records))
+    metrics += drift
     scores = client_scores(updates, context.recipe.evaluation.metrics, context.task)
+    scores += run.drift.list_client_scores(used)
     task_scores = list_received_task_scores(context, clients, updates)
     samples: tuple[SampleRecord, ...] = ()
     if scoring.scored_after(context, round_number):
@@ -165,12 +176,16 @@ def _run_round(run: ServerRun, clients: RunClients, state: SharedState, round_nu
         context.main_metric,
         device_type=context.device.type,
         samples=samples,
-        memory=ended.memory,
+        memory=memory,
         ledger=record_visits(context, round_number, task_scores),
     )
     state = commit_round(run.store, run_id, round_number, result)
-    if ended.memory is not None:
-        run.memory.tensors = ended.memory
+    if memory is not None:
+        run.memory.tensors = memory
+    run.drift.record_commit(metrics, scores)
+    for last_round in list_opened_rounds(drift):
+        open_task(context, last_round)
+        run.sending.change_recipe(context.recipe)
     run.safeguards.record_commit(records)
     run.sending.bases.record_commit(round_number, records)
     return state

@@ -19,6 +19,7 @@ __all__ = [
     "count_cohort",
     "is_device_eligible",
     "list_eligible_clients",
+    "prefer_clients",
     "rank_clients",
     "sample_cohort",
 ]
@@ -106,6 +107,16 @@ def sample_cohort(
         return sorted(rank_clients(recipe, round_number, there, last)[:count])
     random = np.random.default_rng(derive_seed(recipe.seed, round_number, "sample"))
     return sorted(there[place] for place in random.choice(len(there), count, replace=False))
+
+
+def prefer_clients(sampled: Sequence[int], among: Sequence[int], preferred: Collection[int]) -> list[int]:
+    """Return as many clients as were ``sampled``, in ascending order: the ``preferred`` ones first, then sampled ones.
+
+    If there are too many preferred ones, sampled ones among them come first.
+    """
+    asking = [client for client in among if client in preferred]
+    order = [*(one for one in sampled if one in preferred), *asking, *sampled]
+    return sorted(list(dict.fromkeys(order))[: len(sampled)])
 
 
 def rank_clients(recipe: Recipe, round_number: int, among: Sequence[int], last: Mapping[int, int]) -> list[int]:

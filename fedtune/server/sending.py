@@ -10,6 +10,7 @@ from fedtune import paths
 from fedtune.flower.exchange import make_train_messages
 from fedtune.flower.reply_limit import OVERHEAD, raise_reply_limit
 from fedtune.recipe.required_plug_ins import encode_plug_ins, list_required_plug_ins
+from fedtune.recipe.schema import Recipe
 from fedtune.server.bases import Bases
 from fedtune.server.downloads import Download, Downloads
 from fedtune.server.run_clients import RunClients
@@ -34,6 +35,10 @@ class Sending:
             plug_ins=encode_plug_ins(self.plug_ins),
         )
         self._asked: dict[int, tuple[int, int]] = {}
+
+    def change_recipe(self, recipe: Recipe) -> None:
+        """Send this recipe from the next round on."""
+        self._request = replace(self._request, recipe=recipe.model_dump_json())
 
     def messages(self, clients: Sequence[int], run_clients: RunClients, downloads: Downloads) -> dict[int, Message]:
         """Return a message for each client, in client order. Equal payloads share one copy.

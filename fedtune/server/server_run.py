@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from fedtune.server.client_scoring import ClientScoring
+from fedtune.server.drift_watch import DriftWatch
 from fedtune.server.safeguards import Safeguards
 from fedtune.server.scheduling.round_scheduler import RoundScheduler
 from fedtune.server.sending import Sending
@@ -25,3 +26,4 @@ class ServerRun:
     sending: Sending
     scoring: ClientScoring
     memory: TaskMemory
+    drift: DriftWatch

@@ -12,7 +12,7 @@ from fedtune.training.stream_place import declare_task_uploads, list_uploading_m
 from fedtune.wire.client_update import ClientUpdate
 from fedtune.wire.stored_state import StoredState
 
-__all__ = ["TaskEnd", "end_task", "find_task_start"]
+__all__ = ["TaskEnd", "end_task", "find_task_start", "start_task"]
 
 State = Mapping[str, Tensor]
 
@@ -30,6 +30,19 @@ def find_task_start(context: RunContext, round_number: int) -> int:
     assert plan is not None
     visit = plan.find_visit(max(1, round_number - plan.stream.longest_delay))
     return plan.find_border_round(visit - 1) if visit else 0
+
+
+def start_task(
+    context: RunContext, run_id: str, round_number: int, state: State, memory: Mapping[str, Tensor]
+) -> State:
+    """Return the state that a round starts from, which continual methods may change where a later task begins."""
+    plan = context.stream_plan
+    if plan is None or round_number == 1 or plan.find_border(round_number - 1) is None:
+        return state
+    start = _read_state(run_id, 0)
+    for method in context.methods:
+        state = method.start_task(start, state, continual.select_memory(method, memory))
+    return state
 
 
 def end_task(

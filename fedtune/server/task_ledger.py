@@ -87,6 +87,7 @@ def _describe_visit(context: RunContext, plan: StreamPlan, visit: int, round_num
         visit=visit + 1,
         name=plan.task_names[task],
         first_round=round_number,
+        opened_by="drift" if round_number - 1 in context.opened_after else "recipe",
         labels=tuple(names[number] for number in labels),
         test_examples=len(select_task_rows(context, "test", (task,), None).get(task, ())),
     )

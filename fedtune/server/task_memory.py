@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedtune import checkpoint, continual, paths
+from fedtune.server.drift_reference import list_sent_reference
 from fedtune.tracking import RoundRecord
 from fedtune.training import RunContext
 
@@ -38,11 +39,11 @@ def list_sent_memory(context: RunContext, memory: Tensors, round_number: int) ->
     plan = context.stream_plan
     if plan is None or not memory:
         return {}
+    found = list_sent_reference(memory)
     places = (plan.find_place(round_number, client) for client in range(context.recipe.num_clients))
     place = next((place for place in places if place is not None), None)
     if place is None:
-        return {}
-    found: dict[str, Tensor] = {}
+        return found
     for method in context.methods:
         own = continual.select_memory(method, memory)
         found |= continual.name_memory(method, {name: own[name] for name in method.list_sent_memory(own, place)})

@@ -35,6 +35,7 @@ from fedtune.techniques import (
 from fedtune.training.batches import batches, total_steps
 from fedtune.training.client_round import ClientRound
 from fedtune.training.cpu_threads import use_cpu_threads
+from fedtune.training.drift_measurement import measure_drift
 from fedtune.training.evaluation import score_held_out
 from fedtune.training.master_weights import make_stepper, masters_of
 from fedtune.training.model_state import get_model_state, named_tensors
@@ -53,7 +54,7 @@ from fedtune.training.task_holdouts import score_task_holdouts
 from fedtune.training.training_rows import make_training_rows
 from fedtune.training.training_step import StepResult, run_step
 from fedtune.training.uploaded_statistics import compute_uploaded_statistics
-from fedtune.wire.client_update import HoldoutMetrics
+from fedtune.wire.client_update import DriftScore, HoldoutMetrics
 from fedtune.wire.task_figures import TaskFigures
 
 IntArray = NDArray[np.int64]
@@ -92,6 +93,7 @@ class LocalTrainingResult:
     """What continual methods keep on the device of this visit of a task."""
     task_figures: TaskFigures | None = None
     """Scores of the received model on the held-out examples of each task begun so far."""
+    drift: DriftScore | None = None
 
 
 def train_local_model(client: ClientRound, state: Mapping[str, Tensor]) -> LocalTrainingResult:
@@ -115,6 +117,7 @@ def train_local_model(client: ClientRound, state: Mapping[str, Tensor]) -> Local
         with mask_seen_classes(client):
             received_score = score_held_out(client, held_out.tolist())
         task_figures = score_task_holdouts(client)
+        drift = measure_drift(client)
         statistics = compute_uploaded_statistics(client, rows, names)
         torch.manual_seed(client.derive_seed("dropout"))
         release_freed()
@@ -134,7 +137,7 @@ def train_local_model(client: ClientRound, state: Mapping[str, Tensor]) -> Local
         added = compute_extra_payload(client.techniques, model, client.number, backward)
         with mask_trained_classes(client):
             remembered, uploads = collect_stored_tensors(client), collect_uploads(client)
-        extras = {**statistics, **move_tensors(added, torch.device("cpu")), **uploads}
+        extras = {**statistics, **move_tensors(added, torch.device("cpu")), **uploads, **drift.upload}
         with mask_seen_classes(client):  # last, so that it cannot affect anything else
             trained_score = score_held_out(client, held_out.tolist())
     seconds = time.perf_counter() - started
@@ -154,6 +157,7 @@ def train_local_model(client: ClientRound, state: Mapping[str, Tensor]) -> Local
         micro_batch_size=steps.micro_batch_size,
         remembered=remembered,
         task_figures=task_figures,
+        drift=drift.score,
     )
 
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from fedtune.accelerator import find_device, move_tensors
 from fedtune.errors import DataError
+from fedtune.merging import Batch, hook_layer_inputs
 from fedtune.merging.combine.fisher import square_gradient
 from fedtune.merging.combine.regmean import accumulate_gram
-from fedtune.training.input_hooks import Batch, hook_layer_inputs
 
 __all__ = ["compute_fisher_information", "compute_input_grams"]
 

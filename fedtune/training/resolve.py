@@ -113,13 +113,11 @@ def _check_fit(chosen: Sequence[Technique], combine: merging.CombineStep) -> Non
 
 
 def _check_factor(name: str, combine: merging.CombineStep) -> None:
-    """Raise RecipeError for a merge that selects entries, because the entries of one factor are no entries of the
-    product.
-    """
+    """Raise RecipeError for a merge that selects entries or directions: those of a factor are not the product's."""
     if combine.selects_entries:
         raise RecipeError(
-            f"merge: {combine.name} picks entries by sign or size, but {name} sends one factor of a product, where "
-            "entries mean nothing by themselves; merge by mean, task-arithmetic or dare-linear, or train full"
+            f"merge: {combine.name} depends on how a product is factored, but {name} sends one factor of it, so that "
+            "equal updates would merge differently; merge by mean, task-arithmetic or dare-linear, or train full"
         )
 
 

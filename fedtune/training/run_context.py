@@ -22,7 +22,6 @@ from fedtune.recipe.schema import ColumnSettings, DataSettings, Recipe
 from fedtune.recipe.validation_errors import explain_validation_error
 from fedtune.seeds import derive_seed
 from fedtune.techniques import Technique
-from fedtune.training.activation_statistics import check_merge_has_targets
 from fedtune.training.device_classes import check_device_class
 from fedtune.training.evaluation import EvaluatedModel
 from fedtune.training.generation import GeneratedText, TextGenerator, require_positions
@@ -79,6 +78,8 @@ class RunContext:
     shared_names: list[str] = field(repr=False)
     by_device_class: dict[str, "RunContext"] = field(default_factory=dict, repr=False)
     """The contexts of device classes with their own settings, by name. They share this context's examples."""
+    opened_after: list[int] = field(default_factory=list, repr=False)
+    """The rounds after which a drift alarm opened a task."""
     local_tensors: dict[str, Tensor] = field(init=False, repr=False)
     """The tensors that stay on each device, with their values before training."""
     _split_tasks: dict[str, np.ndarray] = field(default_factory=dict, init=False, repr=False)
@@ -111,6 +112,12 @@ class RunContext:
     def stream_plan(self) -> continual.StreamPlan | None:
         """The plan of the recipe's stream, None without one."""
         return None if self.recipe.stream is None else continual.StreamPlan(self.recipe)
+
+    def open_task(self, last_round: int) -> None:
+        """Let the visit that is running end with a round, and the rest of its rounds be another visit."""
+        self.recipe = continual.end_visit(self.recipe, last_round)
+        self.opened_after.append(last_round)
+        self.__dict__.pop("stream_plan", None)
 
     @cached_property
     def methods(self) -> tuple[continual.ContinualMethod, ...]:
@@ -263,8 +270,10 @@ def _build(recipe: str) -> RunContext:
     parsed = tasks.resolve_reader(Recipe.model_validate_json(recipe))
     corpus = tasks.load_data(parsed, tasks.load_class_names(parsed))
     model, chosen, shared = prepare_model(parsed, corpus.label_names)
-    check_merge_has_targets(merging.build_pipeline(parsed.merge).steps, model, shared)
+    merging.check_merge_has_targets(merging.build_pipeline(parsed.merge).steps, model, shared)
     check_model_privacy(parsed, model, chosen, shared)
+    if parsed.stream is not None and parsed.stream.drift is not None:
+        continual.check_features_stay(chosen, model, len(corpus.label_names))
     context = RunContext(parsed, corpus, model, chosen, shared)
     context.by_device_class = _build_device_classes(context)
     if context.task.needs_reference:  # while the model is untrained

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedtune import continual
+from fedtune.continual._drift_phases import find_phase
 from fedtune.errors import NoTaskError
 from fedtune.seeds import derive_seed
 from fedtune.training.holdout_split import split_holdout
@@ -70,6 +71,8 @@ def make_stream_round(
         num_tasks=len(plan.task_names),
         held_rows={task: find_task_rows(context, rows, replace(place, task=task), client) for task in place.seen},
         holdouts=_list_holdouts(context, rows, place, client) if scoring or place.first else (),
+        drift=plan.stream.drift,
+        drift_phase=find_phase(plan, number) if plan.stream.drift else None,
     )
 
 

@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedtune.continual import ContinualMethod, Place
+from fedtune.continual._drift_phases import Phase
+from fedtune.recipe.stream_settings import Drift
 
 __all__ = ["StreamRound", "TaskHoldout"]
 
@@ -30,7 +32,7 @@ class StreamRound:
     ``received`` the server's memory; both are named by their method. ``uploading`` are the methods that upload tensors.
     ``all_rows`` are the client's examples of any task, and ``list_classes`` returns the classes of some tasks, None for
     all. ``held_rows`` are its examples of each task begun, among ``num_tasks``. ``holdouts`` are scored
-    one by one, if any.
+    one by one, if any. ``drift_phase`` says what the client sends for the drift signal besides its score.
     """
 
     place: Place
@@ -47,3 +49,5 @@ class StreamRound:
     num_tasks: int = 0
     held_rows: Mapping[int, NDArray[np.int64]] = field(default_factory=dict)
     holdouts: Sequence[TaskHoldout] = ()
+    drift: Drift | None = None
+    drift_phase: Phase | None = None

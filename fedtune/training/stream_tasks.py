@@ -67,7 +67,13 @@ def list_stream_tasks(recipe: Recipe) -> Recipe:
     if stream is None:
         return recipe
     listed = stream.tasks if isinstance(stream.tasks, list) else _list_tasks(recipe, stream)
-    written = stream.model_copy(update={"tasks": listed, "memory": _write_out(recipe)})
+    written = stream.model_copy(
+        update={
+            "tasks": listed,
+            "memory": _write_out(recipe),
+            "consolidate": continual.write_out_border_methods(stream.consolidate),
+        }
+    )
     rounds = recipe.federation.model_copy(update={"rounds": written.num_rounds})
     return recipe.model_copy(update={"stream": written, "federation": rounds})
 

@@ -9,14 +9,15 @@ from torch import Tensor, nn
 
 from fedtune import merging
 from fedtune.data.sampling import iter_inputs, sample_rows
-from fedtune.merging import ActivationStatistics, CalibrationRequest
-from fedtune.recipe.schema import Recipe
-from fedtune.training.activation_statistics import (
+from fedtune.merging import (
+    ActivationStatistics,
     ActivationSums,
+    CalibrationRequest,
     average_activations,
     find_input_channels,
     sum_activations,
 )
+from fedtune.recipe.schema import Recipe
 from fedtune.training.client_round import ClientRound
 from fedtune.wire.client_update import TensorSpec
 

@@ -19,6 +19,7 @@ __all__ = [
     "FEWEST",
     "ClientReport",
     "ClientUpdate",
+    "DriftScore",
     "HoldoutMetrics",
     "LowRankPair",
     "TensorSpec",
@@ -112,6 +113,13 @@ class HoldoutMetrics(NamedTuple):
     more: tuple[float, ...] = ()
 
 
+class DriftScore(NamedTuple):
+    """The drift signal of a batch of a client's examples, and how many examples it is of."""
+
+    value: float
+    num_examples: int
+
+
 @dataclass(frozen=True)
 class ClientReport:
     """What a client reports besides the deltas: examples, mean training loss, seconds and bytes of memory.
@@ -126,6 +134,8 @@ class ClientReport:
     recipe's further metrics. ``trained_holdout_metrics`` are loss, accuracy and further metrics of the trained model.
     Without held-out examples, counts and metrics are 0 and both lists are empty. In a stream, the lists of tasks have
     the metrics of each one. ``stored_bytes`` is what the device keeps on its disk for later tasks.
+
+    ``drift_score`` is the drift signal of ``drift_examples`` examples, None if there is none.
     """
 
     num_examples: int
@@ -146,6 +156,15 @@ class ClientReport:
     task_accuracies: Sequence[float] | None = None
     task_losses: Sequence[float] | None = None
     stored_bytes: int | None = None
+    drift_score: float | None = None
+    drift_examples: int | None = None
+
+    @property
+    def drift(self) -> DriftScore | None:
+        """The drift signal, or None if the client has none."""
+        if self.drift_score is None or not self.drift_examples:
+            return None
+        return DriftScore(self.drift_score, self.drift_examples)
 
     @property
     def task_figures(self) -> TaskFigures | None:
@@ -194,6 +213,7 @@ class ClientUpdate:
     trained_metrics: HoldoutMetrics | None = None
     scale: float = 1.0
     task_figures: TaskFigures | None = None
+    drift: DriftScore | None = None
 
     def list_tensor_names(self) -> set[str]:
         """Return the names of its tensors, including extra tensors besides the deltas."""

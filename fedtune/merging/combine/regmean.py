@@ -11,25 +11,19 @@ Source: Jin et al. (arXiv 2212.09849), their closed form; their off-diagonal sca
 ``ridge`` times the mean diagonal sets directions that no input has to the mean; theirs has none.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedtune.errors import ModelError
-from fedtune.merging._step import BoundCombine, CombineStep, MergeContext, MergeInput, Shape
-from fedtune.merging.combine._inner_products import flatten_rows
-from fedtune.merging.combine._statistics_file import check_statistics, require_statistics
-from fedtune.merging.combine._weights import normalise_weights, stack_weights
-from fedtune.merging.combine.task_vectors._task_vector_step import sum_deltas
-from fedtune.wire.client_update import iter_row_chunks
+from fedtune.merging.combine._gram_regression import GramRegressionStep
 
 __all__ = ["RegMean", "accumulate_gram"]
 
 
-class RegMean(CombineStep):
+class RegMean(GramRegressionStep):
     """Fits layers to the outputs of all models by linear regression."""
 
     name: ClassVar[str] = "regmean"
@@ -38,54 +32,21 @@ class RegMean(CombineStep):
     )
     ridge: float = Field(1e-9, gt=0)
 
-    def bind(
-        self, shapes: Mapping[str, Shape], merge_inputs: Sequence[MergeInput], context: MergeContext
-    ) -> BoundCombine:
-        """The step itself, after checking that every model has statistics."""
-        check_statistics(self.name, shapes, merge_inputs)
-        return BoundCombine(self, merge_inputs)
+    def scale_gram(self, gram: Tensor) -> Tensor:
+        """The Gram matrix with smaller off-diagonal entries."""
+        return gram * self.off_diagonal_scale + torch.diag(gram.diagonal()) * (1 - self.off_diagonal_scale)
 
-    def combine(self, name: str, shape: Shape, merge_inputs: Sequence[MergeInput]) -> Iterator[Tensor]:
-        """The regression for layers with measured inputs, otherwise the mean."""
-        share = normalise_weights(stack_weights(merge_inputs))[:, 0].tolist()
-        measured = name in require_statistics(merge_inputs[0])
-        mixing = self._compute_mixing(name, shape, share, merge_inputs) if measured else None
-        for start, stop in iter_row_chunks(shape):
-            parts = [flatten_rows(merge_input.read_rows(name, start, stop)) for merge_input in merge_inputs]
-            total = sum_deltas(parts, share, normalise=False) if mixing is None else _apply_mixing(parts, mixing)
-            yield total.float().reshape(stop - start, *shape[1:])
-
-    def _compute_mixing(
-        self, name: str, shape: Shape, share: Sequence[float], merge_inputs: Sequence[MergeInput]
-    ) -> list[Tensor]:
-        """M_i = w_i G_i (sum_j w_j G_j)^-1, one [in, in] per model; they sum to the identity."""
-        grams = [
-            w * self._read_gram(name, shape, merge_input) for w, merge_input in zip(share, merge_inputs, strict=True)
-        ]
-        total = torch.stack(grams).sum(0)
+    def compute_mixing(self, grams: Sequence[Tensor], share: Sequence[float]) -> list[Tensor]:
+        """M_i = w_i G_i (sum_j w_j G_j)^-1 with a ridge; they sum to the identity."""
+        total = torch.stack(list(grams)).sum(0)
         ridge = self.ridge * total.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
         for w, found in zip(share, grams, strict=True):
             found.diagonal().add_(w * ridge)
         total.diagonal().add_(ridge)
         return [torch.linalg.solve(total, found, left=False) for found in grams]
 
-    def _read_gram(self, name: str, shape: Shape, merge_input: MergeInput) -> Tensor:
-        width = shape[-1]
-        found = require_statistics(merge_input)(name, 0, width).double()
-        if len(shape) != 2 or found.shape != (width, width):
-            raise ModelError(
-                f"merge: regmean needs a Gram matrix of {width} x {width} for {name}, but its statistics have shape "
-                f"{list(found.shape)}; measure Gram matrices"
-            )
-        return found * self.off_diagonal_scale + torch.diag(found.diagonal()) * (1 - self.off_diagonal_scale)
-
 
 def accumulate_gram(total: Tensor, inputs: Tensor) -> None:
     """Adds sum x x^T over inputs x [n, in] to ``total`` [in, in], in double."""
     rows = inputs.double()
     total.addmm_(rows.T, rows)
-
-
-def _apply_mixing(parts: Sequence[Tensor], mixing: Sequence[Tensor]) -> Tensor:
-    """sum_i W_i M_i; double."""
-    return torch.stack([part.double() @ matrix for part, matrix in zip(parts, mixing, strict=True)]).sum(0)

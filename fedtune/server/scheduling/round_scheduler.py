@@ -8,7 +8,7 @@ from flwr.serverapp import Grid
 
 from fedtune.flower.exchange import stream_replies
 from fedtune.recipe.schema import Recipe
-from fedtune.server.selection import count_cohort, sample_cohort
+from fedtune.server.selection import count_cohort, prefer_clients, sample_cohort
 
 __all__ = [
     "DEVICE_REMOVED",
@@ -39,6 +39,10 @@ class RoundScheduler(ABC):
 
     def admit(self, clients: Sequence[int], moved: Collection[int]) -> None:
         """Select only among these clients from now on; requests to ``moved`` ones are lost. Called between rounds."""
+        return
+
+    def prefer(self, clients: Collection[int]) -> None:
+        """Select these clients first in the next round, as far as they are eligible. Called between rounds."""
         return
 
     @abstractmethod
@@ -77,17 +81,23 @@ class SynchronousScheduler(RoundScheduler):
         self._number, self._enough = 0, False
         self._clients: list[int] = []
         self._removed: set[int] = set()
+        self._preferred: Collection[int] = ()
 
     def admit(self, clients: Sequence[int], moved: Collection[int]) -> None:
         """Sample among these, as many as before if there are enough."""
         self._among = clients
+
+    def prefer(self, clients: Collection[int]) -> None:
+        """Select these first."""
+        self._preferred = clients
 
     def begin_round(self, round_number: int) -> int:
         """Sample the round's clients."""
         last = self._last() if self._recipe.federation.selection.sampling == "least-recent" else {}
         self._removed = set()
         count = min(self._count, len(self._among))
-        self._number, self._clients = round_number, sample_cohort(self._recipe, round_number, self._among, last, count)
+        sampled = sample_cohort(self._recipe, round_number, self._among, last, count)
+        self._number, self._clients = round_number, prefer_clients(sampled, self._among, self._preferred)
         return len(self._clients)
 
     def stream_replies(self, send: MessageFactory, usable: Callable[[], int]) -> Iterator[tuple[int, Message]]:

@@ -21,7 +21,7 @@ from fedtune.server.scheduling.round_scheduler import (
     MessageFactory,
     RoundScheduler,
 )
-from fedtune.server.selection import sample_cohort
+from fedtune.server.selection import prefer_clients, sample_cohort
 
 __all__ = ["RoundPlan", "Simulated", "drops_out", "duration", "plan_round"]
 
@@ -100,11 +100,17 @@ class Simulated(RoundScheduler):
         self._number, self._plan = 0, RoundPlan({}, {})
         self._asked: list[int] = []
         self._enough = False
+        self._preferred: Collection[int] = ()
+
+    def prefer(self, clients: Collection[int]) -> None:
+        """Select these first."""
+        self._preferred = clients
 
     def begin_round(self, round_number: int) -> int:
         """Sample the round's clients, and draw their durations and dropouts."""
         last = self._last() if self._recipe.federation.selection.sampling == "least-recent" else {}
-        clients = sample_cohort(self._recipe, round_number, self._among, last)
+        sampled = sample_cohort(self._recipe, round_number, self._among, last)
+        clients = prefer_clients(sampled, self._among, self._preferred)
         sizes = self._count(round_number)
         self._number, self._plan = round_number, plan_round(self._recipe, clients, sizes, round_number)
         self._asked, self._enough = [], False

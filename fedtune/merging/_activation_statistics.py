@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from fedtune.accelerator import find_device, move_tensors
 from fedtune.errors import RecipeError
-from fedtune.merging import ActivationRelaxStep, ActivationStatistics
+from fedtune.merging._input_hooks import Batch, hook_layer_inputs
+from fedtune.merging._step import ActivationStatistics
+from fedtune.merging.relax._activation_step import ActivationRelaxStep
 from fedtune.techniques import Technique, begin_step
-from fedtune.training.input_hooks import Batch, hook_layer_inputs
 from fedtune.wire.masked_weights import mask_name
 
 __all__ = [
