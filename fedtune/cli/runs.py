@@ -138,7 +138,7 @@ def export(chosen: tuple[str, ...], format_: str, output: Path, store: str | Non
     """Export runs as tables for other programs.
 
     csv and parquet create a folder with one file each for runs, rounds, client records, metrics, client scores,
-    checkpoints and samples, joined by run_id and round. json creates one file.
+    checkpoints, samples, tasks and task scores, joined by run_id and round. json creates one file.
 
     Example: fedtune runs export latest --format parquet -o sentiment-tables
     """
