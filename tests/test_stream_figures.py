@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -176,3 +177,11 @@ def test_the_stability_gap_sees_what_no_border_shows() -> None:
     assert found.gap == pytest.approx(((0.5 - 0.8) + (0.7 - 0.75)) / 2)
     assert found.worst_case == pytest.approx(0.9 / 3 + (1 - 1 / 3) * (0.5 + 0.7) / 2)
     assert compute_stability_gap({"films": {1: 0.7, 2: 0.9}}, {"films": 2}) is None
+
+
+def test_clients_with_orders_of_their_own_have_figures_of_the_last_row_alone() -> None:
+    ordered = matrix(HAND, examples=(100, 100, 200))
+    found = compute_figures(replace(ordered, has_order=False))
+    assert {name for name, value in found.items() if value is not None} == {"accuracy", "accuracy_all"}
+    assert found["accuracy"] == compute_figures(ordered)["accuracy"]
+    assert compute_intransigence(replace(ordered, has_order=False), {"task-0": 1.0}) is None

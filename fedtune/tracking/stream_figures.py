@@ -99,11 +99,13 @@ FIGURES: Mapping[str, Callable[[TaskMatrix], Figure]] = {
     "fwt_raw": _compute_fwt_raw,
     "learning": _compute_learning,
 }
+_OF_LAST_ROW = frozenset({"accuracy", "accuracy_all"})
 
 
 def compute_figures(matrix: TaskMatrix) -> dict[str, Figure]:
-    """Compute every figure of a matrix, by name; None where the matrix has no score for it."""
-    return {name: compute(matrix) for name, compute in FIGURES.items()}
+    """Compute every figure of a matrix, by name; None where the matrix has no score for it, or no order of tasks."""
+    given = FIGURES if matrix.has_order else _OF_LAST_ROW
+    return {name: compute(matrix) if name in given else None for name, compute in FIGURES.items()}
 
 
 def compute_intransigence(matrix: TaskMatrix, reference: Mapping[str, Figure]) -> Figure:
@@ -111,7 +113,8 @@ def compute_intransigence(matrix: TaskMatrix, reference: Mapping[str, Figure]) -
 
     ``reference`` are the final scores of a run that was trained on all tasks together, by task.
     """
-    pairs = [(reference.get(matrix.tasks[task]), score) for task, _, score in matrix.iter_learned()]
+    learned = matrix.iter_learned() if matrix.has_order else ()
+    pairs = [(reference.get(matrix.tasks[task]), score) for task, _, score in learned]
     return _mean(best - score for best, score in pairs if best is not None)
 
 

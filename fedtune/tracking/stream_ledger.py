@@ -46,7 +46,7 @@ def make_matrix(run: RunRecord, rounds: Rounds) -> TaskMatrix | None:
     borders = {name: get_metric_series(rounds, "border", name, "accuracy") for name in names}
     numbers = [0, *_list_ends(rounds)]
     rows = [[_score(borders[name].get(number)) for name in names] for number in numbers]
-    return _matrix(names, rounds, rows)
+    return _matrix(run, rounds, rows)
 
 
 def make_scope_matrices(run: RunRecord, rounds: Rounds) -> dict[str, TaskMatrix]:
@@ -57,14 +57,14 @@ def make_scope_matrices(run: RunRecord, rounds: Rounds) -> dict[str, TaskMatrix]
     """
     names = list_task_names(run, rounds)
     found = _collect_scope_scores(rounds)
-    return {scope: _matrix(names, rounds, _scope_rows(names, rounds, found[scope])) for scope in sorted(found)}
+    return {scope: _matrix(run, rounds, _scope_rows(names, rounds, found[scope])) for scope in sorted(found)}
 
 
 def compute_stream_figures(matrix: TaskMatrix, rounds: Rounds) -> dict[str, float | None]:
     """Compute the figures of a run's matrix, with the stability gap of its validation scores."""
     ends = find_task_ends(rounds)
     series = {name: get_metric_series(rounds, "validation", name, "accuracy") for name in ends}
-    gap = compute_stability_gap(series, ends)
+    gap = compute_stability_gap(series, ends) if matrix.has_order else None
     return compute_figures(matrix) | {"gap": gap and gap.gap, "worst_case": gap and gap.worst_case}
 
 
@@ -87,14 +87,16 @@ def find_task_ends(rounds: Rounds) -> dict[str, int]:
     return ends
 
 
-def _matrix(names: Sequence[str], rounds: Rounds, rows: Sequence[Sequence[Score]]) -> TaskMatrix:
-    visits = list_visits(rounds)
+def _matrix(run: RunRecord, rounds: Rounds, rows: Sequence[Sequence[Score]]) -> TaskMatrix:
+    visits, names = list_visits(rounds), list_task_names(run, rounds)
+    stream = read_stored_recipe(run.recipe).get("stream") or {}
     examples = {one.name: one.test_examples for one in visits}
     return TaskMatrix(
         tasks=tuple(names),
         visits=tuple(names.index(one.name) for one in visits),
         rows=tuple(tuple(row) for row in rows),
         examples=tuple(examples.get(name) for name in names),
+        has_order=stream.get("arrival") != "own",
     )
 
 

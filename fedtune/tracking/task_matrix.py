@@ -15,13 +15,15 @@ class TaskMatrix:
 
     Columns are the distinct ``tasks``. Rows are positions in the stream: row i belongs to visit i, which trained the
     task of column ``visits[i - 1]``. A task that recurs has several rows and one column. ``examples`` are the tasks'
-    numbers of test examples, None if they are not known.
+    numbers of test examples, None if they are not known. Clients with orders of their own have no common end of a task:
+    without ``has_order``, only the last row means something.
     """
 
     tasks: tuple[str, ...]
     visits: tuple[int, ...]
     rows: tuple[tuple[Score, ...], ...]
     examples: tuple[int | None, ...] = ()
+    has_order: bool = True
 
     @property
     def last(self) -> int:
