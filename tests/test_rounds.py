@@ -325,6 +325,7 @@ def test_a_spooled_contribution_is_what_was_sent(tmp_path: Path) -> None:
         "device_type": "cpu",
         "accelerator_memory": None,
         "accelerator_reserved": None,
+        "stored_bytes": None,
     }
     assert sent.holdout_metrics == HoldoutMetrics(4, 0.25, 0.75, (0.5,))
     assert sent.trained_metrics == HoldoutMetrics(4, 0.125, 1.0, (0.625,))

@@ -132,8 +132,9 @@ def test_a_document_has_the_promised_keys_and_the_newest_checkpoint(recorded: Re
     found = make_run_document(*recorded[0])
     assert set(found) == {
         *("schema_version", "id", "name", "status", "reason", "recipe", "seed", "engine", "created_at", "finished_at"),
-        *("rounds_planned", "rounds_completed", "metrics", "checkpoint"),
+        *("rounds_planned", "rounds_completed", "metrics", "checkpoint", "stream"),
     }
+    assert found["stream"] is None
     assert (found["id"], found["status"], found["rounds_completed"]) == ("film-1a2b", "completed", 3)
     assert found["recipe"]["train"]["techniques"] == [{"lora": {"rank": 8}}]
     assert found["checkpoint"] == {
@@ -142,6 +143,8 @@ def test_a_document_has_the_promised_keys_and_the_newest_checkpoint(recorded: Re
         "sha256": f"{3:064x}",
         "bytes": 10**10 + 3,
         "pruned": False,
+        "memory_sha256": None,
+        "memory_bytes": None,
     }
     assert found["metrics"][0] == {
         "round": 0,

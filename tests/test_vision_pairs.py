@@ -34,7 +34,9 @@ TEXTS_ONLY = {
     "gradient-checkpointing",
     "deft",
     "fused-cross-entropy",
+    "inf-lora",
     "meft",
+    "o-lora",
     "qlora",
     "selective-checkpointing",
 }
