@@ -15,6 +15,12 @@ from tests.streams import make_plan
 LABELS = ("a", "b", "c", "d", "e")
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Each test draws the same numbers, whichever ran before it."""
+    torch.manual_seed(0)
+
+
 class _Net(nn.Module):
     def __init__(self, classes: int = 5) -> None:
         super().__init__()
