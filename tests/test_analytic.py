@@ -22,9 +22,8 @@ from fedtune.device.client_app import train_round
 from fedtune.errors import FedtuneError
 from fedtune.recipe.schema import Recipe
 from fedtune.training import RunContext, clear_run_context, get_run_context, set_model_state
-from tests.federations import TRIVIAL, Ended, execute, outcome
-from tests.kills import start
-from tests.streams import CLASSES, resolve_stream
+from tests.federations import TRIVIAL, Ended, execute
+from tests.streams import CLASSES, check_killed_run, list_memory, resolve_stream
 from tests.test_stream_runs import read_border
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -166,26 +165,10 @@ def _list_pixels(context: RunContext) -> list[Tensor]:
 
 @pytest.mark.parametrize("plant", ["half a checkpoint", "after spooling", "before the commit"])
 def test_a_run_killed_at_a_border_resumes_with_the_same_bits(tmp_path: Path, plant: str) -> None:
-    file, stream = tmp_path / "recipe.yaml", {**CLASSES, "memory": [{"analytic": {}}]}
-    settings = {**yaml.safe_load(TRIVIAL), "federation": {}, "stream": stream, "train": HEAD_ONLY, "checkpoints": KEPT}
-    file.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    found = []
-    for home, chosen in ((tmp_path / "alone", ""), (tmp_path / "killed", plant)):
-        process = start(home, "simulate", str(file), "--json", plant=chosen)
-        process.join()
-        if chosen:
-            assert process.exitcode == -9
-            process = start(home, "simulate", "--resume", "latest", "--json")
-            process.join()
-        assert process.exitcode == 0, (home / "printed").read_text()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("FEDTUNE_HOME", str(home))
-            ended = outcome()
-            memory = [one.checkpoint.memory_sha256 for one in ended.rounds if one.checkpoint]
-            found.append(([one.metrics for one in ended.rounds], ended.hashes, memory))
-    assert found[0] == found[1]
-    assert found[0][2][0] is None
-    assert len(set(found[0][2])) == 6
+    stream = {**CLASSES, "memory": [{"analytic": {}}]}
+    memory = list_memory(check_killed_run(tmp_path, plant, stream, train=HEAD_ONLY, checkpoints=KEPT))
+    assert memory[0] is None
+    assert len(set(memory)) == 6
 
 
 def test_devices_that_build_everything_anew_send_what_a_simulation_has() -> None:

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from torch import Tensor
 
 from fedtune import checkpoint, paths
@@ -16,9 +15,8 @@ from fedtune.continual._tensor_groups import select_group
 from fedtune.merging import measure_activation_statistics
 from fedtune.recipe.schema import Unit
 from fedtune.training import get_run_context
-from tests.federations import TRIVIAL, Ended, execute, outcome
-from tests.kills import start
-from tests.streams import resolve_stream
+from tests.federations import Ended, execute
+from tests.streams import check_killed_run, list_memory, resolve_stream
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -141,25 +139,8 @@ def test_no_memory_reaches_a_device() -> None:
 
 @pytest.mark.parametrize("step", ["aim", "fisher", {"experts": {"start": "sequential", "merge": ["magmax"]}}])
 def test_a_run_killed_at_a_border_resumes_with_the_same_bits(tmp_path: Path, step: Any) -> None:
-    file = tmp_path / "recipe.yaml"
-    settings = {**yaml.safe_load(TRIVIAL), "federation": {}, "stream": {**STREAM, "consolidate": [step]}}
-    file.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    found = []
-    for home, plant in ((tmp_path / "alone", ""), (tmp_path / "killed", "before the rename")):
-        process = start(home, "simulate", str(file), "--json", plant=plant)
-        process.join()
-        if plant:
-            assert process.exitcode == -9
-            process = start(home, "simulate", "--resume", "latest", "--json")
-            process.join()
-        assert process.exitcode == 0, (home / "printed").read_text()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("FEDTUNE_HOME", str(home))
-            ended = outcome()
-        memory = [one.checkpoint.memory_sha256 for one in ended.rounds if one.checkpoint]
-        found.append(([one.metrics for one in ended.rounds], ended.hashes, memory))
-    assert found[0] == found[1]
-    assert any(found[0][2])
+    alone = check_killed_run(tmp_path, "before the rename", {**STREAM, "consolidate": [step]})
+    assert any(list_memory(alone))
 
 
 def test_a_task_that_comes_again_counts_once() -> None:

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from pydantic import ValidationError
 
 from fedtune import paths
@@ -16,9 +15,8 @@ from fedtune.tracking.pruning import list_kept_rounds
 from fedtune.training import ClientRound, get_run_context
 from fedtune.training.stream_place import count_round_examples, make_stream_round
 from fedtune.training.stream_training import compute_lr_progress
-from tests.federations import TRIVIAL, Ended, execute, outcome
-from tests.kills import start
-from tests.streams import CLASSES, make_stream_recipe, resolve_stream
+from tests.federations import TRIVIAL, Ended, execute
+from tests.streams import CLASSES, check_killed_run, make_stream_recipe, resolve_stream
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -111,22 +109,7 @@ def test_staggered_clients_decline_before_their_first_task() -> None:
 
 @pytest.mark.parametrize("plant", ["half a checkpoint", "before the rename", "after the rename"])
 def test_a_stream_killed_at_a_border_resumes_with_the_same_bits(tmp_path: Path, plant: str) -> None:
-    file = tmp_path / "recipe.yaml"
-    file.write_text(yaml.safe_dump({**yaml.safe_load(TRIVIAL), "federation": {}, "stream": CLASSES}), encoding="utf-8")
-    found = []
-    for home, chosen in ((tmp_path / "alone", ""), (tmp_path / "killed", plant)):
-        process = start(home, "simulate", str(file), "--json", plant=chosen)
-        process.join()
-        if chosen:
-            assert process.exitcode == -9
-            process = start(home, "simulate", "--resume", "latest", "--json")
-            process.join()
-        assert process.exitcode == 0, (home / "printed").read_text()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("FEDTUNE_HOME", str(home))
-            ended = outcome()
-        found.append(([one.metrics for one in ended.rounds], ended.hashes))
-    assert found[0] == found[1]
+    check_killed_run(tmp_path, plant, CLASSES)
 
 
 def test_the_states_at_the_newest_borders_are_kept() -> None:

@@ -8,6 +8,7 @@ from fedtune.continual._border_methods import build_border_methods, write_out_bo
 from fedtune.continual._drift_checks import check_drift
 from fedtune.continual._drift_features import check_features_stay, find_last_layer
 from fedtune.continual._drift_opening import end_visit
+from fedtune.continual._fisher_sums import require_gradients
 from fedtune.continual._masked_head import find_head, list_classes, mask_classes
 from fedtune.continual._method import Border, BorderResult, ContinualMethod, MethodRound, MethodSetup, TaskUpload
 from fedtune.continual._plan import Place, StreamPlan, find_stream
@@ -49,6 +50,7 @@ __all__ = [
     "number_tasks",
     "partition_stream",
     "read_stream_values",
+    "require_gradients",
     "select_memory",
     "select_place_rows",
     "write_out_border_methods",

@@ -71,7 +71,7 @@ def sum_fisher_information(
     sums = {name: torch.zeros(one.shape, device=one.device) for name, one in parameters.items()}
     generator = torch.Generator().manual_seed(labels.seed)
     device, count = find_device(model), 0
-    with evaluation_mode(model), _gradients_on(parameters.values()):
+    with evaluation_mode(model), require_gradients(parameters.values()):
         for example in (one for one in examples if task.count_predictions(one["labels"])):
             count += 1
             batch = move_tensors(example, device)
@@ -134,7 +134,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _gradients_on(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def require_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Make all parameters require gradients inside the block, including frozen ones."""
     before = [(parameter, parameter.requires_grad) for parameter in parameters]
     try:
         for parameter, _ in before:

@@ -54,7 +54,7 @@ class DriftWatch:
     def _score_name(self) -> str:
         return "" if self._settings is None else f"{SPLIT}-{self._settings.signal}"
 
-    def judge(self, round_number: int, updates: Sequence[ClientUpdate]) -> Metrics:
+    def judge_round(self, round_number: int, updates: Sequence[ClientUpdate]) -> Metrics:
         """Return the metrics of a round, and tell which clients drift."""
         if self._settings is None:
             return ()

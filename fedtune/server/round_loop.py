@@ -90,7 +90,7 @@ def run_rounds(grid: Grid, context: RunContext, store: Store, run_id: str) -> No
         ended: SharedState | None = None
         while ended is None:
             clients = roster.refresh_devices(clients, scheduler)
-            scheduler.prefer(watch.list_rising_clients())
+            scheduler.prefer_clients(watch.list_rising_clients())
             ended = _run_round(run, clients, state, round_number)
         state = ended
         prune_checkpoints(store, run_id, context.recipe)
@@ -110,7 +110,7 @@ def _commit_start(context: RunContext, store: Store, run_id: str) -> SharedState
     """Commit the state before training as round 0."""
     started = time.perf_counter()
     state = get_model_state(context.model, context.shared_names)
-    metrics = scoring.validation(context, state, 0) + scoring.border(context, state, 0)
+    metrics = scoring.validation(context, state, 0) + scoring.score_border(context, state, 0)
     result = RoundResult(
         state,
         started,
@@ -137,11 +137,7 @@ def _run_round(run: ServerRun, clients: RunClients, state: SharedState, round_nu
         figures: tuple[MetricRecord, ...] = ()
         if not failure:
             try:
-                merged, figures = _merged(context, state, run_id, round_number, updates)
-                require_finite(merged.state)
-                run.sending.bases.record_merge(round_number, state, *merged)
-                state = merged.state
-                figures += run.safeguards.bound.record_median_norm()
+                state, figures = _merge_finite(run, state, round_number, updates)
             except MERGE_ERRORS as error:
                 failure = with_refusals(f"the merge failed: {clean_text(error)}", records)
         if failure:
@@ -149,7 +145,7 @@ def _run_round(run: ServerRun, clients: RunClients, state: SharedState, round_nu
         used = [] if failure else updates
         ended = end_task(context, run_id, round_number, state, run.memory.tensors, used)
         state, memory = ended.state, update_memory(context, round_number, run.memory.tensors, ended.memory, used)
-        drift = run.drift.judge(round_number, used)
+        drift = run.drift.judge_round(round_number, used)
     metrics = (
         figures
         + average_holdout_metrics(updates, context.task)
@@ -189,6 +185,16 @@ def _run_round(run: ServerRun, clients: RunClients, state: SharedState, round_nu
     run.safeguards.record_commit(records)
     run.sending.bases.record_commit(round_number, records)
     return state
+
+
+def _merge_finite(
+    run: ServerRun, state: SharedState, round_number: int, updates: Sequence[ClientUpdate]
+) -> tuple[SharedState, tuple[MetricRecord, ...]]:
+    """Return the merged state and the metrics of the merge; one of MERGE_ERRORS if it fails or is not finite."""
+    merged, figures = _merged(run.context, state, run.run_id, round_number, updates)
+    require_finite(merged.state)
+    run.sending.bases.record_merge(round_number, state, *merged)
+    return merged.state, figures + run.safeguards.bound.record_median_norm()
 
 
 def _simulated_seconds(seconds: float | None) -> tuple[MetricRecord, ...]:
@@ -287,7 +293,7 @@ def _read_start_state(run_id: str, round_number: int) -> SharedState:
 def _evaluate(context: RunContext, state: SharedState, run_id: str, round_number: int) -> tuple[MetricRecord, ...]:
     """Return validation metrics of the rounds that are scored; after the last, also test metrics of start and end."""
     metrics = scoring.validation(context, state, round_number) if scoring.scored_after(context, round_number) else ()
-    metrics += scoring.border(context, state, round_number)
+    metrics += scoring.score_border(context, state, round_number)
     if round_number == context.recipe.federation.rounds:
         start = StoredState(paths.get_runs_folder() / get_checkpoint_path(run_id, 0))
         metrics += scoring.test(context, start, state)

@@ -13,7 +13,7 @@ from fedtune.server.stream_scoring import list_border_tasks, list_scored_tasks, 
 from fedtune.tracking import MetricRecord, SampleRecord
 from fedtune.training import RunContext, evaluate_model, set_model_state
 
-__all__ = ["border", "scored_after", "test", "to_score", "validation", "write_samples"]
+__all__ = ["score_border", "scored_after", "test", "to_score", "validation", "write_samples"]
 
 State = Mapping[str, Tensor]
 
@@ -67,7 +67,7 @@ def test(context: RunContext, start: State, state: State) -> tuple[MetricRecord,
     return _scores(context, start, "test", "test-before", None) + _scores(context, state, "test", "test", None)
 
 
-def border(context: RunContext, state: State, round_number: int) -> tuple[MetricRecord, ...]:
+def score_border(context: RunContext, state: State, round_number: int) -> tuple[MetricRecord, ...]:
     """Return scores on the test split of each task, at the start of a stream and when a task has ended."""
     rows = _select_border_rows(context, round_number)
     return _score_stream(context, state, "test", "border", rows) if rows else ()

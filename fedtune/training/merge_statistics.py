@@ -5,12 +5,12 @@ Both return tensors by the names of the model's parameters. Saved as safetensors
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from fedtune.accelerator import find_device, move_tensors
+from fedtune.continual import require_gradients
 from fedtune.errors import DataError
 from fedtune.merging import Batch, hook_layer_inputs
 from fedtune.merging.combine.fisher import square_gradient
@@ -30,7 +30,7 @@ def compute_fisher_information(model: nn.Module, batches: Iterable[Batch]) -> di
     device = find_device(model)
     count = 0
     model.eval()
-    with _require_gradients(parameters.values()):
+    with require_gradients(parameters.values()):
         for example in (example for batch in batches for example in _examples(batch)):
             moved = move_tensors(example, device)
             gradients = torch.autograd.grad(model(**moved).loss, list(parameters.values()), allow_unused=True)
@@ -45,19 +45,6 @@ def _examples(batch: Batch) -> Iterator[Batch]:
     """Yield batches of one example."""
     for index in range(len(next(iter(batch.values())))):
         yield {name: tensor[index : index + 1] for name, tensor in batch.items()}
-
-
-@contextmanager
-def _require_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Make all parameters require gradients inside the block, including frozen ones."""
-    before = [(parameter, parameter.requires_grad) for parameter in parameters]
-    try:
-        for parameter, _ in before:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter, required in before:
-            parameter.requires_grad_(required)
 
 
 @torch.no_grad()

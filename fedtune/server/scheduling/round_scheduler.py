@@ -41,7 +41,7 @@ class RoundScheduler(ABC):
         """Select only among these clients from now on; requests to ``moved`` ones are lost. Called between rounds."""
         return
 
-    def prefer(self, clients: Collection[int]) -> None:
+    def prefer_clients(self, clients: Collection[int]) -> None:
         """Select these clients first in the next round, as far as they are eligible. Called between rounds."""
         return
 
@@ -87,7 +87,7 @@ class SynchronousScheduler(RoundScheduler):
         """Sample among these, as many as before if there are enough."""
         self._among = clients
 
-    def prefer(self, clients: Collection[int]) -> None:
+    def prefer_clients(self, clients: Collection[int]) -> None:
         """Select these first."""
         self._preferred = clients
 

@@ -102,7 +102,7 @@ class Simulated(RoundScheduler):
         self._enough = False
         self._preferred: Collection[int] = ()
 
-    def prefer(self, clients: Collection[int]) -> None:
+    def prefer_clients(self, clients: Collection[int]) -> None:
         """Select these first."""
         self._preferred = clients
 
