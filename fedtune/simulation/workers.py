@@ -21,6 +21,7 @@ from flwr.clientapp import ClientApp
 
 from fedtune.device.client_app import app as client_app
 from fedtune.flower.message_identity import set_node_identity
+from fedtune.memory.allocator import fix_mmap_threshold
 from fedtune.training import RunContext, set_run_context
 
 __all__ = ["ClientWorkers", "ProcessPoolWorkers", "SequentialWorkers"]
@@ -167,6 +168,7 @@ def _result(future: Future[tuple[Message, Context]]) -> ClientResult:
 
 def _begin(run_context: RunContext, watched: Connection) -> None:
     """Initialise a worker process: it exits with its parent and owns copies of the tensors that it trains."""
+    fix_mmap_threshold()
     threading.Thread(target=_end_with, args=(watched,), daemon=True).start()
     set_node_identity(_CLIENT)
     run_context.copy_writable_tensors()
