@@ -71,10 +71,11 @@ class Technique(NamedUnit):
         """
         return self
 
-    def for_depth(self, blocks: int) -> "Technique":
+    def for_depth(self, blocks: int, fewest: int) -> "Technique | None":
         """The technique as a plan traces it on a few of a model's like blocks; itself by default.
 
-        What it keeps must then grow by the same bytes with each block, up to ``blocks``.
+        What it keeps must then grow by the same bytes with each block, from ``fewest`` up to ``blocks``. None if that
+        cannot be.
         """
         return self
 
