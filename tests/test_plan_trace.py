@@ -87,7 +87,7 @@ def test_a_decoder_traced_at_a_few_blocks_holds_the_bytes_of_the_whole(joined: s
 
 
 def test_the_cuts_of_a_deep_model_are_planned_at_few_blocks(tmp_path: Path) -> None:
-    recipe = with_techniques(a_recipe(a_decoder(tmp_path), "task=text-generation"), "meft", value_bits=48)
+    recipe = with_techniques(a_recipe(a_decoder(tmp_path), "task=text-generation"), "meft", value_bits=47)
     assert compare(recipe, ()).traced_blocks == 3
 
 
@@ -103,9 +103,10 @@ def test_four_bit_layers_are_planned_with_their_packed_weights(tmp_path: Path) -
     measured = profile_step(a_case(recipe, "qlora"))
     assert (found.batches[-1].kept_bytes, found.up_bytes) == (measured.kept_bytes, measured.wire_bytes)
     model, _, _ = prepare_model(with_techniques(recipe, "qlora"), ())
-    tensors = [*model.parameters(), *model.buffers()]
-    packed = sum(one.untyped_storage().nbytes() for one in tensors)
-    assert packed < found.weight_bytes + found.mapped_bytes < 1.3 * packed  # the scales lie beside the weights
+    states = [one.quant_state for one in model.parameters() if hasattr(one, "quant_state")]
+    scales = [part for one in states for part in (one.absmax, one.code, one.offset, one.state2.absmax)]
+    tensors = [*model.parameters(), *model.buffers(), *scales]
+    assert found.weight_bytes + found.mapped_bytes == sum(one.untyped_storage().nbytes() for one in tensors)
 
 
 def plan_one(recipe: Recipe, joined: str) -> SettingsTrace:

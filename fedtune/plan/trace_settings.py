@@ -127,11 +127,11 @@ def _list_storages(traced: TracedModel) -> dict[str, int]:
 
 
 def _count_quantisation_bytes(tensor: torch.Tensor) -> int:
-    """The scales of a four-bit weight."""
+    """The scales of a four-bit weight. All weights share the table of the scales' own codes."""
     state = getattr(tensor, "quant_state", None)
     if state is None:
         return 0
-    own = (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
+    own = (state.absmax, state.code, state.offset, state.state2.absmax)
     return sum(one.untyped_storage().nbytes() for one in own)
 
 
