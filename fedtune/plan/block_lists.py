@@ -13,8 +13,10 @@ __all__ = ["FEWEST_BLOCKS", "BlockList", "find_like_blocks", "truncate_blocks"]
 
 _Of = TypeVar("_Of")
 
-FEWEST_BLOCKS = 2
-"""The number of blocks of the shorter model: the first and the last one, which may differ from those between them."""
+FEWEST_BLOCKS = (2, 3)
+"""The number of blocks of the shorter model: the first and the last one, which may differ from those between them, and
+for techniques that treat a block between them differently one more.
+"""
 
 
 @dataclass(frozen=True)

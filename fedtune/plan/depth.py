@@ -9,7 +9,6 @@ short models differ by just that, the peak of the deep one is known. Otherwise t
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from fedtune.plan.block_lists import FEWEST_BLOCKS, BlockList
 from fedtune.plan.data_answers import DataAnswers
 from fedtune.plan.step_trace import RoundTrace, Shapes, TracedModel, build_traced_model, list_shapes, trace_rounds
 from fedtune.recipe.schema import Recipe
@@ -32,19 +31,18 @@ class ModelTrace:
 
 def trace_model(recipe: Recipe, labels: Sequence[str], batch_sizes: Sequence[int], answers: DataAnswers) -> ModelTrace:
     """Trace a step at several batch sizes, with few blocks if that is exact."""
-    other = build_traced_model(recipe, labels, FEWEST_BLOCKS + 1)
+    other = build_traced_model(recipe, labels, 1)
     found = [trace_rounds(other, recipe, labels, size, answers) for size in batch_sizes]
     if other.blocks is None:
         return ModelTrace(found, list_shapes(other), other, None)
-    one = build_traced_model(recipe, labels, FEWEST_BLOCKS)
+    one = build_traced_model(recipe, labels, 0)
     less = [trace_rounds(one, recipe, labels, size, answers) for size in batch_sizes]
     if all(_is_affine(a, b) for few, many in zip(less, found, strict=True) for a, b in zip(few, many, strict=True)):
-        blocks = other.blocks
         deep = [
-            [_extrapolate(a, b, blocks) for a, b in zip(few, many, strict=True)]
+            [_extrapolate(a, b, one) for a, b in zip(few, many, strict=True)]
             for few, many in zip(less, found, strict=True)
         ]
-        return ModelTrace(deep, list_shapes(other), other, FEWEST_BLOCKS + 1)
+        return ModelTrace(deep, list_shapes(other), other, other.depth)
     whole = build_traced_model(recipe, labels, None)
     found = [trace_rounds(whole, recipe, labels, size, answers) for size in batch_sizes]
     return ModelTrace(found, list_shapes(whole), whole, other.blocks.count)
@@ -54,9 +52,11 @@ def _is_affine(few: RoundTrace, many: RoundTrace) -> bool:
     return many.peak_bytes - few.peak_bytes == many.kept_bytes - few.kept_bytes
 
 
-def _extrapolate(few: RoundTrace, many: RoundTrace, blocks: BlockList) -> RoundTrace:
+def _extrapolate(few: RoundTrace, many: RoundTrace, shallow: TracedModel) -> RoundTrace:
     """Return the trace at the full number of blocks."""
-    more = blocks.count - FEWEST_BLOCKS
+    blocks = shallow.blocks
+    assert blocks is not None
+    more = blocks.count - shallow.depth
     return RoundTrace(
         few.kept_bytes + more * (many.kept_bytes - few.kept_bytes),
         few.peak_bytes + more * (many.peak_bytes - few.peak_bytes),

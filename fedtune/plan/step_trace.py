@@ -38,12 +38,16 @@ class RoundTrace:
 
 @dataclass(frozen=True)
 class TracedModel:
-    """A model without data, rewritten by techniques. ``blocks`` is the list that was shortened, None if none was."""
+    """A model without data, rewritten by techniques.
+
+    ``blocks`` is the list that was shortened, None if none was, and ``depth`` the number of blocks that are left.
+    """
 
     model: nn.Module = field(repr=False)
     techniques: tuple[Technique, ...]
     shared: list[str] = field(repr=False)
     blocks: BlockList | None
+    depth: int
 
 
 @contextmanager
@@ -54,10 +58,10 @@ def use_fake_tensors() -> Iterator[DataAnswers]:
         yield answers
 
 
-def build_traced_model(recipe: Recipe, labels: Sequence[str], depth: int | None) -> TracedModel:
-    """Build the recipe's model as ``prepare_model`` does, without weights, with ``depth`` of its like blocks.
+def build_traced_model(recipe: Recipe, labels: Sequence[str], more: int | None) -> TracedModel:
+    """Build the recipe's model as ``prepare_model`` does, without weights, with ``more`` than the fewest of its blocks.
 
-    All blocks are built if there is no list of like blocks, if it is no longer than ``depth``, or without ``depth``.
+    All blocks are built if there is no list of like blocks, if it has no more, or without ``more``.
     """
     chosen = techniques.build_techniques(recipe.train.techniques)
     quantised = [found for found in (technique.make_quantisation_config() for technique in chosen) if found is not None]
@@ -67,17 +71,27 @@ def build_traced_model(recipe: Recipe, labels: Sequence[str], depth: int | None)
     model = make_skeleton(
         recipe.model, task, labels, seed=derive_seed(recipe.seed, "head"), quantisation=next(iter(quantised), None)
     )
-    blocks = None if depth is None else find_like_blocks(model)
-    shallow = [] if blocks is None else [technique.for_depth(blocks.count, FEWEST_BLOCKS) for technique in chosen]
-    if blocks is None or depth is None or depth >= blocks.count or None in shallow:
-        blocks = None
-    else:
+    blocks, depth = None if more is None else find_like_blocks(model), 0
+    if blocks is not None and more is not None:
+        fewest, shallow = _find_fewest(chosen, blocks.count)
+        depth = fewest + more
+        blocks = blocks if depth < blocks.count else None
+    if blocks is not None:
         truncate_blocks(model, blocks, depth)
-        chosen = tuple(technique for technique in shallow if technique is not None)
+        chosen = shallow
     for method in continual.list_methods(recipe):
         method.rewrite_model(model, task, recipe)
     shared = techniques.apply_techniques(chosen, model, task, derive_seed(recipe.seed, "techniques"))
-    return TracedModel(model, chosen, shared, blocks)
+    return TracedModel(model, chosen, shared, blocks, depth)
+
+
+def _find_fewest(chosen: Sequence[Technique], count: int) -> tuple[int, tuple[Technique, ...]]:
+    """Return the fewest blocks that stand for ``count`` and the techniques as they are traced; ``count`` if none do."""
+    for fewest in FEWEST_BLOCKS:
+        shallow = [technique.for_depth(count, fewest) for technique in chosen]
+        if None not in shallow:
+            return fewest, tuple(technique for technique in shallow if technique is not None)
+    return count, tuple(chosen)
 
 
 def trace_rounds(

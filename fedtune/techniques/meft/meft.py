@@ -144,12 +144,12 @@ class Meft(Technique):
         return self.model_copy(update={"store_activations": True})
 
     def for_depth(self, blocks: int, fewest: int) -> "Meft | None":
-        """Return the technique with as many cuts as ``blocks`` need; None if there are more cuts than ``fewest``."""
+        """Return the technique with as many cuts as ``blocks`` need; None if there is no block beside each cut."""
         if self.arithmetic == "float":
             return self
         planned = self.model_copy()
         planned._cut_count = self._count_cuts(blocks)
-        return planned if planned._cut_count <= fewest else None
+        return planned if 2 * planned._cut_count < fewest else None
 
     def _count_cuts(self, blocks: int) -> int:
         """The fewest cuts so that no stretch of blocks between them outgrows a double."""
