@@ -144,7 +144,8 @@ def _run_round(run: ServerRun, clients: RunClients, state: SharedState, round_nu
             return None
         ending = _end_round(run, state, round_number, records, updates, failure)
         drift = run.drift.judge_round(round_number, ending.used)
-    result = _score_round(run, clients, ending, updates, drift, round_number, started)
+    result = _score_round(run, clients, ending, updates, round_number, started)
+    result = result._replace(metrics=(*result.metrics, *drift))
     state = commit_round(run.store, run.run_id, round_number, result)
     _record_commit(run, round_number, result, drift)
     return state
@@ -178,7 +179,6 @@ def _score_round(
     clients: RunClients,
     ending: _Ending,
     updates: Sequence[ClientUpdate],
-    drift: tuple[MetricRecord, ...],
     round_number: int,
     started: float,
 ) -> RoundResult:
@@ -192,7 +192,6 @@ def _score_round(
         + run.safeguards.spending.compute_epsilon_after_round(
             ("failed" if ending.failure else "completed", ending.records)
         )
-        + drift
     )
     scores = client_scores(updates, context.recipe.evaluation.metrics, context.task)
     scores += run.drift.list_client_scores(ending.used)
