@@ -118,12 +118,11 @@ def _commit_start(context: RunContext, store: Store, run_id: str) -> SharedState
 class _Ending(NamedTuple):
     """What the updates of a round led to: the records of all clients, the updates that were used, and the next state.
 
-    ``updates`` are all that arrived. ``memory`` is the server's whole memory of earlier tasks, None if it does not
-    change. ``failure`` says why the round failed.
+    ``memory`` is the server's whole memory of earlier tasks, None if it does not change. ``failure`` says why the
+    round failed.
     """
 
     records: Sequence[ClientRecord]
-    updates: Sequence[ClientUpdate]
     used: Sequence[ClientUpdate]
     state: SharedState
     memory: dict[str, Tensor] | None
@@ -145,7 +144,8 @@ def _run_round(run: ServerRun, clients: RunClients, state: SharedState, round_nu
             return None
         ending = _end_round(run, state, round_number, records, updates, failure)
         drift = run.drift.judge_round(round_number, ending.used)
-    result = _score_round(run, clients, ending, drift, round_number, started)
+    result = _score_round(run, clients, ending, updates, round_number, started)
+    result = result._replace(metrics=(*result.metrics, *drift))
     state = commit_round(run.store, run.run_id, round_number, result)
     _record_commit(run, round_number, result, drift)
     return state
@@ -168,23 +168,22 @@ def _end_round(
         except MERGE_ERRORS as error:
             failure = with_refusals(f"the merge failed: {clean_text(error)}", records)
     if failure:
-        records = mark_updates_unused(records)
-    used = [] if failure else updates
-    ended = end_task(context, run.run_id, round_number, state, remembered, used)
-    memory = update_memory(context, round_number, remembered, ended.memory, used)
-    return _Ending(records, updates, used, ended.state, memory, figures, failure)
+        records, updates = mark_updates_unused(records), []
+    ended = end_task(context, run.run_id, round_number, state, remembered, updates)
+    memory = update_memory(context, round_number, remembered, ended.memory, updates)
+    return _Ending(records, updates, ended.state, memory, figures, failure)
 
 
 def _score_round(
     run: ServerRun,
     clients: RunClients,
     ending: _Ending,
-    drift: tuple[MetricRecord, ...],
+    updates: Sequence[ClientUpdate],
     round_number: int,
     started: float,
 ) -> RoundResult:
     """Score the next state and return the round for its commit."""
-    context, state, updates = run.context, ending.state, ending.updates
+    context, state = run.context, ending.state
     metrics = (
         ending.figures
         + average_holdout_metrics(updates, context.task)
@@ -193,7 +192,6 @@ def _score_round(
         + run.safeguards.spending.compute_epsilon_after_round(
             ("failed" if ending.failure else "completed", ending.records)
         )
-        + drift
     )
     scores = client_scores(updates, context.recipe.evaluation.metrics, context.task)
     scores += run.drift.list_client_scores(ending.used)
