@@ -58,7 +58,7 @@ stream:
 SIMULATED = RECIPE.format(
     devices="[{name: phone, count: 10, dropout: 0.3}, {name: tablet, count: 6, dropout: 0.1}]",
     steps=4,
-    federation="{}",
+    federation="{deadline: 60}",
     rounds=ROUNDS,
     arrival=f"{{staggered: 1, waves: {WAVES}}}",
 )
