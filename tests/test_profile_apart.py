@@ -11,6 +11,8 @@ from fedtune.memory import read_resident_memory
 from fedtune.profiling import FailedProfile, ProfileCase, StepProfile, profile_in_subprocess
 from tests.profile_examples import a_case, a_recipe, tiny_bert
 
+pytestmark = pytest.mark.slow
+
 
 def die(sending: Connection, case: ProfileCase) -> None:
     os.kill(os.getpid(), signal.SIGKILL)

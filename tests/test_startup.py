@@ -5,7 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.federations import TRIVIAL, WORDS, words
+
+pytestmark = pytest.mark.slow
 
 SIMULATE = """
 import sys
