@@ -33,18 +33,18 @@ def run_limited_round(
     """
     part = context.for_client(request.client)
     micro = None if request.scoring else choose_micro_batch_size(part, rows, request.round, budget)
-    with keep_within_budget(budget):
+    with keep_within_budget(budget, part.recipe.train.threads):
         return run_local_round(request, state, context, rows, folder, micro)
 
 
 @contextmanager
-def keep_within_budget(budget: int) -> Iterator[None]:
-    """Keep this process within ``budget`` bytes in the block.
+def keep_within_budget(budget: int, threads: int = 1) -> Iterator[None]:
+    """Keep this process, which computes with so many threads, within ``budget`` bytes in the block.
 
     A training step that does not fit halves its micro-batch. Raise MemoryBudgetError if that is not enough.
     """
     try:
-        with limit_private_memory(budget - read_held_bytes()):
+        with limit_private_memory(budget - read_held_bytes(), threads):
             yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):

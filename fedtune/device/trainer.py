@@ -77,8 +77,9 @@ class Trainer:
         folder = DeviceHome().get_local_state_folder(request.run_id)
         leave_others(folder)
         delete_unneeded_memory(folder)
-        with keep_within_budget(self._budget):
+        with keep_within_budget(self._budget, context.recipe.train.threads):
             deltas, report = run_local_round(request, state, context, rows, folder, self._micro)
+        self._micro = report.micro_batch_size or self._micro  # it may have been halved
         return Frame(
             {"kind": "trained", "report": report.to_fields(), "holding": summarise_local_data(context, rows)}, deltas
         )

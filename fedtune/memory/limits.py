@@ -15,8 +15,7 @@ from fedtune.memory.process_memory import read_mapped_bytes
 
 __all__ = ["can_limit_memory", "limit_private_memory"]
 
-_STACKS = 16 << 20
-"""Two stacks of threads of 8 MB, of which a few pages become resident."""
+_USUAL_STACK = 8 << 20
 
 
 def can_limit_memory() -> bool:
@@ -25,22 +24,26 @@ def can_limit_memory() -> bool:
 
 
 @contextmanager
-def limit_private_memory(room: int) -> Iterator[None]:
+def limit_private_memory(room: int, threads: int = 1) -> Iterator[None]:
     """Let this process take at most ``room`` bytes of private memory more in the block. Limits that are lower hold.
 
-    Nothing is limited on a system that cannot.
+    The stacks of ``threads`` and of one more may be added, of which a few pages become resident: OpenMP ends the
+    process if it cannot start a thread. Nothing is limited on a system that cannot.
     """
     mapped = read_mapped_bytes()
     if mapped is None or sys.platform != "linux":
         yield
         return
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    limits = [
-        min(mapped + max(0, room) + _STACKS, sys.maxsize),
-        *(one for one in before if one != resource.RLIM_INFINITY),
-    ]
+    wanted = mapped + max(0, room) + (threads + 1) * _read_stack_size()
+    limits = [min(wanted, sys.maxsize), *(one for one in before if one != resource.RLIM_INFINITY)]
     resource.setrlimit(resource.RLIMIT_DATA, (min(limits), before[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def _read_stack_size() -> int:
+    soft = resource.getrlimit(resource.RLIMIT_STACK)[0]
+    return _USUAL_STACK if soft == resource.RLIM_INFINITY else soft
