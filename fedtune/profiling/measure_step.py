@@ -40,7 +40,7 @@ from fedtune.training.start import Start
 from fedtune.wire.client_update import decode_tensors, pack
 from fedtune.wire.masked_weights import encode_masked_state, find_masks, select_active_values
 
-__all__ = ["profile_step"]
+__all__ = ["list_distinct_rounds", "measure_step_memory", "profile_step"]
 
 _TIMED = 3
 """The number of timed steps, whose median is reported, after one warm-up step."""
@@ -66,7 +66,7 @@ def _measure_case(case: ProfileCase, recipe: Recipe) -> tuple[StepProfile, Tenso
     batch = make_random_batch(model, recipe, len(case.labels)) if case.batch is None else decode_tensors(case.batch)
     device = find_device(model)
     batch = move_tensors(batch, device)
-    rounds = _rounds(model, chosen)
+    rounds = list_distinct_rounds(model, chosen)
     gc.collect()
     release_freed()
     reset_accelerator_peak(device)
@@ -74,7 +74,7 @@ def _measure_case(case: ProfileCase, recipe: Recipe) -> tuple[StepProfile, Tenso
         loaded, parts = peak_rss(), read_resident_memory()
         seconds = [_measure_seconds(model, chosen, batch, recipe, round_number) for round_number in rounds]
     rss, accelerator = peak_rss(), read_accelerator_peak(device)
-    held = [_measure_memory(model, chosen, batch, recipe, round_number) for round_number in rounds]
+    held = [measure_step_memory(model, chosen, batch, recipe, round_number) for round_number in rounds]
     sent = [_measure_payload(model, chosen, round_number) for round_number in rounds]
     state = get_model_state(model, shared)
     figures = StepProfile(
@@ -97,7 +97,7 @@ def _measure_case(case: ProfileCase, recipe: Recipe) -> tuple[StepProfile, Tenso
     return figures, state, batch, rounds
 
 
-def _rounds(model: nn.Module, techniques: Sequence[Technique]) -> list[int]:
+def list_distinct_rounds(model: nn.Module, techniques: Sequence[Technique]) -> list[int]:
     """Return round 1, and round 2 if other tensors are trained in it."""
     trained_in = []
     for round_number in (1, 2):
@@ -128,7 +128,7 @@ def _measure_seconds(
     return statistics.median(seconds[1:])
 
 
-def _measure_memory(
+def measure_step_memory(
     model: nn.Module, techniques: Sequence[Technique], batch: Tensors, recipe: Recipe, round_number: int
 ) -> tuple[int, int]:
     """Return the bytes kept for backward when the forward pass ends, and the peak of both passes."""
