@@ -86,8 +86,8 @@ def read_recorded_recipe(run: RunRecord) -> tuple[Recipe, bool]:
     return Recipe.model_validate_json(run.recipe), needs_translation(json.loads(run.recipe))
 
 
-def execute_run(run: LocalRun, store: str, engine: str, workers: int | None) -> None:
-    """Carry a run to its end on an engine."""
+def execute_run(run: LocalRun, store: str, engine: str, workers: int | None, *, enforce_memory: bool = False) -> None:
+    """Carry a run to its end on an engine. Only the in-process engine can enforce the memory of device classes."""
     if engine == "flower":
         from fedtune.simulation.flower_engine import run_on_flower_engine
 
@@ -95,4 +95,5 @@ def execute_run(run: LocalRun, store: str, engine: str, workers: int | None) -> 
     else:
         from fedtune.simulation import choose_worker_count, run_in_process
 
-        run_in_process(run.context, run.id, store, workers or choose_worker_count(run.context))
+        count = workers or choose_worker_count(run.context)
+        run_in_process(run.context, run.id, store, count, enforce_memory=enforce_memory)

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.accelerator import find_device, fork_random_state, move_tensors, require_device, synchronise
-from fedtune.memory import StorageMeter, peak_rss, read_accelerator_peak, reset_accelerator_peak, reset_peak_rss
+from fedtune.memory import (
+    MemoryWatch,
+    StorageMeter,
+    peak_rss,
+    read_accelerator_peak,
+    read_resident_memory,
+    release_freed,
+    reset_accelerator_peak,
+)
 from fedtune.profiling.gradient_check import gradient_error
 from fedtune.profiling.profile_cases import ProfileCase
 from fedtune.profiling.profile_results import StepProfile
@@ -60,10 +68,11 @@ def _measure_case(case: ProfileCase, recipe: Recipe) -> tuple[StepProfile, Tenso
     batch = move_tensors(batch, device)
     rounds = list_distinct_rounds(model, chosen)
     gc.collect()
-    reset_peak_rss()
+    release_freed()
     reset_accelerator_peak(device)
-    loaded = peak_rss()
-    seconds = [_measure_seconds(model, chosen, batch, recipe, round_number) for round_number in rounds]
+    with MemoryWatch() as memory:
+        loaded, parts = peak_rss(), read_resident_memory()
+        seconds = [_measure_seconds(model, chosen, batch, recipe, round_number) for round_number in rounds]
     rss, accelerator = peak_rss(), read_accelerator_peak(device)
     held = [measure_step_memory(model, chosen, batch, recipe, round_number) for round_number in rounds]
     sent = [_measure_payload(model, chosen, round_number) for round_number in rounds]
@@ -81,6 +90,9 @@ def _measure_case(case: ProfileCase, recipe: Recipe) -> tuple[StepProfile, Tenso
         device_type=device.type,
         accelerator_bytes=None if accelerator is None else accelerator.allocated,
         accelerator_reserved_bytes=None if accelerator is None else accelerator.reserved,
+        anonymous_bytes=memory.anonymous,
+        file_bytes=memory.file_backed,
+        loaded_anonymous_bytes=None if parts is None else parts.anonymous,
     )
     return figures, state, batch, rounds
 
