@@ -9,6 +9,7 @@ import sys
 CLAIMS = (
     "startup",
     "techniques",
+    "plan",
     "architectures",
     "full_memory",
     "allocator",
