@@ -19,6 +19,7 @@ from fedtune.plan.trace_settings import trace_candidate
 from fedtune.profiling import StepProfile, make_random_batch, profile_step
 from fedtune.profiling.measure_step import list_distinct_rounds, measure_step_memory
 from fedtune.recipe.schema import Recipe, Unit
+from fedtune.techniques.meft.meft import Meft
 from fedtune.training import get_tensor_shapes, prepare_model
 from tests.profile_examples import a_case, a_recipe, tiny_bert
 
@@ -86,9 +87,17 @@ def test_a_decoder_traced_at_a_few_blocks_holds_the_bytes_of_the_whole(joined: s
     compare(with_techniques(recipe, joined), (), slack=0.03)
 
 
-def test_the_cuts_of_a_deep_model_are_planned_at_few_blocks(tmp_path: Path) -> None:
+def test_a_deep_model_with_cuts_is_planned(tmp_path: Path) -> None:
     recipe = with_techniques(a_recipe(a_decoder(tmp_path), "task=text-generation"), "meft", value_bits=47)
-    assert compare(recipe, ()).traced_blocks == 4
+    compare(recipe, ())
+
+
+def test_cuts_need_a_block_on_both_sides() -> None:
+    meft = Meft(value_bits=47)  # at most four blocks between two cuts
+    assert meft.for_depth(4, 2) is not None
+    assert meft.for_depth(6, 2) is None
+    assert meft.for_depth(6, 3) is not None
+    assert meft.for_depth(30, 3) is None
 
 
 @pytest.mark.parametrize("joined", IMAGES)
