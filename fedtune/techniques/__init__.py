@@ -35,6 +35,7 @@ __all__ = [
     "begin_step",
     "build_techniques",
     "check_device_type",
+    "check_paged_base",
     "collect_loss_terms",
     "collect_metrics",
     "compute_extra_payload",
@@ -67,6 +68,15 @@ def check_device_type(techniques: Sequence[Technique], device_type: str) -> None
     for technique in techniques:
         if why := technique.unsupported_devices.get(device_type):
             raise ModelError(f"{technique.name} cannot run on {device_type}, {why}; compute on the CPU")
+
+
+def check_paged_base(techniques: Sequence[Technique]) -> None:
+    """Raise ModelError if a technique needs the matrices of the base in memory."""
+    for technique in techniques:
+        if technique.paged_base_problem is not None:
+            raise ModelError(
+                f"model.paged: {technique.name} {technique.paged_base_problem}; take lora or meft, or drop model.paged"
+            )
 
 
 def apply_techniques(techniques: Sequence[Technique], model: nn.Module, task: Task, seed: int) -> list[str]:
