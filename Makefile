@@ -25,7 +25,7 @@ quick: $(READY)
 
 # One process per core, at most four: each loads the libraries and models of its tests.
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-devices: $(READY)
 	$(BIN)/python -m pytest -m deployed

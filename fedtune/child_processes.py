@@ -1,11 +1,17 @@
-"""Child processes that import only installed modules, never modules from the working directory."""
+"""Child processes: started so that they import only installed modules, and waited for."""
 
 import os
+import select
 import site
 import sys
 from pathlib import Path
+from typing import Protocol
 
-__all__ = ["environment", "make_isolated_command"]
+__all__ = ["environment", "make_isolated_command", "wait_until_readable"]
+
+
+class _Readable(Protocol):
+    def fileno(self) -> int: ...
 
 
 def make_isolated_command(module: str, *arguments: str) -> list[str]:
@@ -27,3 +33,13 @@ def environment() -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     found = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(wanted))} if wanted else {}
     return kept | found | {"PYTHONSAFEPATH": "1"}
+
+
+def wait_until_readable(stream: _Readable, seconds: float) -> bool:
+    """Whether a pipe or socket has something to read, or its other end is closed, within some seconds.
+
+    A server has raised its limit of open files, and ``select.select`` refuses descriptors above 1,023.
+    """
+    watched = select.poll()
+    watched.register(stream.fileno(), select.POLLIN)
+    return bool(watched.poll(1000 * seconds))

@@ -1,12 +1,11 @@
 """Trains each technique for a round on the CPU and on the pretended card, in a process of its own.
 
-``python -m tests.card_rounds`` prints a JSON object by case. It is a process of its own because torch cannot forget a
-backend that was registered.
+``python -m tests.card_rounds`` prints a JSON object by data type and case. It is a process of its own because torch
+cannot forget a backend that was registered.
 """
 
 import json
 import math
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,7 @@ from fedtune.training import ClientRound, LocalTrainingResult, get_model_state, 
 from tests.pretend_card import CARD, CardTensor, use_card
 from tests.tiny import a_training_recipe
 
-__all__ = ["CASES"]
+__all__ = ["CASES", "UNDER_AUTOCAST"]
 
 CASES = {
     "activation-pruning+lora": "a BERT classifier",
@@ -50,6 +49,9 @@ CASES = {
     "tinytl": "a MobileNetV2",
 }
 """Techniques, and the model that they are tried on."""
+
+UNDER_AUTOCAST = ("dynamic-pruning+activation-pruning", "fused-cross-entropy+lora", "meft", "mobiletl")
+"""Techniques with backward passes of their own, which must meet the types that autocast made."""
 
 _SETTINGS: dict[str, dict[str, Any]] = {"dynamic-pruning": {"density": 0.5, "update_every": 1}}
 
@@ -138,5 +140,5 @@ def _try(case: str, dtype: torch.dtype) -> dict[str, Any]:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    kind = getattr(torch, sys.argv[1])
-    print(json.dumps({case: _try(case, kind) for case in sys.argv[2:] or CASES}))
+    kinds = {"float32": (torch.float32, tuple(CASES)), "bfloat16": (torch.bfloat16, UNDER_AUTOCAST)}
+    print(json.dumps({name: {case: _try(case, kind) for case in cases} for name, (kind, cases) in kinds.items()}))

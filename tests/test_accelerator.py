@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.card_rounds import CASES
+from tests.card_rounds import CASES, UNDER_AUTOCAST
+
+pytestmark = pytest.mark.slow
 
 _ROUNDING = 1e-5
 """Attention has other kernels off the CPU, and one that adds in another order is a rounding error away."""
@@ -28,25 +30,18 @@ _WAITS: dict[str, set[str]] = {
 _PLAIN = set(CASES) - {*_WAITS, "deft+lora"}
 
 
-_UNDER_AUTOCAST = ("dynamic-pruning+activation-pruning", "fused-cross-entropy+lora", "meft", "mobiletl")
-"""Techniques with backward passes of their own, which must meet the types that autocast made."""
-
-
-def _run(dtype: str, *cases: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "tests.card_rounds", dtype, *cases]
+@pytest.fixture(scope="module")
+def rounds() -> dict[str, dict[str, Any]]:
+    """Rounds of all cases by data type, from one process, because each has torch to import."""
+    command = [sys.executable, "-m", "tests.card_rounds"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    rounds: dict[str, Any] = json.loads(done.stdout)
-    return rounds
+    by_type: dict[str, dict[str, Any]] = json.loads(done.stdout)
+    return by_type
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
-    return _run("float32")
-
-
-@pytest.fixture(scope="module")
-def found_in_bfloat16() -> dict[str, Any]:
-    return _run("bfloat16", *_UNDER_AUTOCAST)
+def found(rounds: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return rounds["float32"]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -73,9 +68,9 @@ def test_a_step_waits_for_what_its_technique_needs_alone(case: str, found: dict[
     assert set(found[case]["waits_per_step"]) <= _WAITS[case]
 
 
-@pytest.mark.parametrize("case", _UNDER_AUTOCAST)
-def test_a_model_in_bfloat16_trains_under_autocast(case: str, found_in_bfloat16: dict[str, Any]) -> None:
-    one = found_in_bfloat16[case]
+@pytest.mark.parametrize("case", UNDER_AUTOCAST)
+def test_a_model_in_bfloat16_trains_under_autocast(case: str, rounds: dict[str, dict[str, Any]]) -> None:
+    one = rounds["bfloat16"][case]
     assert "failed" not in one, one
     assert one["losses"][1] != one["losses"][0]  # losses are in single precision there
     assert one["losses"][1] == pytest.approx(one["losses"][0], rel=1e-2)

@@ -172,7 +172,7 @@ def resumed(run: str, recipe: Recipe) -> Ended:
 def test_a_pool_ends_in_the_same_weights_as_clients_in_turn(home: Path, tmp_path: Path) -> None:
     recipe = words(tmp_path, FULL, CLIENTS)
     in_turn = execute(recipe, run="in-turn")
-    pool = execute(recipe, ProcessPoolWorkers(shop_of(recipe), 2), run="pool")
+    pool = execute(recipe, ProcessPoolWorkers(shop_of(recipe), 1), run="pool")
     assert in_turn.hashes == pool.hashes
     assert len(set(pool.hashes)) == 3
 

@@ -1,14 +1,17 @@
 """Child processes import what is installed, whatever lies in the folder they are started in."""
 
+import fcntl
 import importlib.util
 import os
+import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from fedtune.child_processes import environment, make_isolated_command
+from fedtune.child_processes import environment, make_isolated_command, wait_until_readable
 from fedtune.device.device_home import DeviceHome, DeviceIdentity
 from fedtune.device.trainer_channel import Frame
 from fedtune.device.trainer_supervisor import TrainerSupervisor
@@ -145,3 +148,25 @@ def test_a_socket_whose_path_would_be_too_long_lies_in_a_private_folder_of_its_o
     assert superlink.socket.parent.stat().st_mode & 0o777 == 0o700
     superlink.close()
     assert not superlink.socket.parent.exists()
+
+
+@pytest.fixture
+def many_files() -> Iterator[int]:
+    """A descriptor number that ``select.select`` refuses, as a process with many connections has it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (4096 if hard == resource.RLIM_INFINITY else min(hard, 4096), hard))
+    yield 2000
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_stream_with_a_high_descriptor_number_is_waited_for(many_files: int) -> None:
+    reading, writing = os.pipe()
+    high = fcntl.fcntl(reading, fcntl.F_DUPFD, many_files)
+    with os.fdopen(high) as stream:
+        assert not wait_until_readable(stream, 0.01)
+        os.write(writing, b"x")
+        assert wait_until_readable(stream, 0.01)
+        assert stream.read(1) == "x"
+        os.close(writing)
+        assert wait_until_readable(stream, 10.0)  # the other end is closed
+    os.close(reading)

@@ -98,7 +98,7 @@ def test_figures_of_a_state_are_those_by_which_its_next_round_begins(home: Path,
 @pytest.mark.slow
 def test_a_pool_scores_what_clients_in_turn_score(home: Path) -> None:
     in_turn = execute(trivial(*ALL), run="in-turn")
-    pool = execute(trivial(*ALL), ProcessPoolWorkers(get_run_context(trivial(*ALL).model_dump_json()), 2), run="pool")
+    pool = execute(trivial(*ALL), ProcessPoolWorkers(get_run_context(trivial(*ALL).model_dump_json()), 1), run="pool")
     assert [one.client_scores for one in pool.rounds] == [one.client_scores for one in in_turn.rounds]
     assert pool.hashes == in_turn.hashes
 

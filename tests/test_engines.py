@@ -14,6 +14,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedtune.device.client_app import train_round
+from fedtune.errors import RunError
 from fedtune.recipe.schema import Recipe
 from fedtune.simulation.flower_engine import run_on_flower_engine
 from fedtune.simulation.workers import ProcessPoolWorkers
@@ -147,3 +148,9 @@ def test_ctrl_c_ends_a_pool_at_once_with_one_word(home: Path, tmp_path: Path) ->
     assert (process.returncode, said) == (130, ["stopped"])
     assert time.monotonic() - asked < 20
     assert outcome().run.status == "interrupted"
+
+
+def test_workers_that_would_share_more_tensors_than_they_may_open_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedtune.simulation.workers.raise_file_limit", lambda: 257)
+    with pytest.raises(RunError, match=r"2 tensors.*the limit of open files is 257; .*--workers 1"):
+        ProcessPoolWorkers(shop(trivial()), 2)

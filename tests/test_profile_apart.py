@@ -10,6 +10,8 @@ import pytest
 from fedtune.profiling import FailedProfile, ProfileCase, StepProfile, profile_in_subprocess
 from tests.profile_examples import a_case, a_recipe, tiny_bert
 
+pytestmark = pytest.mark.slow
+
 
 def die(sending: Connection, case: ProfileCase) -> None:
     os.kill(os.getpid(), signal.SIGKILL)

@@ -22,6 +22,8 @@ from fedtune.device.local_data import LocalData, summarise_local_data
 from fedtune.device.trainer import Trainer
 from fedtune.wire.client_update import TrainRequest
 
+pytestmark = pytest.mark.slow
+
 recipe, labels, source = json.loads(Path("order.json").read_text())
 shop, rows = LocalData(source).get_context(TrainRequest(recipe, 1, 0, "run-1", labels))
 assert len(shop.train) and summarise_local_data(shop, rows)

@@ -1,6 +1,8 @@
 """Any two techniques for pictures train together on a mobile net, in either order, or are refused with the reason."""
 
+import gc
 import pickle
+from collections.abc import Iterator
 from copy import deepcopy
 from itertools import combinations
 from typing import Any
@@ -45,6 +47,13 @@ NAMES = [name for name in unit_registry.list_unit_names("fedtune.techniques") if
 PAIRS = [f"{one}+{other}" for one, other in combinations(NAMES, 2)]
 NO_EXPORT = {"tinytl"}
 pytestmark = pytest.mark.filterwarnings("ignore:lora puts no pair beside:UserWarning")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def close_shared_memory() -> Iterator[None]:
+    """Each tensor in shared memory has an open file until its model, which refers to itself, is collected."""
+    yield
+    gc.collect()
 
 
 def chosen(joined: str) -> tuple[Technique, ...]:

@@ -23,6 +23,7 @@ from fedtune.device.own_memory import delete_unneeded_memory
 from fedtune.device.problems import problem_of
 from fedtune.device.trainer_channel import STATE, Frame, TrainerChannel
 from fedtune.errors import ClientUpdateError, FedtuneError, MemoryBudgetError, NoTaskError, StoreError
+from fedtune.memory.allocator import fix_mmap_threshold
 from fedtune.training import RunContext
 from fedtune.wire.client_update import TrainRequest
 
@@ -31,6 +32,7 @@ __all__ = ["main"]
 
 def main(descriptor: int, source: str, budget: int, halvings: int) -> None:
     """Reply to requests until the other end of the socket is closed."""
+    fix_mmap_threshold()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     channel, trainer = TrainerChannel(socket.socket(fileno=descriptor)), Trainer(source, budget, halvings)
     while True:

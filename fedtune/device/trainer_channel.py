@@ -1,11 +1,12 @@
 """Frames between the device process and the trainer: a JSON header and a payload, each preceded by its length."""
 
 import json
-import select
 import socket
 import struct
 from dataclasses import dataclass
 from typing import Any
+
+from fedtune.child_processes import wait_until_readable
 
 __all__ = ["STATE", "Frame", "TrainerChannel"]
 
@@ -57,7 +58,7 @@ class TrainerChannel:
 
     def wait_until_ready(self, seconds: float) -> bool:
         """Whether a frame arrives, or the other end closes, within some seconds."""
-        return bool(select.select([self._end], [], [], seconds)[0])
+        return wait_until_readable(self._end, seconds)
 
     def receive(self) -> Frame:
         """Wait for the next frame and return it."""

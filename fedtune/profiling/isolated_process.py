@@ -9,6 +9,7 @@ from multiprocessing.connection import Connection
 
 from fedtune.accelerator import is_out_of_memory
 from fedtune.errors import FedtuneError
+from fedtune.memory.allocator import fix_mmap_threshold
 from fedtune.profiling.measure_step import profile_step
 from fedtune.profiling.profile_cases import ProfileCase
 from fedtune.profiling.profile_results import FailedProfile, ProfileResult
@@ -40,6 +41,7 @@ def profile_in_subprocess(case: ProfileCase) -> ProfileResult:
 
 
 def _send_result(sending: Connection, case: ProfileCase) -> None:
+    fix_mmap_threshold()
     sending.send(try_profile(case))
 
 

@@ -7,12 +7,12 @@ when it was idle for a while.
 
 import json
 import os
-import select
 import sys
 from typing import Any
 
 from pydantic import ValidationError
 
+from fedtune.child_processes import wait_until_readable
 from fedtune.errors import FedtuneError
 from fedtune.recipe.schema import Recipe
 from fedtune.recipe.validation_errors import explain_validation_error
@@ -27,7 +27,7 @@ def main() -> None:
     """Check recipes until nobody sends any more."""
     with os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8") as replies:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries print to standard output, which carries replies
-        while select.select([sys.stdin], [], [], _IDLE_SECONDS)[0]:
+        while wait_until_readable(sys.stdin, _IDLE_SECONDS):
             line = sys.stdin.readline()
             if not line:
                 return

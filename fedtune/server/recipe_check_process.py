@@ -1,13 +1,12 @@
 """The server checks recipes in a child process of its own, because the check imports torch."""
 
 import json
-import select
 import subprocess
 import threading
 from contextlib import suppress
 from typing import Any
 
-from fedtune.child_processes import environment, make_isolated_command
+from fedtune.child_processes import environment, make_isolated_command, wait_until_readable
 from fedtune.errors import RecipeError, ServerError
 from fedtune.recipe.schema import Recipe
 
@@ -54,7 +53,7 @@ class RecipeCheckProcess:
         try:
             process.stdin.write(line)
             process.stdin.flush()
-            ready = select.select([process.stdout], [], [], self._timeout_seconds)[0]
+            ready = wait_until_readable(process.stdout, self._timeout_seconds)
             reply: dict[str, Any] = json.loads(process.stdout.readline() if ready else "")
         except (OSError, ValueError):
             self._end()

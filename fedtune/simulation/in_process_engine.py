@@ -6,6 +6,7 @@ from flwr.app import Context, RecordDict
 
 from fedtune import paths
 from fedtune.device.client_app import app as client_app
+from fedtune.memory.allocator import fix_mmap_threshold
 from fedtune.server.server_app import app as server_app
 from fedtune.simulation.compute_devices import uses_accelerator
 from fedtune.simulation.in_process_grid import InProcessGrid
@@ -20,6 +21,7 @@ _WORTH_A_POOL = 1_000_000
 
 def run_in_process(run_context: RunContext, run: str, store: str, workers: int) -> None:
     """Execute a stored run. Clients run one after another in this process, or in a pool of ``workers`` processes."""
+    fix_mmap_threshold()
     client_workers: ClientWorkers = (
         ProcessPoolWorkers(run_context, workers) if workers > 1 else SequentialWorkers(client_app)
     )

@@ -20,7 +20,10 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedtune.device.client_app import app as client_app
+from fedtune.errors import RunError
+from fedtune.file_limit import raise_file_limit
 from fedtune.flower.message_identity import set_node_identity
+from fedtune.memory.allocator import fix_mmap_threshold
 from fedtune.training import RunContext, set_run_context
 
 __all__ = ["ClientWorkers", "ProcessPoolWorkers", "SequentialWorkers"]
@@ -28,6 +31,8 @@ __all__ = ["ClientWorkers", "ProcessPoolWorkers", "SequentialWorkers"]
 ClientResult = tuple[Message, Context] | Exception
 _PATIENCE = 0.05
 _CLIENT = 2
+_OWN_FILES = 256
+"""Open files of a process beside its shared tensors."""
 
 
 class ClientWorkers(ABC):
@@ -86,6 +91,7 @@ class ProcessPoolWorkers(ClientWorkers):
     """
 
     def __init__(self, run_context: RunContext, processes: int, app: ClientApp = client_app) -> None:
+        _require_files(run_context.count_tensors())
         run_context.share_memory()
         self._run_context, self._processes, self._app = run_context, processes, app
         self._queue: deque[tuple[str, Message, Context]] = deque()
@@ -165,8 +171,19 @@ def _result(future: Future[tuple[Message, Context]]) -> ClientResult:
     return error if isinstance(error, Exception) else RuntimeError(repr(error))
 
 
+def _require_files(shared: int) -> None:
+    """Raise RunError if this process may not open a file for each tensor in shared memory."""
+    limit = raise_file_limit()
+    if shared + _OWN_FILES > limit:
+        raise RunError(
+            f"the workers would share {shared:,} tensors, and each takes an open file, but the limit of open files is "
+            f"{limit:,}; raise it (ulimit -n) or run the clients in one process (--workers 1)"
+        )
+
+
 def _begin(run_context: RunContext, watched: Connection) -> None:
     """Initialise a worker process: it exits with its parent and owns copies of the tensors that it trains."""
+    fix_mmap_threshold()
     threading.Thread(target=_end_with, args=(watched,), daemon=True).start()
     set_node_identity(_CLIENT)
     run_context.copy_writable_tensors()

@@ -223,6 +223,10 @@ class RunContext:
         recipe = self.recipe.model_copy(update={"data": chosen})
         return self._encode(tasks.load_all_examples(recipe, self.corpus.label_names))
 
+    def count_tensors(self) -> int:
+        """Return the number of tensors of the models."""
+        return sum(len(named_tensors(context.model)) for context in (self, *self.by_device_class.values()))
+
     def share_memory(self) -> None:
         """Move the models to shared memory, and partition and encode the data before worker processes start."""
         for context in (self, *self.by_device_class.values()):

@@ -1,7 +1,6 @@
 """The gateway's listening socket, its HTTP protocol, and its limits of files and connections."""
 
 import asyncio
-import resource
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from fedtune.errors import ServerError
+from fedtune.file_limit import raise_file_limit
 from fedtune.server.gateway.connections import AT_A_TIME, Connections, Listener, peer
 from fedtune.server.gateway.http_line import make_watched_protocol
 from fedtune.server.gateway.refusal import AuditLog
@@ -18,7 +18,7 @@ from fedtune.server.server_home import ServerHome
 
 __all__ = ["config_of", "connections_of", "open_listening_socket"]
 
-_MOST_FILES, _OWN_FILES = 1 << 16, 256
+_OWN_FILES = 256
 """The requested limit of open files, and the number of files that are not connections."""
 _MOST_CONNECTIONS = 2048
 """The largest number of connections. A TLS connection needs about 100 kB."""
@@ -41,7 +41,7 @@ def open_listening_socket(place: ServerHome) -> Iterator[Listener]:
 
 def connections_of(place: ServerHome, audit: AuditLog) -> Connections:
     """Return limits from the settings and the system. Each connection needs a second one to the SuperLink."""
-    total = min(_MOST_CONNECTIONS, (_raise_file_limit() - _OWN_FILES) // 2)
+    total = min(_MOST_CONNECTIONS, (raise_file_limit() - _OWN_FILES) // 2)
     return Connections(place.settings.connections, total, _in_background(audit))
 
 
@@ -77,13 +77,3 @@ def _in_background(audit: AuditLog) -> Callable[[str, str], None]:
         asyncio.get_running_loop().run_in_executor(None, audit.record_refusal, address, sentence)
 
     return tell
-
-
-def _raise_file_limit() -> int:
-    """Raise the limit of open files for this process and its children; return the new limit."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
-    if soft == resource.RLIM_INFINITY or soft >= most:
-        return most
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    return most
