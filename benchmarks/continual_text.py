@@ -42,6 +42,9 @@ ARMS: dict[str, Sequence[str]] = {
     "naive": (),
     "naive, loss new": ("stream.loss=new",),
     "joint": ("stream.memory=[joint]",),
+    "analytic": ("stream.memory=[analytic]", "train.techniques=[head-only]"),
+    "analytic, first task tuned": ("stream.memory=[{analytic: {tune: first}}]",),
+    "analytic ridge, first task tuned": ("stream.memory=[{analytic: {tune: first, head: ridge}}]",),
     "ewc, loss new": ("stream.loss=new", "stream.memory=[ewc]"),
     "lwf, loss new": ("stream.loss=new", "stream.memory=[lwf]"),
     "o-lora, loss new": ("stream.loss=new", "train.techniques=[o-lora]"),
@@ -113,7 +116,8 @@ def compute_figures(matrix: Sequence[dict[str, float]]) -> dict[str, float]:
     """Return the mean accuracy at the end, the mean of R[j, j], and the mean of how far a task fell from its best."""
     names = list(matrix[-1])
     learned = [next(row[name] for row in matrix if name in row) for name in names]
-    falls = [max(row[name] for row in matrix[:-1] if name in row) - matrix[-1][name] for name in names[:-1]]
+    earlier = {name: [row[name] for row in matrix[:-1] if name in row] for name in names}
+    falls = [max(scores) - matrix[-1][name] for name, scores in earlier.items() if scores]
     return {
         "accuracy": float(np.mean(list(matrix[-1].values()))),
         "learning": float(np.mean(learned)),

@@ -18,9 +18,9 @@ from torch import Tensor
 from fedtune.errors import SourceError
 from fedtune.models.paging import paged_matrix, store
 from fedtune.models.paging.byte_readers import FileBytes
-from fedtune.models.paging.gguf_blocks import GGUF_BLOCKS, decode_gguf_blocks
+from fedtune.models.paging.gguf_blocks import GGUF_BLOCKS
 from fedtune.models.paging.paged_matrix import PagedMatrix
-from fedtune.models.paging.row_formats import ROW_FORMATS
+from fedtune.models.paging.row_formats import ROW_FORMATS, decode_rows
 from fedtune.models.paging.source_tensors import list_safetensors, reverse_rope_pairs
 from fedtune.models.paging.store import make_store, open_store
 
@@ -59,7 +59,7 @@ def test_every_range_of_rows_is_that_of_the_decoded_matrix(
     assert encode is not None
     for name, matrix in open_all(make(tmp_path, form)).items():
         assert matrix.offset % 4096 == 0
-        wanted = ROW_FORMATS[form].decode(encode(made[name]), matrix.width).float()
+        wanted = decode_rows(form, encode(made[name]), matrix.width).float()
         assert torch.equal(matrix.copy_whole(), wanted)
         for start in range(0, matrix.rows, 6):
             for end in range(start + 1, matrix.rows + 1, 17):
@@ -82,10 +82,10 @@ def test_exact_formats_change_no_bit_and_int8_at_most_half_a_level(tmp_path: Pat
 def test_nf4_is_that_of_bitsandbytes() -> None:
     rows = torch.randn(8, 192, generator=torch.Generator().manual_seed(1))
     wanted = dequantize_4bit(*quantize_4bit(rows, blocksize=64, quant_type="nf4"))
-    form = ROW_FORMATS["nf4"]
-    assert form.encode is not None
-    assert torch.equal(form.decode(form.encode(rows), 192), wanted)
-    assert torch.equal(form.decode(form.encode(torch.zeros(2, 5)), 5), torch.zeros(2, 5))
+    encode = ROW_FORMATS["nf4"].encode
+    assert encode is not None
+    assert torch.equal(decode_rows("nf4", encode(rows), 192), wanted)
+    assert torch.equal(decode_rows("nf4", encode(torch.zeros(2, 5)), 5), torch.zeros(2, 5))
 
 
 @pytest.mark.parametrize("name", ["q4_0", "q4_1", "q8_0", "q5_0"])
@@ -94,7 +94,7 @@ def test_blocks_are_read_as_the_gguf_package_reads_them(name: str) -> None:
     rows = np.random.default_rng(0).normal(size=(6, 96)).astype(np.float32)
     packed = quantize(rows, kind)
     assert packed.shape[1] == ROW_FORMATS[name].count_row_bytes(96) == 96 // GGUF_BLOCKS[name][0] * GGUF_BLOCKS[name][1]
-    found = decode_gguf_blocks(name, torch.from_numpy(packed))
+    found = decode_rows(name, torch.from_numpy(packed), 96)
     assert torch.equal(found, torch.from_numpy(dequantize(packed, kind)))
 
 
@@ -190,7 +190,7 @@ def test_no_room_for_a_store_is_said_before_anything_is_written(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_matrices(tmp_path)
-    monkeypatch.setattr(store.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 4095}))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 4095}))
     with pytest.raises(SourceError, match=r"model\.paged needs 0 MB in \S+, which has 0 MB left; free some"):
         make(tmp_path, "fp32")
     assert not list(cache.glob("paged/*"))

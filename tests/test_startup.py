@@ -5,7 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.federations import TRIVIAL, WORDS, words
+
+pytestmark = pytest.mark.slow
 
 SIMULATE = """
 import sys
@@ -21,8 +25,6 @@ from pathlib import Path
 from fedtune.device.local_data import LocalData, summarise_local_data
 from fedtune.device.trainer import Trainer
 from fedtune.wire.client_update import TrainRequest
-
-pytestmark = pytest.mark.slow
 
 recipe, labels, source = json.loads(Path("order.json").read_text())
 shop, rows = LocalData(source).get_context(TrainRequest(recipe, 1, 0, "run-1", labels))

@@ -51,7 +51,8 @@ def test_logits_far_from_zero_and_ties_neither_overflow_nor_vanish(size: float, 
     loss = streamed_cross_entropy(hidden, matrix, far, labels, chunk_rows=4)
     wanted = F.cross_entropy(F.linear(hidden, weight, far), labels)
     assert close(loss.detach(), wanted.detach(), 1e-12)
-    assert close(*(torch.autograd.grad(one, hidden)[0] for one in (loss, wanted)), 1e-9)
+    [found], [expected] = torch.autograd.grad(loss, hidden), torch.autograd.grad(wanted, hidden)
+    assert close(found, expected, 1e-9)
 
 
 def test_a_given_number_of_items_divides_and_no_label_at_all_is_no_loss(tmp_path: Path) -> None:

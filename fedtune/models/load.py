@@ -53,7 +53,7 @@ def load_model(
 
 def _refuse_paging(model: ModelSettings) -> None:
     if model.paged:
-        raise ModelError(f"{model.source} is a model of convolutions, which model.paged does not read; drop paged")
+        raise ModelError(f"{model.source} is a model of images, which model.paged does not read; drop it")
 
 
 def class_names(model: ModelSettings) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ import signal
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -87,6 +87,7 @@ class SequentialWorkers(ClientWorkers):
 class ProcessPoolWorkers(ClientWorkers):
     """A pool of ``processes`` workers that share the run context's base model. When one is killed, all are replaced.
 
+    The workers are forked from a process that has imported what they need, so each library is imported and held once.
     Messages are queued here and not in the executor, because a broken executor fails on cancelled futures.
     """
 
@@ -103,9 +104,10 @@ class ProcessPoolWorkers(ClientWorkers):
 
         Return them and one end of a pipe; they exit when it is closed or this process is killed.
         """
-        context = torch.multiprocessing.get_context("spawn")
+        context = torch.multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_list_modules(self._run_context))
         watched, lifeline = context.Pipe(duplex=False)
-        begin = (self._run_context, watched)
+        begin = (self._run_context, watched, dict(os.environ))
         return ProcessPoolExecutor(self._processes, mp_context=context, initializer=_begin, initargs=begin), lifeline
 
     def submit(self, message_id: str, message: Message, context: Context) -> None:
@@ -181,8 +183,20 @@ def _require_files(shared: int) -> None:
         )
 
 
-def _begin(run_context: RunContext, watched: Connection) -> None:
-    """Initialise a worker process: it exits with its parent and owns copies of the tensors that it trains."""
+def _list_modules(run_context: RunContext) -> list[str]:
+    """Return this module and those that define the layers of the models."""
+    contexts = (run_context, *run_context.by_device_class.values())
+    layers = {type(layer).__module__ for context in contexts for layer in context.model.modules()}
+    return [__name__, *sorted(layers - {"__main__"})]
+
+
+def _begin(run_context: RunContext, watched: Connection, environment: Mapping[str, str]) -> None:
+    """Initialise a worker process: it exits with its parent and owns copies of the tensors that it trains.
+
+    The process that it was forked from has the environment of when it was started, which may have been another run.
+    """
+    os.environ.clear()
+    os.environ.update(environment)
     fix_mmap_threshold()
     threading.Thread(target=_end_with, args=(watched,), daemon=True).start()
     set_node_identity(_CLIENT)

@@ -10,6 +10,7 @@ from itertools import permutations
 from torch import Tensor, nn
 
 from fedtune.errors import ModelError, RecipeError
+from fedtune.models.paging.paged_layers import replace_paged_layers
 from fedtune.recipe.schema import Unit
 from fedtune.recipe.unit_registry import build_unit
 from fedtune.tasks import Task
@@ -104,6 +105,7 @@ def merge_into_weights(techniques: Sequence[Technique], model: nn.Module) -> Non
     """Merge all that was trained into plain layers, which ``save_pretrained`` can save."""
     for technique in techniques:
         technique.merge_into_weights(model)
+    replace_paged_layers(model)
 
 
 def begin_round(techniques: Sequence[Technique], model: nn.Module, round_number: int) -> None:

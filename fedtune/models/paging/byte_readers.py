@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fedtune.errors import SourceError
@@ -20,7 +21,7 @@ class ByteReader(ABC):
 
     def read_into(self, target: Tensor, offset: int) -> None:
         """Fill a contiguous tensor with the bytes that begin at ``offset``."""
-        self._copy(memoryview(target.view(-1).view(target.new_empty(0).byte().dtype).numpy()), offset)
+        self._copy(target.view(-1).view(torch.uint8).numpy().data, offset)
         self.bytes_read += target.nbytes
 
     @abstractmethod

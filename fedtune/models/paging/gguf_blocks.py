@@ -28,12 +28,14 @@ GGUF_BLOCKS: Mapping[str, tuple[int, int]] = {
 """The numbers and the bytes of a block."""
 
 
-def decode_gguf_blocks(name: str, raw: Tensor) -> Tensor:
-    """Return the numbers [rows, width] of uint8 [rows, row_bytes], as the package gguf computes them."""
+def decode_gguf_blocks(name: str, raw: Tensor, out: Tensor) -> None:
+    """Write the numbers of uint8 [rows, row_bytes] into fp32 [rows, width], as the package gguf computes them."""
     decode = _DECODERS.get(name)
     if decode is None:
-        return _decode_by_library(name, raw)
-    return decode(raw.view(len(raw), -1, GGUF_BLOCKS[name][1])).flatten(1)
+        out.copy_(_decode_by_library(name, raw))
+    else:
+        numbers, size = GGUF_BLOCKS[name]
+        decode(raw.view(len(raw), -1, size), out.view(len(out), -1, numbers))
 
 
 def reinterpret(raw: Tensor, dtype: torch.dtype) -> Tensor:
@@ -45,23 +47,25 @@ def _read_halves(blocks: Tensor, start: int) -> Tensor:
     return reinterpret(blocks[..., start : start + 2], torch.float16).float()
 
 
-def _unpack_codes(packed: Tensor) -> Tensor:
-    return torch.cat([packed & 15, packed >> 4], -1)
+def _unpack_codes(packed: Tensor, out: Tensor) -> Tensor:
+    out[..., :16] = packed & 15
+    out[..., 16:] = packed >> 4
+    return out
 
 
-def _decode_q4_0(blocks: Tensor) -> Tensor:
-    return (_unpack_codes(blocks[..., 2:]).view(torch.int8) - 8) * _read_halves(blocks, 0)
+def _decode_q4_0(blocks: Tensor, out: Tensor) -> None:
+    _unpack_codes(blocks[..., 2:], out).sub_(8).mul_(_read_halves(blocks, 0))
 
 
-def _decode_q4_1(blocks: Tensor) -> Tensor:
-    return (_unpack_codes(blocks[..., 4:]) * _read_halves(blocks, 0)).add_(_read_halves(blocks, 2))
+def _decode_q4_1(blocks: Tensor, out: Tensor) -> None:
+    _unpack_codes(blocks[..., 4:], out).mul_(_read_halves(blocks, 0)).add_(_read_halves(blocks, 2))
 
 
-def _decode_q8_0(blocks: Tensor) -> Tensor:
-    return blocks[..., 2:].view(torch.int8) * _read_halves(blocks, 0)
+def _decode_q8_0(blocks: Tensor, out: Tensor) -> None:
+    out.copy_(blocks[..., 2:].view(torch.int8)).mul_(_read_halves(blocks, 0))
 
 
-_DECODERS: Mapping[str, Callable[[Tensor], Tensor]] = {
+_DECODERS: Mapping[str, Callable[[Tensor, Tensor], None]] = {
     "q4_0": _decode_q4_0,
     "q4_1": _decode_q4_1,
     "q8_0": _decode_q8_0,

@@ -4,6 +4,7 @@ Beside the file's description the cache holds the configuration, the tokenizer a
 """
 
 import json
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers.modeling_gguf_pytorch_utils import (
     TensorProcessor,
     get_gguf_hf_weights_map,
 )
+from transformers.models.auto.auto_factory import _get_model_class
 
 from fedtune.errors import SourceError
 from fedtune.files import hash_file
@@ -30,6 +32,18 @@ from fedtune.sample_packages import make_folder_once
 __all__ = ["describe_gguf", "list_described_tensors"]
 
 _MATRICES, _SMALL = "matrices.json", "small.safetensors"
+_UNREADABLE = (
+    AttributeError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
+    OverflowError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
+"""What the readers of GGUF raise for files that are cut short, damaged or of an unknown architecture."""
 _ALIKE = (TensorProcessor, LlamaTensorProcessor)
 """How transformers changes the tensors of an architecture: not at all, or by the order of rows."""
 
@@ -58,10 +72,10 @@ def _describe(file: Path, into: Path) -> None:
             config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
             matrices, small = _read_tensors(file, config)
             AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(into)
-            config.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
+            config.architectures = [_get_model_class(config, AutoModelForCausalLM._model_mapping).__name__]
             config.save_pretrained(into)
             GenerationConfig.from_model_config(config).save_pretrained(into)
-    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, ValueError) as error:
+    except _UNREADABLE as error:
         raise SourceError(f"{file} cannot be read as a language model: {error}; use a safetensors release") from error
     (into / _MATRICES).write_text(json.dumps(matrices), encoding="utf-8")
     save_file(small, into / _SMALL)

@@ -18,7 +18,7 @@ from transformers.models.auto.auto_factory import _get_model_class
 
 from fedtune.errors import FedtuneWarning, ModelError
 from fedtune.models.paging.byte_readers import FileBytes
-from fedtune.models.paging.paged_layers import PagedEmbedding, PagedLinear, make_placeholder
+from fedtune.models.paging.paged_layers import PagedEmbedding, PagedLinear, make_placeholder, refuse_saving_placeholders
 from fedtune.models.paging.paged_matrix import PagedMatrix
 from fedtune.models.paging.row_formats import QUANTISED
 from fedtune.models.paging.source_tensors import SourceTensor
@@ -67,6 +67,8 @@ def load_paged_model(
     matrices = open_store(make_store(tensors, forms), dtype, FileBytes) if forms else {}
     for name, key in layers.items():
         model.set_submodule(name, _make_paged(model.get_submodule(name), matrices[key]))
+    if layers:
+        refuse_saving_placeholders(model)
     _warn_of_memory(
         source, _read_rest(model, stand_ins), sum(tensors[name].rows * tensors[name].width for name in forms)
     )

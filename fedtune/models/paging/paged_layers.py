@@ -12,9 +12,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from fedtune.errors import ModelError
 from fedtune.models.paging.paged_matrix import PagedMatrix
 
-__all__ = ["PagedEmbedding", "PagedLinear", "list_paged_layers", "make_placeholder", "replace_paged_layers"]
+__all__ = [
+    "PagedEmbedding",
+    "PagedLinear",
+    "list_paged_layers",
+    "make_placeholder",
+    "refuse_saving_placeholders",
+    "replace_paged_layers",
+]
 
 
 def make_placeholder(rows: int, width: int, dtype: torch.dtype) -> nn.Parameter:
@@ -30,7 +38,7 @@ class PagedLinear(nn.Linear):
         self.in_features, self.out_features = matrix.width, matrix.rows
         self.matrix = matrix
         self.weight = make_placeholder(matrix.rows, matrix.width, matrix.dtype)
-        self.bias = bias
+        self.register_parameter("bias", bias)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the parameter's name in nn.Linear
         """[..., in] -> [..., out]."""
@@ -40,7 +48,8 @@ class PagedLinear(nn.Linear):
     def make_plain(self, weight: nn.Parameter | None = None) -> nn.Linear:
         """Return the layer with its weights in memory: those given, which another layer shares, or those read."""
         plain = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        plain.weight, plain.bias = weight if weight is not None else _read_parameter(self.matrix), self.bias
+        plain.weight = weight if weight is not None else _read_parameter(self.matrix)
+        plain.register_parameter("bias", self.bias)
         return plain
 
 
@@ -115,6 +124,20 @@ def replace_paged_layers(model: nn.Module) -> None:
     """Put plain layers in the place of paged ones; layers that share a matrix share a parameter."""
     read: dict[PagedMatrix, nn.Parameter] = {}
     for name, layer in list(list_paged_layers(model)):
-        plain = layer.make_plain(read.get(layer.matrix))
-        read[layer.matrix] = plain.weight
-        model.set_submodule(name, plain)
+        if layer.matrix not in read:
+            read[layer.matrix] = _read_parameter(layer.matrix)
+        model.set_submodule(name, layer.make_plain(read[layer.matrix]))
+    if vars(model).get("save_pretrained") is _refuse_saving:
+        del vars(model)["save_pretrained"]
+
+
+def refuse_saving_placeholders(model: nn.Module) -> None:
+    """Let ``model.save_pretrained`` refuse as long as layers are paged."""
+    vars(model)["save_pretrained"] = _refuse_saving
+
+
+def _refuse_saving(*_: Any, **__: Any) -> None:
+    raise ModelError(
+        "the weights of this model are in a file; put them into plain layers before saving: "
+        "techniques.merge_into_weights(chosen, model)"
+    )

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from fedtune.models.paging.gguf_blocks import GGUF_BLOCKS, decode_gguf_blocks, reinterpret
 
-__all__ = ["QUANTISED", "ROW_FORMATS", "RowFormat", "find_gguf_format"]
+__all__ = ["QUANTISED", "ROW_FORMATS", "RowFormat", "decode_rows", "find_gguf_format"]
 
 _BLOCK = 64
 _SCALE_BYTES = 4
@@ -21,11 +21,13 @@ _SCALE_BYTES = 4
 
 @dataclass(frozen=True)
 class RowFormat:
-    """One way to store rows. ``decode`` maps uint8 [rows, row_bytes] to numbers [rows, width], and ``encode`` back."""
+    """One way to store rows. ``decode`` writes the numbers of uint8 [rows, row_bytes] into [rows, width], fp32 unless
+    they are stored as they are; ``encode`` goes the other way.
+    """
 
     name: str
     count_row_bytes: Callable[[int], int]
-    decode: Callable[[Tensor, int], Tensor]
+    decode: Callable[[Tensor, Tensor], object]
     encode: Callable[[Tensor], Tensor] | None = None
     dtype: torch.dtype | None = None
     """The type of the numbers, where they are stored as they are."""
@@ -35,15 +37,14 @@ def _make_plain_format(name: str, dtype: torch.dtype) -> RowFormat:
     return RowFormat(
         name,
         lambda width: width * dtype.itemsize,
-        lambda raw, _: raw.view(dtype),
+        lambda raw, out: out.copy_(raw.view(dtype)),
         lambda rows: rows.to(dtype).contiguous().view(torch.uint8),
         dtype,
     )
 
 
-def _decode_int8(raw: Tensor, _: int) -> Tensor:
-    scales = reinterpret(raw[:, :_SCALE_BYTES], torch.float32)
-    return raw[:, _SCALE_BYTES:].view(torch.int8) * scales
+def _decode_int8(raw: Tensor, out: Tensor) -> None:
+    out.copy_(raw[:, _SCALE_BYTES:].view(torch.int8)).mul_(reinterpret(raw[:, :_SCALE_BYTES], torch.float32))
 
 
 def _encode_int8(rows: Tensor) -> Tensor:
@@ -70,11 +71,11 @@ def _count_nf4_bytes(width: int) -> int:
     return -(-width // _BLOCK) * (_SCALE_BYTES + _BLOCK // 2)
 
 
-def _decode_nf4(raw: Tensor, width: int) -> Tensor:
+def _decode_nf4(raw: Tensor, out: Tensor) -> None:
     blocks = raw.view(len(raw), -1, _SCALE_BYTES + _BLOCK // 2)
     scales = reinterpret(blocks[..., :_SCALE_BYTES], torch.float32)
     numbers = F.embedding(blocks[..., _SCALE_BYTES:].int(), _PAIRS).flatten(2)
-    return numbers.mul_(scales).flatten(1)[:, :width]
+    out.copy_(numbers.mul_(scales).flatten(1)[:, : out.shape[1]])
 
 
 def _encode_nf4(rows: Tensor) -> Tensor:
@@ -88,7 +89,14 @@ def _encode_nf4(rows: Tensor) -> Tensor:
 
 def _make_gguf_format(name: str) -> RowFormat:
     numbers, size = GGUF_BLOCKS[name]
-    return RowFormat(name, lambda width: width // numbers * size, lambda raw, _: decode_gguf_blocks(name, raw))
+    return RowFormat(name, lambda width: width // numbers * size, lambda raw, out: decode_gguf_blocks(name, raw, out))
+
+
+def decode_rows(form: str, raw: Tensor, width: int) -> Tensor:
+    """Return the numbers [rows, width] of uint8 [rows, row_bytes], of the type they are stored in or fp32."""
+    out = torch.empty(len(raw), width, dtype=ROW_FORMATS[form].dtype or torch.float32)
+    ROW_FORMATS[form].decode(raw, out)
+    return out
 
 
 def find_gguf_format(name: str) -> RowFormat | None:

@@ -3,15 +3,16 @@
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedtune.errors import SourceError
-from fedtune.models.paging.row_formats import ROW_FORMATS
+from fedtune.models.paging.row_formats import ROW_FORMATS, decode_rows
 
 __all__ = ["SourceTensor", "list_safetensors", "reverse_rope_pairs"]
 
@@ -62,7 +63,7 @@ class SourceTensor:
 
     def read_whole(self) -> Tensor:
         """Return all numbers, in single precision unless they are stored otherwise as they are."""
-        return ROW_FORMATS[self.form].decode(self.read_bytes(0, self.rows), self.width).reshape(self.shape)
+        return decode_rows(self.form, self.read_bytes(0, self.rows), self.width).reshape(self.shape)
 
 
 def reverse_rope_pairs(rows: int, heads: int) -> Tensor:
@@ -85,7 +86,7 @@ def list_safetensors(files: Sequence[Path]) -> dict[str, SourceTensor]:
     return found
 
 
-def _read_header(file: Path) -> Iterator[tuple[str, Mapping[str, object] | dict[str, object], int]]:
+def _read_header(file: Path) -> Iterator[tuple[str, dict[str, Any], int]]:
     """Yield each tensor's name and entry, and where the contents start."""
     with file.open("rb") as opened:
         opening = opened.read(8)

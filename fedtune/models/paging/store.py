@@ -21,7 +21,7 @@ from fedtune.errors import SourceError, StoreError
 from fedtune.files import hash_file, write_bytes_atomically
 from fedtune.models.paging.byte_readers import ByteReader
 from fedtune.models.paging.paged_matrix import PagedMatrix
-from fedtune.models.paging.row_formats import ROW_FORMATS
+from fedtune.models.paging.row_formats import ROW_FORMATS, decode_rows
 from fedtune.models.paging.source_tensors import SourceTensor
 from fedtune.paths import get_cache_folder
 from fedtune.sample_packages import make_folder_once
@@ -88,7 +88,7 @@ def _fill(beside: Path, tensors: Mapping[str, SourceTensor], forms: Mapping[str,
             tensor = tensors[name]
             matrices[name] = (form, tensor.rows, tensor.width, offset)
             for portion in _convert(name, tensor, form):
-                file.write(memoryview(portion.contiguous().numpy()))
+                file.write(portion.contiguous().numpy().data)
             offset += _pad(_count_bytes(tensor, form))
             file.write(bytes(offset - file.tell()))
         file.flush()
@@ -107,7 +107,7 @@ def _convert(name: str, tensor: SourceTensor, form: str) -> Iterator[Tensor]:
         if tensor.form == form or encode is None:
             yield raw
             continue
-        rows = ROW_FORMATS[tensor.form].decode(raw, tensor.width).float()
+        rows = decode_rows(tensor.form, raw, tensor.width).float()
         if not bool(rows.isfinite().all()):
             raise SourceError(f"{tensor.file} holds {name} with infinite weights or nan; fetch another release")
         yield encode(rows)

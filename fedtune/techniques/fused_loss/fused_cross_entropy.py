@@ -142,7 +142,7 @@ class PagedDeferredHead(DeferredHead):
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states, or late in a step the hidden states themselves."""
         if not self.is_deferred:
-            return self.to_plain_layer()(hidden)
+            return self.to_plain_layer().forward(hidden)
         return super().forward(hidden)
 
     def find_projection(self, passed: Tensor) -> Callable[[Tensor], Tensor] | None:
