@@ -11,6 +11,7 @@ CLAIMS = (
     "techniques",
     "architectures",
     "full_memory",
+    "allocator",
     "overhead",
     "server_memory",
     "engines",

@@ -111,10 +111,20 @@ def use_autocast(model: nn.Module) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, torch.bfloat16)
 
 
+_OUT_OF_MEMORY = (
+    "MPS backend out of memory",
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "std::bad_alloc",
+    "could not create a memory",
+)
+"""What torch, the C++ library and oneDNN say."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that an accelerator's memory is full."""
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "MPS backend out of memory" in str(error)
+    """Return whether an error says that an accelerator's memory is full, or that this process may take no more."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
     )
 
 

@@ -25,6 +25,8 @@ def a_client_record(client: int, **changes: Any) -> ClientRecord:
         peak_memory=7_000_000_000 + client,
         update_norm=0.25 + client,
         train_loss=0.5 + client,
+        anonymous_memory=6_000_000_000 + client,
+        file_memory=800_000_000 + client,
     )
     return replace(one, **changes)
 

@@ -15,7 +15,7 @@ from fedtune.device.client_app import app
 from fedtune.errors import RecipeError
 from fedtune.merging import MergeContext, build_pipeline, find_input_channels, measure_activation_statistics
 from fedtune.recipe.schema import Recipe
-from fedtune.server import round_loop
+from fedtune.server import round_merge
 from fedtune.server.merge_context import make_merge_context
 from fedtune.server.server_app import run_to_completion
 from fedtune.simulation.in_process_grid import InProcessGrid
@@ -149,7 +149,7 @@ def test_a_run_that_stops_midway_and_is_resumed_ends_with_the_same_bits(
         return make_merge_context(*given)  # type: ignore[arg-type]
 
     clear_run_context()
-    monkeypatch.setattr(round_loop, "make_merge_context", unplugged)
+    monkeypatch.setattr(round_merge, "make_merge_context", unplugged)
     with pytest.raises(OSError, match="plug"):
         execute(recipe, run="stopped")
     monkeypatch.undo()

@@ -17,7 +17,7 @@ from fedtune.errors import DeviceError, StoreError
 from fedtune.flower import train_messages
 from fedtune.merging import split_increments
 from fedtune.recipe.schema import Recipe
-from fedtune.server import round_loop
+from fedtune.server import round_merge
 from fedtune.server.events import event_handler
 from fedtune.server.server_app import run_to_completion
 from fedtune.simulation.in_process_grid import InProcessGrid
@@ -285,7 +285,7 @@ def test_a_round_that_is_begun_again_finds_the_base_it_counts_on(home: Path, tmp
     alone = execute(made, run="simulated")
     with Store.open() as store, silent(), pytest.MonkeyPatch.context() as patch:
         seat(store, begin(store, made, "deployed"), made.num_clients)
-        patch.setattr(round_loop, "_merged", _killed_in(2))
+        patch.setattr(round_merge, "_merge", _killed_in(2))
         with pytest.raises(Halted):
             run_to_completion(grid_of(made, sent), store, "deployed")
     clear_run_context()
@@ -295,7 +295,7 @@ def test_a_round_that_is_begun_again_finds_the_base_it_counts_on(home: Path, tmp
 
 
 def _killed_in(number: int) -> Callable[..., object]:
-    real = round_loop._merged
+    real = round_merge._merge
 
     def merged(shop: object, state: object, run: str, now: int, contributions: object) -> object:
         if now == number:

@@ -13,6 +13,7 @@ from fedtune.memory import StorageMeter
 from fedtune.models.kinds import IMAGE_MODEL_CLASSES
 from fedtune.models.logistic import LogisticRegression
 from fedtune.models.mobilenet_v3 import SqueezeExcite
+from fedtune.models.recomputation import recompute_in_backward
 from fedtune.recipe.schema import ModelSettings
 from tests.own_nets import net, pictures
 from tests.technique_steps import IMAGES
@@ -91,7 +92,7 @@ def test_checkpointing_keeps_the_gradients_to_the_bit_and_fewer_bytes(kind: str)
     for checkpointed in (False, True):
         model = net(kind)
         if checkpointed:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            model.enable_checkpointing(recompute_in_backward)
         model.train()
         for layer in model.modules():
             if isinstance(layer, nn.BatchNorm2d):

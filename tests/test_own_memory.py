@@ -81,6 +81,7 @@ def test_files_never_exceed_the_budget(tmp_path: Path, key: bytes | None, monkey
 
         return looking
 
+    load_or_create_memory_key(tmp_path)  # it is written once, elsewhere
     monkeypatch.setattr(files, "_flush", look_around(files._flush))
     monkeypatch.setattr(own_memory, "write_bytes_atomically", look_around(files.write_bytes_atomically))
     memory = make_memory(tmp_path, budget, key)
@@ -133,13 +134,14 @@ def test_ciphertexts_hide_the_content_and_differ(tmp_path: Path) -> None:
     assert_equal_tensors(read(memory, 2), make_tensors(7))
 
 
-def test_plain_files_are_safetensors_and_always_the_same_bytes(tmp_path: Path) -> None:
+def test_plain_files_are_safetensors_and_always_the_same_bytes_on_a_device(tmp_path: Path) -> None:
     contents = []
-    for home in ("a", "b"):
-        make_memory(tmp_path / home).write(1, make_tensors(7))
-        contents.append((tmp_path / home / "memory-0001.safetensors").read_bytes())
-    assert contents[0] == contents[1]
-    assert_equal_tensors(safetensors.torch.load(contents[0]), make_tensors(7))
+    for home in ("a", "a", "b"):
+        folder = tmp_path / home / "own" / "run"
+        make_memory(folder).write(1, make_tensors(7))
+        contents.append((folder / "memory-0001.safetensors").read_bytes())
+    assert contents[0] == contents[1] != contents[2]
+    assert_equal_tensors(safetensors.torch.load(contents[0]), safetensors.torch.load(contents[2]))
 
 
 @KEYS

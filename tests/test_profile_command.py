@@ -1,6 +1,7 @@
 """``fedtune profile``: what it prints, draws and refuses. Cases are measured in this process, which is quicker."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,10 @@ KEYS = {
     "device_type",
     "accelerator_bytes",
     "accelerator_reserved_bytes",
+    "anonymous_bytes",
+    "file_bytes",
+    "loaded_anonymous_bytes",
+    "allocator",
 }
 A_ROW = StepProfile(
     "full", 576_000_000, 585_000_000, 1_640_000_000, 500_000_000, 4.38, 22_700_000, 90_900_000, 90_900_000
@@ -92,6 +97,22 @@ def test_a_case_that_cannot_run_is_a_row_that_says_why(model: list[str]) -> None
     assert result.exit_code == 2  # nothing ran
     assert all("which does not do image-classification; choose another" in row["error"] for row in rows)
     assert all(row["kept_bytes"] is None for row in rows)
+
+
+def test_the_table_tells_anonymous_memory_from_that_of_files(model: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    row = replace(
+        A_ROW,
+        anonymous_bytes=1_230_000_000,
+        file_bytes=410_000_000,
+        loaded_anonymous_bytes=230_000_000,
+        allocator="glibc 2.36, blocks from 64 KiB mapped",
+    )
+    monkeypatch.setattr("fedtune.profiling.profile_in_subprocess", lambda case: row)
+    lines = call(*model).stdout.splitlines()
+    assert max(len(line) for line in lines[:6]) <= 80
+    cells = ["full", "576MB", "585MB", "1.23GB", "410MB", "1GB", "1.00x", "22.7M", "90.9MB", "90.9MB"]
+    assert cells in [line.split() for line in lines]
+    assert "allocator: glibc 2.36, blocks from 64 KiB mapped" in lines
 
 
 def test_the_table_fits_80_columns_and_a_failure_does_not_spoil_it(

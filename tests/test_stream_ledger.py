@@ -95,6 +95,16 @@ def test_the_first_score_after_a_border_is_a_clients_row(store: Store) -> None:
     assert found["client:0"].last == 3
 
 
+def test_a_task_to_come_has_no_score_of_a_state_that_has_begun_to_train_it(store: Store) -> None:
+    """Tweets are trained from round 3 on, and the client was away in that round."""
+    start(store, RUN, recipe=json.dumps({"stream": STREAM}), rounds_planned=8)
+    for number in range(5):
+        told = score_by_clients("shared", [0.5 + number / 100] * 2) if number == 3 else ()
+        store.commit_round(RUN, replace(a_stream_round(number), task_scores=told))
+    rows = make_scope_matrices(store.run(RUN), store.rounds(RUN))["client:0"].rows
+    assert rows[1] == (0.53, None, None)
+
+
 def test_a_run_without_a_stream_has_none(store: Store) -> None:
     fill(store)
     run, rounds = store.run("film"), store.rounds("film-1a2b")

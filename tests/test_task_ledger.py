@@ -50,6 +50,21 @@ def test_late_clients_keep_a_visit_open_until_they_have_ended_it() -> None:
     assert {one.scope for one in ended.rounds[5].task_scores} >= {f"client:{number}" for number in range(4)}
 
 
+def test_the_visits_of_a_late_client_end_when_it_ends_them() -> None:
+    ended = execute(resolve_stream({**FIVES, "arrival": {"staggered": 1, "waves": 2}}, evaluation=HELD))
+    told = {
+        (one.scope, record.number - (one.moment == "before"), one.task): one.accuracy
+        for record in reversed(ended.rounds)
+        for one in record.task_scores
+    }
+    names = [one.name for one in list_visits(ended.rounds)]
+    matrices = make_scope_matrices(ended.run, ended.rounds)
+    for client, ends in ((0, (2, 4)), (1, (3, 5))):
+        rows = [tuple(told.get((f"client:{client}", end, name)) for name in names) for end in ends]
+        assert list(matrices[f"client:{client}"].rows[1:]) == rows
+        assert None not in rows[0]  # the second task as the client met it, when it began
+
+
 def score_by_hand(context: RunContext, ended: Ended, number: int, client: int, task: int) -> tuple[int, float]:
     """Score a checkpoint on what a client holds out of a task: examples and accuracy."""
     rows = context.client_rows[client]

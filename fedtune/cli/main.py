@@ -23,6 +23,7 @@ _COMMANDS = {
     "merge": ("merge:merge", "Merge fine-tunes of one base into one model."),
     "methods": ("methods:methods", "List techniques, merge steps and tasks, or print a card."),
     "new": ("new:new", "Write the start of a package with a method of your own."),
+    "plan": ("plan:plan", "Predict memory and recommend settings for a memory budget."),
     "profile": ("profile:profile", "Measure what a training step costs with each technique."),
     "recipe": ("recipe:recipe", "Rewrite a recipe in the newest version."),
     "runs": ("runs:runs", "List, show, compare, plot, export, delete, roll back, watch, stop and resume runs."),

@@ -90,11 +90,11 @@ def parse_columns(text: str | None) -> dict[str, str]:
     return {key: name for key, _, name in pairs}
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, option: str = "--max-shard-size") -> int:
     """Parse a size such as 500MB or 5GB."""
     from pydantic import ByteSize, TypeAdapter, ValidationError
 
     try:
         return int(TypeAdapter(ByteSize).validate_python(text))
     except ValidationError as error:
-        raise click.UsageError(f"--max-shard-size {text}: write it as 500MB or 5GB") from error
+        raise click.UsageError(f"{option} {text}: write it as 500MB or 5GB") from error

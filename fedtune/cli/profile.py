@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fedtune.profiling import ProfileCase, ProfileResult
     from fedtune.recipe.schema import Recipe, Unit
 
-__all__ = ["profile"]
+__all__ = ["parse_technique_lists", "profile", "read_profiled_recipe"]
 
 
 @click.command()
@@ -57,7 +57,7 @@ def profile(
     """
     short = {"batch_size": batch_size, "max_length": max_length, "image_size": image_size, "device": device}
     added = (*overrides, *(f"train.{key}={value}" for key, value in short.items() if value is not None))
-    wanted = _read_recipe(path, model, task, added)
+    wanted = read_profiled_recipe(path, model, task, added)
     if wanted.train.device != "cpu":
         from fedtune.accelerator import require_device
 
@@ -78,7 +78,7 @@ def profile(
     _show(tasks.resolve_reader(wanted), rows, random=path is None, output=output, as_json=as_json)
 
 
-def _read_recipe(path: Path | None, model: str | None, task: str | None, overrides: Sequence[str]) -> "Recipe":
+def read_profiled_recipe(path: Path | None, model: str | None, task: str | None, overrides: Sequence[str]) -> "Recipe":
     """Read the recipe, or make one for the model. The data of the latter is never read."""
     from fedtune.library.cached_export import export_base_run
     from fedtune.recipe.yaml_file import parse_recipe, read_recipe
@@ -115,6 +115,11 @@ def _parse_techniques(recipe: "Recipe", text: str | None, given: bool) -> "list[
         from fedtune.profiling import list_profiled_techniques
 
         return list_profiled_techniques()
+    return parse_technique_lists(recipe, text)
+
+
+def parse_technique_lists(recipe: "Recipe", text: str) -> "list[list[Unit]]":
+    """Parse YAML such as ``a, b+c, [lora: {rank: 4}, d]``; RecipeError if a list is invalid."""
     from fedtune.errors import RecipeError
     from fedtune.recipe.yaml_text import YamlError, load
 

@@ -108,7 +108,7 @@ def show_profile(rows: Sequence[ProfileResult], heading: str) -> None:
 
 def _table(rows: Sequence[ProfileResult], heading: str) -> Table:
     figures = [row for row in rows if isinstance(row, StepProfile)]
-    columns = ["kept", "peak", "RSS", "+RSS", "time", "trained", "up", "down"]
+    columns = ["kept", "peak", *_name_process_columns(rows), "time", "trained", "up", "down"]
     columns += ["error"] if any(row.gradient_error is not None for row in figures) else []
     look: dict[str, Any] = {"box": None, "padding": (0, 1, 0, 0), "pad_edge": False, "header_style": "bold"}
     table = Table(title=heading, title_justify="left", **look)
@@ -122,7 +122,7 @@ def _table(rows: Sequence[ProfileResult], heading: str) -> Table:
 
 
 def _cells(row: StepProfile, full: float | None) -> list[str]:
-    sizes = (row.kept_bytes, row.peak_bytes, row.rss_bytes, row.rss_bytes - row.loaded_bytes)
+    sizes = row.kept_bytes, row.peak_bytes, *_process_sizes(row)
     time_taken = f"{row.seconds / full:.2f}x" if full else f"{row.seconds:.3g} s"
     error = f"{row.gradient_error:.0e}" if row.gradient_error else "0"
     return [*map(_size, sizes), time_taken, _short(row.trainable), *map(_size, (row.wire_bytes, row.down_bytes)), error]
@@ -130,13 +130,41 @@ def _cells(row: StepProfile, full: float | None) -> list[str]:
 
 def _notes(rows: Sequence[ProfileResult]) -> Iterator[str]:
     yield "kept: activation memory for backward; peak: of the step; both without parameters and their gradients"
-    yield "+RSS: peak of the process above its memory with the model loaded; up, down: sent per round"
+    yield from _describe_process(rows)
+    yield "up, down: sent per round"
     yield from _describe_accelerator(rows)
     if full := _full_seconds(rows):
         yield f"time: of a whole step, relative to {full:.3g} s of full"
     for row in rows:
         if isinstance(row, FailedProfile):
             yield f"{row.technique} did not run: {row.error}"
+
+
+def _name_process_columns(rows: Sequence[ProfileResult]) -> list[str]:
+    """Return the columns of the process's memory: its two parts if the system tells them apart."""
+    return ["RSS", "+RSS"] if _find_allocator(rows) is None else ["anon", "file", "+anon"]
+
+
+def _process_sizes(row: StepProfile) -> list[int]:
+    if row.anonymous_bytes is None or row.file_bytes is None or row.loaded_anonymous_bytes is None:
+        return [row.rss_bytes, row.rss_bytes - row.loaded_bytes]
+    return [row.anonymous_bytes, row.file_bytes, row.anonymous_bytes - row.loaded_anonymous_bytes]
+
+
+def _describe_process(rows: Sequence[ProfileResult]) -> Iterator[str]:
+    if (allocator := _find_allocator(rows)) is None:
+        yield "RSS: peak of the process; +RSS: above its memory with the model loaded"
+        return
+    yield "anon: peak anonymous memory of the process; +anon: above that with the model loaded"
+    yield "file: its pages of files, such as libraries and weights, which the system can take back"
+    if allocator:
+        yield f"allocator: {allocator}"
+
+
+def _find_allocator(rows: Sequence[ProfileResult]) -> str | None:
+    """Return the allocator of the cases; None if the system does not tell their anonymous memory apart."""
+    told = (row for row in rows if isinstance(row, StepProfile) and row.anonymous_bytes is not None)
+    return next((row.allocator for row in told), None)
 
 
 def _describe_accelerator(rows: Sequence[ProfileResult]) -> Iterator[str]:

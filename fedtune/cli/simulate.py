@@ -30,6 +30,7 @@ __all__ = ["simulate"]
     help="Where clients run.",
 )
 @click.option("--workers", type=click.IntRange(1), help="Processes that run clients.  [default: one per core]")
+@click.option("--enforce-memory", is_flag=True, help="Hold clients to the memory of their device class.")
 @click.option("--callback", "callbacks", multiple=True, metavar="NAME", help="Callback of a package; repeatable.")
 @click.option("--store", metavar="URL", help="SQLAlchemy URL of the run store.")
 @click.option("--json", "as_json", is_flag=True, help="Print the finished run as JSON.")
@@ -42,11 +43,16 @@ def simulate(
     rounds: int | None,
     engine: str,
     workers: int | None,
+    enforce_memory: bool,
     callbacks: tuple[str, ...],
     store: str | None,
     as_json: bool,
 ) -> None:
     """Run RECIPE on this machine. The run store keeps all results.
+
+    With --enforce-memory, each client runs in a process that may take the memory of its device class and no more: it
+    halves its micro-batch where a step would not fit, and declines the round if that is not enough. Without it, a
+    warning at the end names the classes whose clients held more.
 
     \b
     Example:
@@ -59,6 +65,7 @@ def simulate(
     from fedtune.library.local_runs import begin_run, check_simulated_recipe, execute_run
     from fedtune.library.run_callbacks import load_callbacks, pass_events
     from fedtune.recipe.yaml_file import read_recipe
+    from fedtune.simulation.enforcement import require_enforceable
     from fedtune.tracking import Store, get_default_url
 
     if sum(given is not None for given in (recipe, resumed, extended)) != 1:
@@ -70,8 +77,13 @@ def simulate(
     added = (*overrides, f"train.techniques={techniques}") if techniques else overrides
     url, called = store or get_default_url(), load_callbacks(callbacks)
     with Store.open(url) as opened:
+        if enforce_memory and recipe is None:
+            recorded = opened.run(str(resumed or extended))
+            require_enforceable(_read_recorded(recorded), recorded.engine)
         if recipe is not None:
             checked = check_simulated_recipe(read_recipe(recipe, added), url, workers)
+            if enforce_memory:
+                require_enforceable(checked, engine)
             _suggest_accelerator(checked)
             run = begin_run(opened, _build_context(checked), engine)
         elif rounds is not None:
@@ -79,8 +91,17 @@ def simulate(
         else:
             run = _reopen(opened, str(resumed), url, workers)
         with show_run_progress(run.context.recipe.federation.rounds), pass_events(called, keep=True):
-            execute_run(run, url, opened.run(run.id).engine, workers)
+            execute_run(run, url, opened.run(run.id).engine, workers, enforce_memory=enforce_memory)
         _show(opened, run, as_json)
+        _warn_of_memory(opened, run)
+
+
+def _warn_of_memory(store: "Store", run: "LocalRun") -> None:
+    """Name the device classes whose clients held more memory than the recipe gives them."""
+    from fedtune.simulation.enforcement import describe_memory_excesses
+
+    for sentence in describe_memory_excesses(run.context.recipe, store.rounds(run.id)):
+        click.echo(f"warning: {sentence}", err=True)
 
 
 def _reopen(store: "Store", reference: str, url: str, workers: int | None) -> "LocalRun":

@@ -30,10 +30,15 @@ def submit(
     import json
 
     from fedtune.cli.follow_run import follow_run
+    from fedtune.plan.auto_techniques import has_auto_techniques
     from fedtune.recipe.yaml_file import read_recipe
 
     added = (*overrides, f"train.techniques={techniques}") if techniques else overrides
     chosen = read_recipe(recipe, added)  # what its techniques and merge steps allow is checked by the server
+    if has_auto_techniques(chosen):
+        raise click.UsageError(
+            f"{recipe} has techniques: auto, which only simulations plan; submit what fedtune plan --write writes"
+        )
     with connect_to_server(operator_file) as connection:
         click.echo(f"sending {recipe} to {connection.url}, which checks it", err=True)
         sent = {"recipe": json.loads(chosen.model_dump_json())}

@@ -25,12 +25,14 @@ class MethodSetup:
     """What a method knows when a client's round begins, with the received state in the model.
 
     ``rows`` are the rows of ``examples`` that the client trains on. ``stored`` are the tensors that this method kept on
-    the device in earlier visits, by visit; ``received`` is what the server sent of its memory. ``classes`` are the
-    classes that the loss compares, None for all. ``derive_seed`` gives this client's seeds of this round, by purpose.
+    the device in the newest earlier visit, by its number: whatever is needed of visits before must be among them.
+    ``received`` is what the server sent of its memory. ``classes`` are the classes that the loss compares, None for
+    all. ``derive_seed`` gives this client's seeds of this round, by purpose.
 
     ``all_rows`` are the client's examples of any task, as far as it has them now. ``list_classes`` returns the classes
-    of some tasks, None for all. ``run_forward`` returns the loss of a batch of other examples, as a training step
-    computes it, and the model's logits.
+    of some tasks, None for all; with ``neighbours``, also those that come with them in a blurred stream.
+    ``run_forward`` returns the loss of a batch of other examples, as a training step computes it, and the model's
+    logits.
     """
 
     model: nn.Module
@@ -47,7 +49,7 @@ class MethodSetup:
     num_labels: int = 0
     micro_batch_size: int | None = None
     all_rows: NDArray[np.int64] | None = None
-    list_classes: Callable[[Sequence[int]], Sequence[int] | None] | None = None
+    list_classes: Callable[..., Sequence[int] | None] | None = None
     run_forward: Callable[[Tensors], tuple[Tensor, Tensor | None]] | None = None
     num_tasks: int = 0
     held_rows: Mapping[int, NDArray[np.int64]] = field(default_factory=dict)

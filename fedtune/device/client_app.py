@@ -1,4 +1,4 @@
-"""The Flower ClientApps: one for simulations and one for stock SuperNodes. Both call ``run_local_round``.
+"""The Flower ClientApps: for simulations, for simulated devices whose memory is limited, and for stock SuperNodes.
 
 In a simulation nothing leaves the machine, so errors keep their full text. A SuperNode would send the text of an
 exception to the server, and the text may quote its data. Its app sends a code of :mod:`fedtune.wire.protocol_codes`
@@ -11,6 +11,7 @@ from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
 from fedtune import paths
+from fedtune.device.limited_round import run_limited_round
 from fedtune.device.local_round import read_payload, run_local_round
 from fedtune.device.problems import problem_of
 from fedtune.errors import MemoryBudgetError, NoTaskError
@@ -20,15 +21,26 @@ from fedtune.training import get_run_context
 from fedtune.wire.client_update import TrainRequest
 from fedtune.wire.error_codes import DECLINED_PREFIX, TRAINING_FAILED
 
-__all__ = ["app", "deployed"]
+__all__ = ["app", "deployed", "limited"]
 
 app = ClientApp()
 deployed = ClientApp()
+limited = ClientApp()
 
 
 @app.train()
 def train_round(message: Message, _: Context) -> Message:
     """Train from the state in the message, and return a reply with the deltas and a report."""
+    return _train(message, enforced=False)
+
+
+@limited.train()
+def train_round_within_memory(message: Message, _: Context) -> Message:
+    """Do the same within the memory of the client's device class, as a real device does."""
+    return _train(message, enforced=True)
+
+
+def _train(message: Message, *, enforced: bool) -> Message:
     request = TrainRequest(**train_messages.read_train_request(message.content))  # type: ignore[arg-type]
     require_plug_ins(decode_plug_ins(request.plug_ins))
     run_context = get_run_context(request.recipe)
@@ -37,7 +49,11 @@ def train_round(message: Message, _: Context) -> Message:
     state = read_payload(payload, run_context, request.client)
     rows = run_context.client_rows[request.client]
     try:
-        deltas, report = run_local_round(request, state, run_context, rows, own)
+        if enforced:
+            budget = int(run_context.recipe.get_device_class(request.client).memory)
+            deltas, report = run_limited_round(request, state, run_context, rows, own, budget)
+        else:
+            deltas, report = run_local_round(request, state, run_context, rows, own)
     except (NoTaskError, MemoryBudgetError) as error:
         return Message(Error(TRAINING_FAILED, f"{DECLINED_PREFIX}{error}"), reply_to=message)
     return Message(train_messages.make_update_record(deltas, report.to_fields()), reply_to=message)

@@ -15,7 +15,7 @@ from fedtune.device import local_state
 from fedtune.device.held_base import with_base
 from fedtune.device.private_update import make_update_private, redact_report
 from fedtune.device.stream_memory import add_stored_tensors, count_stored_bytes, write_stored_tensors
-from fedtune.memory import peak_rss, reset_peak_rss
+from fedtune.memory import MemoryWatch, peak_rss, reset_peak_rss
 from fedtune.training import (
     ClientRound,
     RunContext,
@@ -75,7 +75,8 @@ def run_local_round(
     client = ClientRound(
         part.model, part.techniques, part.recipe, context.train, rows, request.round, request.client, own, micro, stream
     )
-    outcome = train_local_model(client, state)
+    with MemoryWatch() as memory:
+        outcome = train_local_model(client, state)
     if outcome.local_tensors:
         local_state.save_local_state(folder, request.round, outcome.local_tensors)
     write_stored_tensors(outcome.remembered, stream, part.recipe, request, folder)
@@ -95,6 +96,8 @@ def run_local_round(
         drift_score=None if outcome.drift is None else outcome.drift.value,
         drift_examples=None if outcome.drift is None else outcome.drift.num_examples,
         stored_bytes=stored,
+        anonymous_memory=memory.anonymous,
+        file_memory=memory.file_backed,
         **scores,
     )
     deltas, privacy = select_active_values(outcome.delta, find_masks(state)), part.recipe.privacy

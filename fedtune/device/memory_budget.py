@@ -4,13 +4,13 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-import psutil
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from fedtune.accelerator import fork_random_state, move_tensors
 from fedtune.data import EncodedDataset
+from fedtune.device.held_memory import read_held_bytes
 from fedtune.errors import MemoryBudgetError
 from fedtune.memory import StorageMeter, read_allocated_bytes
 from fedtune.recipe.schema import Train
@@ -33,8 +33,8 @@ _ALLOCATOR = 0.5
 class MemoryEstimate(NamedTuple):
     """The memory of a round in bytes: a fixed amount, and an amount per example of a micro-batch.
 
-    It is the resident memory of the process, and on an accelerator also what torch holds there: many small boards use
-    the same memory for both.
+    It is what the process needs of its resident memory, and on an accelerator also what torch holds there: many small
+    boards use the same memory for both.
     """
 
     fixed_bytes: float
@@ -85,7 +85,7 @@ def estimate_memory(context: RunContext, rows: NDArray[np.int64], round_number: 
     added = 4 * (count * _per_trained(settings) + _mastered(model))
     data = _training_rows(context, rows)
     one, two = (_kept(context, data.examples, _longest(data, count), round_number) for count in (1, 2))
-    held = psutil.Process().memory_info().rss + read_allocated_bytes(context.device)
+    held = read_held_bytes() + read_allocated_bytes(context.device)
     return MemoryEstimate(held + added + 2 * one - two, two - one)
 
 

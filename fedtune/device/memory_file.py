@@ -1,7 +1,8 @@
 """The bytes of a file of a device's memory: safetensors, which say what they are of, encrypted where there is a key.
 
 AES-256-GCM authenticates the format, the run and the visit too, so that a file cannot take the place of another one.
-Each file has a random nonce. A file without encryption carries a digest, which finds damage but no forgery.
+Each file has a random nonce. A file without encryption carries a digest, which finds damage but no forgery, and names
+its owner, so that the file of another device is noticed.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ from fedtune.errors import StoreError
 
 __all__ = ["MOST_ENCRYPTED_BYTES", "decode_memory", "encode_memory", "make_mark"]
 
-_FORMAT = 1
+_FORMAT = 2
 _ENCRYPTED = b"fedtune memory, AES-256-GCM\n"
 _NONCE = 12
 MOST_ENCRYPTED_BYTES = 1 << 30
@@ -28,9 +29,9 @@ MOST_ENCRYPTED_BYTES = 1 << 30
 _BROKEN = (SafetensorError, ValueError, KeyError, TypeError)
 
 
-def make_mark(run_id: str, visit: int) -> str:
-    """Return what a file is of: the format, the run as a hash, and the visit."""
-    return f"{_FORMAT}/{hashlib.sha256(run_id.encode()).hexdigest()}/{visit}"
+def make_mark(run_id: str, visit: int, owner: bytes = b"") -> str:
+    """Return what a file is of: the format, the run and the owner as a hash, and the visit."""
+    return f"{_FORMAT}/{hashlib.sha256(run_id.encode() + owner).hexdigest()}/{visit}"
 
 
 def encode_memory(tensors: Mapping[str, Tensor], mark: str, key: bytes | None) -> bytes:
@@ -54,7 +55,7 @@ def decode_memory(content: bytes, mark: str, key: bytes | None) -> dict[str, Ten
     except _BROKEN as error:
         raise StoreError("is damaged") from error
     if found != mark:
-        raise StoreError("is from another run, another task or another version of fedtune")
+        raise StoreError("is from another run, task, device or version of fedtune")
     if hash_tensors(tensors) != digest:
         raise StoreError("has changed since it was written")
     return tensors

@@ -1,4 +1,4 @@
-"""The key that encrypts a device's memory of earlier tasks. It never leaves the device.
+"""The key that encrypts a device's memory of earlier tasks, or only tells whose it is. It never leaves the device.
 
 Each run has its own. It lies in another folder than the memory, so that a copy of the memory does not contain it.
 """

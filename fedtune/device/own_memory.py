@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fedtune.device.memory_file import MOST_ENCRYPTED_BYTES, decode_memory, encode_memory, make_mark
-from fedtune.device.memory_key import get_key_path
+from fedtune.device.memory_key import get_key_path, load_or_create_memory_key
 from fedtune.errors import MemoryBudgetError, StoreError
 from fedtune.files import write_bytes_atomically
 
@@ -28,7 +28,8 @@ _ENDED = "memory-ended"
 class MemoryFolder:
     """The memory of one device in one run.
 
-    ``budget`` is in bytes, None for no limit. Without a ``key``, files are not encrypted.
+    ``budget`` is in bytes, None for no limit. Without a ``key``, files are not encrypted; then the key of the folder
+    tells whose they are.
     """
 
     folder: Path
@@ -53,7 +54,7 @@ class MemoryFolder:
         path = _get_path(self.folder, earlier[-1])
         try:
             content = _read_bytes(path, self.budget)
-            return {earlier[-1]: decode_memory(content, make_mark(self.run_id, earlier[-1]), self.key)}
+            return {earlier[-1]: decode_memory(content, self._make_mark(earlier[-1]), self.key)}
         except StoreError as error:
             raise StoreError(
                 f"{path} {error}; delete it to start this run's memory anew", code="memory-damaged"
@@ -64,7 +65,7 @@ class MemoryFolder:
 
         Raise MemoryBudgetError if it is too large; then the files stay as they are.
         """
-        content = encode_memory(tensors, make_mark(self.run_id, visit), self.key)
+        content = encode_memory(tensors, self._make_mark(visit), self.key)
         self._require_size(len(content))
         self._make_room(visit, len(content))
         write_bytes_atomically(_get_path(self.folder, visit), content)
@@ -89,6 +90,9 @@ class MemoryFolder:
     def count_bytes(self) -> int:
         """Return the bytes of all files, also of one that a killed process left half-written."""
         return sum(path.stat().st_size for path in _list_files(self.folder))
+
+    def _make_mark(self, visit: int) -> str:
+        return make_mark(self.run_id, visit, load_or_create_memory_key(self.folder) if self.key is None else b"")
 
     def _require_size(self, size: int) -> None:
         if size > self.file_limit:

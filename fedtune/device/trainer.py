@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedtune.device.device_home import DeviceHome
 from fedtune.device.held_base import leave_others
+from fedtune.device.limited_round import keep_within_budget
 from fedtune.device.local_data import LocalData, summarise_local_data
 from fedtune.device.local_round import read_payload, run_local_round
 from fedtune.device.memory_budget import choose_micro_batch_size
@@ -43,7 +44,10 @@ def main(descriptor: int, source: str, budget: int, halvings: int) -> None:
 
 
 class Trainer:
-    """``budget`` is the limit of resident memory in bytes. The batch is halved at least ``halvings`` times."""
+    """``budget`` is the limit of memory in bytes, which holds while it trains.
+
+    The batch is halved at least ``halvings`` times.
+    """
 
     def __init__(self, source: str, budget: int, halvings: int) -> None:
         self._supply, self._budget, self._halvings = LocalData(source), budget, halvings
@@ -73,7 +77,9 @@ class Trainer:
         folder = DeviceHome().get_local_state_folder(request.run_id)
         leave_others(folder)
         delete_unneeded_memory(folder)
-        deltas, report = run_local_round(request, state, context, rows, folder, self._micro)
+        with keep_within_budget(self._budget, context.recipe.train.threads):
+            deltas, report = run_local_round(request, state, context, rows, folder, self._micro)
+        self._micro = report.micro_batch_size or self._micro  # it may have been halved
         return Frame(
             {"kind": "trained", "report": report.to_fields(), "holding": summarise_local_data(context, rows)}, deltas
         )

@@ -11,13 +11,14 @@ from contextlib import suppress
 import psutil
 
 from fedtune.child_processes import environment, make_isolated_command
+from fedtune.device.held_memory import read_held_bytes
 from fedtune.device.trainer_channel import Frame, TrainerChannel
 from fedtune.errors import MemoryBudgetError
 from fedtune.wire.protocol_codes import Problem
 
 __all__ = ["TrainerSupervisor"]
 
-_LOOK_SECONDS = 0.2
+_LOOK_SECONDS = 0.05
 _TRIES = 2
 """How often a request is tried if the trainer is killed. A repeated round gives the same result."""
 _HALVINGS = 3
@@ -93,7 +94,7 @@ class TrainerSupervisor:
         """Return the trainer's next frame; raise MemoryError if it exceeds its memory budget before."""
         while not channel.wait_until_ready(_LOOK_SECONDS):
             with suppress(psutil.NoSuchProcess):
-                if held.memory_info().rss > self._budget:
+                if read_held_bytes(held) > self._budget:
                     raise MemoryError
         return channel.receive()
 

@@ -1,9 +1,13 @@
 """Runs of this machine: begin, resume and execute them. ``fedtune simulate`` and the library share this module."""
 
 import json
+import warnings
 from typing import TYPE_CHECKING, NamedTuple
 
+from fedtune.errors import FedtuneWarning
 from fedtune.library.cached_export import export_base_run
+from fedtune.plan.auto_techniques import has_auto_techniques, plan_auto_techniques
+from fedtune.plan.plans import describe_plan
 from fedtune.recipe.schema import Recipe
 from fedtune.recipe.versions import needs_translation
 from fedtune.server.recipe_check import build_run_context, check_recipe_settings
@@ -20,6 +24,7 @@ __all__ = [
     "build_simulation_context",
     "check_simulated_recipe",
     "execute_run",
+    "plan_recipe_techniques",
     "read_recorded_recipe",
 ]
 
@@ -34,9 +39,24 @@ class LocalRun(NamedTuple):
 def check_simulated_recipe(recipe: Recipe, store: str, workers: int | None = None) -> Recipe:
     """The recipe with every setting written out, and its base run exported; raise FedtuneError if it cannot run."""
     require_devices(recipe, workers)
-    checked = check_recipe_settings(recipe)
+    checked = check_recipe_settings(plan_recipe_techniques(recipe))
     check_enough_eligible_clients(checked)
     return export_base_run(checked, store, new=True)
+
+
+def plan_recipe_techniques(recipe: Recipe) -> Recipe:
+    """Replace ``techniques: auto`` by a plan for each device class, with a warning that names them."""
+    if not has_auto_techniques(recipe):
+        return recipe
+    planned, plans = plan_auto_techniques(recipe, _TRAINER)
+    for name, plan in plans.items():
+        told = f"{describe_plan(plan)}, predicted peak {plan.anonymous_bytes / 1e6:.0f} MB anonymous"
+        warnings.warn(f"techniques of {name}: {told}", FedtuneWarning, stacklevel=3)
+    return planned
+
+
+_TRAINER = ("fedtune.device.trainer",)
+"""What a device's training process imports."""
 
 
 def build_simulation_context(recipe: Recipe) -> "RunContext":
@@ -66,8 +86,8 @@ def read_recorded_recipe(run: RunRecord) -> tuple[Recipe, bool]:
     return Recipe.model_validate_json(run.recipe), needs_translation(json.loads(run.recipe))
 
 
-def execute_run(run: LocalRun, store: str, engine: str, workers: int | None) -> None:
-    """Carry a run to its end on an engine."""
+def execute_run(run: LocalRun, store: str, engine: str, workers: int | None, *, enforce_memory: bool = False) -> None:
+    """Carry a run to its end on an engine. Only the in-process engine can enforce the memory of device classes."""
     if engine == "flower":
         from fedtune.simulation.flower_engine import run_on_flower_engine
 
@@ -75,4 +95,5 @@ def execute_run(run: LocalRun, store: str, engine: str, workers: int | None) -> 
     else:
         from fedtune.simulation import choose_worker_count, run_in_process
 
-        run_in_process(run.context, run.id, store, workers or choose_worker_count(run.context))
+        count = workers or choose_worker_count(run.context)
+        run_in_process(run.context, run.id, store, count, enforce_memory=enforce_memory)

@@ -18,8 +18,8 @@ from fedtune import techniques
 from fedtune.errors import ModelError
 from fedtune.tasks import Task
 from fedtune.techniques import ExtraPayload, StepInfo, Technique
-from fedtune.training.local_training import freeze_batch_norm_statistics
 from fedtune.training.model_state import get_model_state, set_model_state
+from fedtune.training.train_mode import freeze_batch_norm_statistics
 
 __all__ = ["StepHooks"]
 

@@ -11,7 +11,15 @@ import threading
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["MemoryWatch", "ResidentMemory", "peak_anonymous", "peak_rss", "read_resident_memory", "reset_peak_rss"]
+__all__ = [
+    "MemoryWatch",
+    "ResidentMemory",
+    "peak_anonymous",
+    "peak_rss",
+    "read_mapped_bytes",
+    "read_resident_memory",
+    "reset_peak_rss",
+]
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
@@ -42,6 +50,11 @@ def read_resident_memory(process: int | None = None) -> ResidentMemory | None:
     if "RssAnon" not in found:
         return None
     return ResidentMemory(found["RssAnon"], found.get("RssFile", 0) + found.get("RssShmem", 0))
+
+
+def read_mapped_bytes() -> int | None:
+    """Return the private memory of this process that may be written, resident or not; None if the system tells none."""
+    return _read_status().get("VmData")
 
 
 def peak_anonymous() -> int | None:

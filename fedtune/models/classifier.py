@@ -4,12 +4,11 @@ This file imports nothing of fedtune, because it is saved beside the weights.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 __all__ = ["ClassifierOutput", "ImageClassifier"]
 
@@ -33,7 +32,7 @@ class ImageClassifier(nn.Module, ABC):
     def __init__(self, **settings: Any) -> None:
         super().__init__()
         self.settings = settings
-        self._checkpointed = False
+        self._call_checkpointed: Callable[[nn.Module, Tensor], Tensor] | None = None
 
     @abstractmethod
     def stages(self) -> Sequence[nn.Module]:
@@ -43,15 +42,15 @@ class ImageClassifier(nn.Module, ABC):
         replaced layers are included.
         """
 
-    def activation_checkpointing_enable(self, _: Any = None) -> None:
-        """Enable activation checkpointing: only the input of each stage is kept for backward."""
-        self._checkpointed = True
+    def enable_checkpointing(self, call: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        """Enable gradient checkpointing: ``call`` runs a stage and keeps only its input for backward."""
+        self._call_checkpointed = call
 
     def logits(self, pixels: Tensor) -> Tensor:
         """Return logits: [n, 3, h, w] -> [n, labels]."""
         x = pixels
         for stage in self.stages():
-            x = checkpoint(stage, x, use_reentrant=False) if self._checkpointed and self.training else stage(x)
+            x = self._call_checkpointed(stage, x) if self._call_checkpointed and self.training else stage(x)
         return x
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **_: Any) -> ClassifierOutput:

@@ -47,7 +47,14 @@ def is_fedtune_image_model(location: str) -> bool:
 
 
 def load_image_model(
-    model: ModelSettings, folder: Path, task: ModelTask, labels: Sequence[str], *, seed: int, quantised: bool
+    model: ModelSettings,
+    folder: Path,
+    task: ModelTask,
+    labels: Sequence[str],
+    *,
+    seed: int,
+    quantised: bool,
+    read_weights: bool = True,
 ) -> ImageClassifier:
     """Load the model in ``folder``. A head of another size and untrained weights are drawn from ``seed``.
 
@@ -63,7 +70,7 @@ def load_image_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         loaded = IMAGE_MODEL_CLASSES[kind](len(labels), **config["settings"])
-    if not config.get(_UNTRAINED, False):
+    if read_weights and not config.get(_UNTRAINED, False):
         _fill(loaded, _tensors(folder, model.source), model.source)
     loaded.to(getattr(torch, model.dtype)).eval()
     return loaded

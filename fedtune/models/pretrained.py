@@ -38,6 +38,7 @@ __all__ = [
     "class_names",
     "load_pretrained_model",
     "load_pretrained_tokenizer",
+    "make_pretrained_skeleton",
     "preprocessor",
     "save_config",
     "save_pretrained_model",
@@ -49,12 +50,7 @@ def load_pretrained_model(
 ) -> PreTrainedModel:
     """Load the model at ``location``, a Hub id or a folder, as described in ``models.load``."""
     with explain_load_errors(model.source), silence_transformers(), torch.random.fork_rng(devices=[]):
-        config = AutoConfig.from_pretrained(location, trust_remote_code=False)
-        _check_family(model, task, config)
-        _check_head(model, task, config)
-        interpolate_positions(model, config)
-        for name, value in task.make_head_settings(labels).items():
-            setattr(config, name, value)
+        config = _prepare_config(model, location, task, labels)
         if quantisation is not None:
             _refuse_two_quantisations(model)
             quantisation.llm_int8_skip_modules = _head_layers(task, config)
@@ -70,6 +66,30 @@ def load_pretrained_model(
     if task.reads_text:
         _prepare_text_model(loaded, model, location, task)
     return loaded
+
+
+def make_pretrained_skeleton(
+    model: ModelSettings, location: str, task: ModelTask, labels: Sequence[str]
+) -> tuple[PreTrainedModel, list[str]]:
+    """Build the model at ``location`` from its configuration. Return it with the layers that are never quantised."""
+    with explain_load_errors(model.source), silence_transformers(), torch.random.fork_rng(devices=[]):
+        config = _prepare_config(model, location, task, labels)
+        made: PreTrainedModel = _auto_class(task).from_config(config, dtype=getattr(torch, model.dtype))
+    require_interpolation(model, made)
+    if task.reads_text:
+        _prepare_text_model(made, model, location, task)
+    return made.eval(), _list_unquantised(made)
+
+
+def _prepare_config(model: ModelSettings, location: str, task: ModelTask, labels: Sequence[str]) -> PretrainedConfig:
+    """Return the configuration with the head of the task; ModelError if the model does not fit the task."""
+    config: PretrainedConfig = AutoConfig.from_pretrained(location, trust_remote_code=False)
+    _check_family(model, task, config)
+    _check_head(model, task, config)
+    interpolate_positions(model, config)
+    for name, value in task.make_head_settings(labels).items():
+        setattr(config, name, value)
+    return config
 
 
 def _loaded(
@@ -198,6 +218,10 @@ def _head_layers(task: ModelTask, config: PretrainedConfig) -> list[str]:
     """
     with torch.device("meta"):
         skeleton = _auto_class(task).from_config(config)
+    return _list_unquantised(skeleton)
+
+
+def _list_unquantised(skeleton: PreTrainedModel) -> list[str]:
     behind = [name for name, _ in skeleton.named_children() if name != skeleton.base_model_prefix]
     return [*behind, *read_past(skeleton)]
 

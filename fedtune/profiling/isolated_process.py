@@ -5,14 +5,17 @@ Peak resident memory never falls, so a second case in the same process would rep
 
 import multiprocessing
 import signal
+from dataclasses import replace
 from multiprocessing.connection import Connection
+
+import torch
 
 from fedtune.accelerator import is_out_of_memory
 from fedtune.errors import FedtuneError
 from fedtune.memory.allocator import fix_mmap_threshold
 from fedtune.profiling.measure_step import profile_step
 from fedtune.profiling.profile_cases import ProfileCase
-from fedtune.profiling.profile_results import FailedProfile, ProfileResult
+from fedtune.profiling.profile_results import FailedProfile, ProfileResult, StepProfile
 
 __all__ = ["profile_in_subprocess", "try_profile"]
 
@@ -41,8 +44,9 @@ def profile_in_subprocess(case: ProfileCase) -> ProfileResult:
 
 
 def _send_result(sending: Connection, case: ProfileCase) -> None:
-    fix_mmap_threshold()
-    sending.send(try_profile(case))
+    allocator = fix_mmap_threshold()
+    row = try_profile(case)
+    sending.send(replace(row, allocator=allocator) if isinstance(row, StepProfile) else row)
 
 
 def try_profile(case: ProfileCase) -> ProfileResult:
@@ -58,8 +62,8 @@ def try_profile(case: ProfileCase) -> ProfileResult:
 def _describe_error(error: Exception) -> str:
     """Describe an unexpected error in one line, and plainly if memory is short."""
     first = str(error).partition("\n")[0].strip()
-    if is_out_of_memory(error):
+    if isinstance(error, torch.OutOfMemoryError) or "MPS" in first:
         return "a step needs more memory than the accelerator has; try a smaller batch"
-    if isinstance(error, MemoryError) or "can't allocate memory" in first:
+    if is_out_of_memory(error):
         return "a step needs more memory than this machine has; try a smaller batch"
     return f"{type(error).__name__}: {first}" if first else type(error).__name__

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.accelerator import find_device, fork_random_state, move_tensors, require_device, synchronise
-from fedtune.memory import StorageMeter, peak_rss, read_accelerator_peak, reset_accelerator_peak, reset_peak_rss
+from fedtune.memory import (
+    MemoryWatch,
+    StorageMeter,
+    peak_rss,
+    read_accelerator_peak,
+    read_resident_memory,
+    release_freed,
+    reset_accelerator_peak,
+)
 from fedtune.profiling.gradient_check import gradient_error
 from fedtune.profiling.profile_cases import ProfileCase
 from fedtune.profiling.profile_results import StepProfile
@@ -32,7 +40,7 @@ from fedtune.training.start import Start
 from fedtune.wire.client_update import decode_tensors, pack
 from fedtune.wire.masked_weights import encode_masked_state, find_masks, select_active_values
 
-__all__ = ["profile_step"]
+__all__ = ["list_distinct_rounds", "measure_step_memory", "profile_step"]
 
 _TIMED = 3
 """The number of timed steps, whose median is reported, after one warm-up step."""
@@ -58,14 +66,15 @@ def _measure_case(case: ProfileCase, recipe: Recipe) -> tuple[StepProfile, Tenso
     batch = make_random_batch(model, recipe, len(case.labels)) if case.batch is None else decode_tensors(case.batch)
     device = find_device(model)
     batch = move_tensors(batch, device)
-    rounds = _rounds(model, chosen)
+    rounds = list_distinct_rounds(model, chosen)
     gc.collect()
-    reset_peak_rss()
+    release_freed()
     reset_accelerator_peak(device)
-    loaded = peak_rss()
-    seconds = [_measure_seconds(model, chosen, batch, recipe, round_number) for round_number in rounds]
+    with MemoryWatch() as memory:
+        loaded, parts = peak_rss(), read_resident_memory()
+        seconds = [_measure_seconds(model, chosen, batch, recipe, round_number) for round_number in rounds]
     rss, accelerator = peak_rss(), read_accelerator_peak(device)
-    held = [_measure_memory(model, chosen, batch, recipe, round_number) for round_number in rounds]
+    held = [measure_step_memory(model, chosen, batch, recipe, round_number) for round_number in rounds]
     sent = [_measure_payload(model, chosen, round_number) for round_number in rounds]
     state = get_model_state(model, shared)
     figures = StepProfile(
@@ -81,11 +90,14 @@ def _measure_case(case: ProfileCase, recipe: Recipe) -> tuple[StepProfile, Tenso
         device_type=device.type,
         accelerator_bytes=None if accelerator is None else accelerator.allocated,
         accelerator_reserved_bytes=None if accelerator is None else accelerator.reserved,
+        anonymous_bytes=memory.anonymous,
+        file_bytes=memory.file_backed,
+        loaded_anonymous_bytes=None if parts is None else parts.anonymous,
     )
     return figures, state, batch, rounds
 
 
-def _rounds(model: nn.Module, techniques: Sequence[Technique]) -> list[int]:
+def list_distinct_rounds(model: nn.Module, techniques: Sequence[Technique]) -> list[int]:
     """Return round 1, and round 2 if other tensors are trained in it."""
     trained_in = []
     for round_number in (1, 2):
@@ -116,7 +128,7 @@ def _measure_seconds(
     return statistics.median(seconds[1:])
 
 
-def _measure_memory(
+def measure_step_memory(
     model: nn.Module, techniques: Sequence[Technique], batch: Tensors, recipe: Recipe, round_number: int
 ) -> tuple[int, int]:
     """Return the bytes kept for backward when the forward pass ends, and the peak of both passes."""

@@ -13,8 +13,10 @@ class StepProfile:
     both passes, without parameters and their gradients. ``rss_bytes`` is the peak of the process while it trains, and
     ``loaded_bytes`` its memory before, with the model. ``seconds`` is the median of a whole step. A round sends
     ``wire_bytes`` up and ``down_bytes`` down. ``gradient_error`` is None if gradients were not checked.
-    On CUDA, ``accelerator_bytes`` and ``accelerator_reserved_bytes`` are torch's peaks of allocated and reserved memory
-    while it trains, with the model.
+    ``anonymous_bytes`` and ``file_bytes`` are the peaks of the two parts of the process's memory while it trains, and
+    ``loaded_anonymous_bytes`` is the first before; None where the system does not tell them apart. ``allocator`` says
+    which one ran, and how it is set. On CUDA, ``accelerator_bytes`` and ``accelerator_reserved_bytes`` are torch's
+    peaks of allocated and reserved memory while it trains, with the model.
     """
 
     technique: str
@@ -30,6 +32,10 @@ class StepProfile:
     device_type: str = "cpu"
     accelerator_bytes: int | None = None
     accelerator_reserved_bytes: int | None = None
+    anonymous_bytes: int | None = None
+    file_bytes: int | None = None
+    loaded_anonymous_bytes: int | None = None
+    allocator: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """The settings of a stream: the tasks that arrive one after another, and what keeps the memory of earlier ones."""
 
+from datetime import date
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ByteSize, Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, ByteSize, Discriminator, Field, Tag, model_validator
 
 from fedtune.recipe.settings_model import SettingsModel
 from fedtune.recipe.train_settings import Unit
@@ -14,6 +15,19 @@ _COLUMN = {"class": "label", "task": "label", "domain": "domain"}
 """The column that tells tasks apart, by setting."""
 
 
+def _read_value(value: Any) -> Any:
+    """Return a number or a date as text, as the values of a column are compared."""
+    if isinstance(value, bool):
+        raise ValueError("YAML reads it as true or false; put it in quotes")
+    if isinstance(value, date):
+        return value.isoformat()
+    return str(value) if isinstance(value, int | float) else value
+
+
+_Value = Annotated[str, BeforeValidator(_read_value)]
+"""A value of the stream's column."""
+
+
 class StreamTask(SettingsModel):
     """A task of a stream for a number of rounds. A name that was used before stands for the same task again.
 
@@ -21,11 +35,11 @@ class StreamTask(SettingsModel):
     time they lie in ``since`` <= value < ``until``; numbers are compared as numbers, other values as text.
     """
 
-    name: str = Field(min_length=1, max_length=255)
+    name: _Value = Field(min_length=1, max_length=255)
     rounds: int = Field(ge=1, le=100_000)
-    where: list[str] | None = Field(None, min_length=1, max_length=10_000)
-    since: str | None = None
-    until: str | None = None
+    where: list[_Value] | None = Field(None, min_length=1, max_length=10_000)
+    since: _Value | None = None
+    until: _Value | None = None
 
     @model_validator(mode="after")
     def _name_is_free(self) -> Self:
@@ -58,7 +72,7 @@ class EachValue(SettingsModel):
 class TimeCuts(SettingsModel):
     """Tasks between the values of a column at which one ends and the next begins."""
 
-    cut: list[str] = Field(min_length=1, max_length=10_000)
+    cut: list[_Value] = Field(min_length=1, max_length=10_000)
     rounds: int = Field(ge=1, le=100_000, description="rounds of each task")
 
 

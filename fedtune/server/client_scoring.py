@@ -64,7 +64,8 @@ class ClientScoring:
         Devices that are offline get no request, and replies after the deadline are ignored. An event names the clients
         that sent no scores, with the reasons. ``round_seconds`` is the duration of the round.
         """
-        scorers = draw_scorers(self.context.recipe, _list_connected_clients(self.grid, clients))
+        recipe, connected = self.context.recipe, _list_connected_clients(self.grid, clients)
+        scorers = draw_scorers(recipe, connected, last=round_number == recipe.federation.rounds)
         if not scorers:
             return SharedScores()
         deadline = _choose_deadline(self.context.recipe, clients, round_seconds)
@@ -112,13 +113,17 @@ class ClientScoring:
         return found
 
 
-def draw_scorers(recipe: Recipe, among: Sequence[int]) -> list[int]:
+def draw_scorers(recipe: Recipe, among: Sequence[int], *, last: bool = False) -> list[int]:
     """Return the clients that score, in ascending order.
+
+    After the ``last`` round of a stream, these are all that hold examples out: the ledger of a client ends with it.
 
     All clients are ranked by the seed, and the first ones that are in ``among`` are taken. The choice is therefore the
     same after each round as long as these clients are online.
     """
     wanted = recipe.evaluation.clients
+    if wanted is None and last and recipe.stream and recipe.evaluation.local_holdout and recipe.privacy is None:
+        wanted = "all"
     if wanted is None:
         return []
     if wanted == "all":

@@ -81,6 +81,8 @@ def receive_update(reply: Message, expected: ExpectedReply, spool: Path) -> tupl
         accelerator_memory=report.accelerator_memory,
         accelerator_reserved=report.accelerator_reserved,
         stored_bytes=report.stored_bytes,
+        anonymous_memory=report.anonymous_memory,
+        file_memory=report.file_memory,
     )
     scores = report.holdout_metrics, report.trained_metrics
     return record, ClientUpdate(

@@ -57,6 +57,8 @@ class _Bounded(BaseModel):
     task_accuracies: list[_Share] | None = Field(None, max_length=_MOST_TASKS)
     task_losses: list[_Loss] | None = Field(None, max_length=_MOST_TASKS)
     stored_bytes: _Bytes | None = None
+    anonymous_memory: _Bytes | None = None
+    file_memory: _Bytes | None = None
     drift_score: float | None = Field(None, ge=-_MOST_LOSS, le=_MOST_LOSS, allow_inf_nan=False)
     drift_examples: int | None = Field(None, ge=1, le=MOST_EXAMPLES)
 

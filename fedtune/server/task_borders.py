@@ -70,17 +70,17 @@ def end_task(
     present = plan.find_visit(round_number) if visit is None else visit
     for method in asked:
         border = continual.Border(
-            context.recipe,
-            context.model,
-            present,
-            plan.find_task(present),
-            round_number,
-            start,
-            before,
-            state,
-            continual.select_memory(method, memory),
-            [one._replace(tensors=continual.select_memory(method, one.tensors)) for one in uploads],
-            context.corpus.label_names,
+            recipe=context.recipe,
+            model=context.model,
+            visit=present,
+            task=plan.find_task(present),
+            round_number=round_number,
+            start=start,
+            before=before,
+            after=state,
+            memory=continual.select_memory(method, memory),
+            uploads=[one._replace(tensors=continual.select_memory(method, one.tensors)) for one in uploads],
+            label_names=context.corpus.label_names,
         )
         if visit is None:
             state = method.after_first_round(border)

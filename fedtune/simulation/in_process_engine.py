@@ -6,6 +6,7 @@ from flwr.app import Context, RecordDict
 
 from fedtune import paths
 from fedtune.device.client_app import app as client_app
+from fedtune.device.client_app import limited
 from fedtune.memory.allocator import fix_mmap_threshold
 from fedtune.server.server_app import app as server_app
 from fedtune.simulation.compute_devices import uses_accelerator
@@ -19,12 +20,15 @@ _WORTH_A_POOL = 1_000_000
 """The number of model parameters from which a pool of processes pays off."""
 
 
-def run_in_process(run_context: RunContext, run: str, store: str, workers: int) -> None:
-    """Execute a stored run. Clients run one after another in this process, or in a pool of ``workers`` processes."""
+def run_in_process(
+    run_context: RunContext, run: str, store: str, workers: int, *, enforce_memory: bool = False
+) -> None:
+    """Execute a stored run. Clients run one after another in this process, or in a pool of ``workers`` processes.
+
+    With ``enforce_memory``, they run in processes that are held to the memory of the client's device class.
+    """
     fix_mmap_threshold()
-    client_workers: ClientWorkers = (
-        ProcessPoolWorkers(run_context, workers) if workers > 1 else SequentialWorkers(client_app)
-    )
+    client_workers = _start_workers(run_context, workers, enforce_memory)
     try:
         config: dict[str, bool | float | int | str] = {
             "run": run,
@@ -37,6 +41,12 @@ def run_in_process(run_context: RunContext, run: str, store: str, workers: int) 
         )
     finally:
         client_workers.close()
+
+
+def _start_workers(run_context: RunContext, workers: int, enforce_memory: bool) -> ClientWorkers:
+    if enforce_memory:
+        return ProcessPoolWorkers(run_context, workers, limited)
+    return ProcessPoolWorkers(run_context, workers) if workers > 1 else SequentialWorkers(client_app)
 
 
 def choose_worker_count(run_context: RunContext) -> int:

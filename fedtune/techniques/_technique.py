@@ -40,6 +40,8 @@ class Technique(NamedUnit):
 
     selects_trainable_tensors: ClassVar[bool] = True
     """Whether it selects trained tensors; a run needs at least one technique that does."""
+    has_exact_gradients: ClassVar[bool] = True
+    """Whether gradients are those of the plain model, or of one with adapters, up to rounding."""
     allows_kv_cache: ClassVar[bool] = False
     """Whether text can be generated with cached keys and values: the model computes each token from those before it."""
     conflicts_with: ClassVar[Mapping[str, str]] = {}
@@ -69,6 +71,14 @@ class Technique(NamedUnit):
         """The technique in a stream whose visits have these tasks and rounds; itself by default.
 
         Unless ``together``, clients may be in different tasks in the same round. RecipeError if it cannot follow.
+        """
+        return self
+
+    def for_depth(self, blocks: int, fewest: int) -> "Technique | None":
+        """The technique as a plan traces it on a few of a model's like blocks; itself by default.
+
+        What it keeps must then grow by the same bytes with each block, from ``fewest`` up to ``blocks``. None if that
+        cannot be.
         """
         return self
 

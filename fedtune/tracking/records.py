@@ -50,7 +50,8 @@ class ClientRecord:
     ``device_type`` is that of the device that the figures were measured on: cpu, cuda or mps. It is None if nothing was
     measured, and in rounds that were recorded before it was. ``accelerator_memory`` and ``accelerator_reserved`` are
     torch's peaks on CUDA. ``stored_bytes`` is what the device keeps on its disk for later tasks of a stream, None in
-    runs without one.
+    runs without one. ``anonymous_memory`` and ``file_memory`` are the peaks of the two parts of the process's memory,
+    None where its system does not tell them apart.
     """
 
     client: int
@@ -71,6 +72,8 @@ class ClientRecord:
     accelerator_memory: int | None = None
     accelerator_reserved: int | None = None
     stored_bytes: int | None = None
+    anonymous_memory: int | None = None
+    file_memory: int | None = None
 
     @property
     def device(self) -> str:

@@ -53,11 +53,18 @@ def make_scope_matrices(run: RunRecord, rounds: Rounds) -> dict[str, TaskMatrix]
     """Make the matrix of each device class and client that scored tasks, by scope.
 
     Row 0 is the score of the start state. Another row has the first score from the end of its visit up to the end of
-    the next one, because a client is not asked in every round.
+    the next one, because a client is not asked in every round; of tasks to come, only that of the end itself. Where
+    clients arrive one after another, a client's visits end when it ends them itself, and those of a device class when
+    all clients have.
     """
     names = list_task_names(run, rounds)
     found = _collect_scope_scores(rounds)
-    return {scope: _matrix(run, rounds, _scope_rows(names, rounds, found[scope])) for scope in sorted(found)}
+    visited = [one.name for one in list_visits(rounds)]
+    rows = {
+        scope: _scope_rows(names, visited, _list_scope_ends(run, rounds, scope), found[scope])
+        for scope in sorted(found)
+    }
+    return {scope: _matrix(run, rounds, own) for scope, own in rows.items()}
 
 
 def compute_stream_figures(matrix: TaskMatrix, rounds: Rounds) -> dict[str, float | None]:
@@ -114,10 +121,29 @@ def _collect_scope_scores(rounds: Rounds) -> dict[str, dict[tuple[int, str], flo
     return found
 
 
-def _scope_rows(names: Sequence[str], rounds: Rounds, scores: Mapping[tuple[int, str], float]) -> list[list[Score]]:
-    ends = _list_ends(rounds)
+def _list_scope_ends(run: RunRecord, rounds: Rounds, scope: str) -> list[int]:
+    """Return the rounds in which visits ended for a client or a device class."""
+    ends, arrival = _list_ends(rounds), (read_stored_recipe(run.recipe).get("stream") or {}).get("arrival")
+    kind, _, number = scope.partition(":")
+    if kind != "client" or not isinstance(arrival, Mapping):
+        return ends
+    waves = int(arrival["waves"])
+    early = int(arrival["staggered"]) * (waves - 1 - int(number) % waves)
+    return [end - early for end in ends]
+
+
+def _scope_rows(
+    names: Sequence[str], visited: Sequence[str], ends: Sequence[int], scores: Mapping[tuple[int, str], float]
+) -> list[list[Score]]:
+    """Return the rows of a scope whose visits ended in the rounds ``ends``.
+
+    A task that comes later counts only as the state of the border was scored: later states have begun to train it.
+    """
     spans = [range(1), *(range(first, last) for first, last in zip(ends, [*ends[1:], _NEVER], strict=True))]
-    return [[_first(scores, span, name) for name in names] for span in spans]
+    return [
+        [_first(scores, span if name in visited[:row] else span[:1], name) for name in names]
+        for row, span in enumerate(spans)
+    ]
 
 
 _NEVER = 1 << 62

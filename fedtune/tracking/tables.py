@@ -102,6 +102,8 @@ client_records = Table(
     Column("accelerator_memory", BigInteger),
     Column("accelerator_reserved", BigInteger),
     Column("stored_bytes", BigInteger),
+    Column("anonymous_memory", BigInteger),
+    Column("file_memory", BigInteger),
 )
 
 metrics = Table(

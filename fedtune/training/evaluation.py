@@ -128,14 +128,14 @@ def _iter_scores(
 
 
 def _score_rows(evaluated: EvaluatedModel, examples: EncodedDataset, rows: Sequence[int]) -> list[ExampleScore]:
-    """Return the score of each example. Where an accelerator's memory is too small for them, they are halved."""
+    """Return the score of each example. Where memory is too small for them, they are halved."""
     device = find_device(evaluated.model)
     batch = move_tensors(examples.make_batch(rows), device)
     try:
         begin_step(evaluated.techniques, evaluated.model, batch, 1.0)
         with use_autocast(evaluated.model):
             return evaluated.task.score_batch(evaluated.model, batch, evaluated.reader)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if len(rows) == 1 or not is_out_of_memory(error):
             raise
     del batch

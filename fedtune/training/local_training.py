@@ -27,7 +27,6 @@ from fedtune.recipe.schema import Train
 from fedtune.techniques import (
     StepInfo,
     Technique,
-    UnfrozenBatchNorm2d,
     before_optimiser_step,
     compute_extra_payload,
     list_trainable_tensors,
@@ -35,7 +34,7 @@ from fedtune.techniques import (
 from fedtune.training.batches import batches, total_steps
 from fedtune.training.client_round import ClientRound
 from fedtune.training.cpu_threads import use_cpu_threads
-from fedtune.training.drift_measurement import measure_drift
+from fedtune.training.drift_measurement import DriftMeasurement, measure_drift
 from fedtune.training.evaluation import score_held_out
 from fedtune.training.master_weights import make_stepper, masters_of
 from fedtune.training.model_state import get_model_state, named_tensors
@@ -51,6 +50,7 @@ from fedtune.training.stream_training import (
     mask_trained_classes,
 )
 from fedtune.training.task_holdouts import score_task_holdouts
+from fedtune.training.train_mode import set_train_mode
 from fedtune.training.training_rows import make_training_rows
 from fedtune.training.training_step import StepResult, run_step
 from fedtune.training.uploaded_statistics import compute_uploaded_statistics
@@ -62,8 +62,6 @@ IntArray = NDArray[np.int64]
 __all__ = [
     "LocalTrainingResult",
     "apply_optimiser_step",
-    "freeze_batch_norm_statistics",
-    "set_train_mode",
     "train_local_model",
 ]
 
@@ -96,88 +94,27 @@ class LocalTrainingResult:
     drift: DriftScore | None = None
 
 
-def train_local_model(client: ClientRound, state: Mapping[str, Tensor]) -> LocalTrainingResult:
-    """Train the client's model from ``state`` on its examples.
+class _Received(NamedTuple):
+    """What a client measures on the received model, before it trains."""
 
-    All random numbers are derived from (seed, round, client), so the result does not depend on earlier rounds in this
-    process.
-    """
-    started = time.perf_counter()
-    model, recipe = client.model, client.recipe
-    device = find_device(model)
-    reset_peak_rss()
-    reset_accelerator_peak(device)
-    rows, held_out = client.split_rows()
-    receive_state(client, state)
-    names = list_trainable_tensors(model)
-    start = Start(model, names, client.local_tensors, state)
-    masters = masters_of(model, start)
-    with use_cpu_threads(recipe.train.threads), fork_random_state(device):
-        client = begin_methods(client)
-        with mask_seen_classes(client):
-            received_score = score_held_out(client, held_out.tolist())
-        task_figures = score_task_holdouts(client)
-        drift = measure_drift(client)
-        statistics = compute_uploaded_statistics(client, rows, names)
-        torch.manual_seed(client.derive_seed("dropout"))
-        release_freed()
-        with mask_trained_classes(client):
-            steps = _run_steps(client, rows, masters) if client.trains else _skip_steps(client, rows)
-        release_freed()
-        kept = {
-            name: masters[name].detach().cpu() if name in masters else one
-            for name, one in get_model_state(model, client.local_tensors).items()
-        }
-        delta = start.deltas({**named_tensors(model), **masters}, names)
-        if client.trains:
-            _warn_if_nothing_moved(
-                [*delta.values(), *(kept[name] - one for name, one in client.local_tensors.items())], client
-            )
-        backward = partial(_run_extra_backward, client, rows, steps.micro_batch_size)
-        added = compute_extra_payload(client.techniques, model, client.number, backward)
-        with mask_trained_classes(client):
-            remembered, uploads = collect_stored_tensors(client), collect_uploads(client)
-        extras = {**statistics, **move_tensors(added, torch.device("cpu")), **uploads, **drift.upload}
-        with mask_seen_classes(client):  # last, so that it cannot affect anything else
-            trained_score = score_held_out(client, held_out.tolist())
-    seconds = time.perf_counter() - started
-    scores = received_score, trained_score
-    return LocalTrainingResult(
-        delta,
-        extras,
-        kept,
-        *scores,
-        num_examples=steps.num_examples,
-        train_loss=steps.loss,
-        seconds=seconds,
-        activation_bytes=steps.activation_bytes,
-        peak_rss=peak_rss(),
-        device_type=device.type,
-        accelerator_peak=read_accelerator_peak(device),
-        micro_batch_size=steps.micro_batch_size,
-        remembered=remembered,
-        task_figures=task_figures,
-        drift=drift.score,
-    )
+    score: HoldoutMetrics
+    task_figures: TaskFigures | None
+    drift: DriftMeasurement
+    statistics: dict[str, Tensor]
 
 
-def _warn_if_nothing_moved(moves: Sequence[Tensor], client: ClientRound) -> None:
-    if not any(bool(move.any()) for move in moves):
-        warnings.warn(
-            f"client {client.client} moved nothing in round {client.number}: no gradient arrives, or train.lr is lost "
-            "in rounding",
-            FedtuneWarning,
-            stacklevel=3,
-        )
+class _Changes(NamedTuple):
+    """What training changed: the deltas, and the tensors that stay on the device."""
+
+    delta: dict[str, Tensor]
+    kept: dict[str, Tensor]
 
 
-def _run_extra_backward(client: ClientRound, rows: IntArray, micro_batch_size: int | None) -> None:
-    """Compute the gradients of the loss on the client's first examples."""
-    recipe = client.recipe
-    chosen = rows[: recipe.train.batch_size].tolist()
-    client.model.eval()
-    progress = client.number / recipe.federation.rounds
-    run_step(client, client.examples, chosen, progress, micro_batch_size, metered=False)
+class _Collected(NamedTuple):
+    """What the device keeps of this visit of a task, and what it sends besides the deltas."""
+
+    remembered: dict[str, Tensor]
+    extras: dict[str, Tensor]
 
 
 class _RoundSteps(NamedTuple):
@@ -190,6 +127,114 @@ class _RoundSteps(NamedTuple):
     activation_bytes: int
     num_examples: int
     micro_batch_size: int | None
+
+
+def train_local_model(client: ClientRound, state: Mapping[str, Tensor]) -> LocalTrainingResult:
+    """Train the client's model from ``state`` on its examples.
+
+    All random numbers are derived from (seed, round, client), so the result does not depend on earlier rounds in this
+    process.
+    """
+    started = time.perf_counter()
+    model, device = client.model, find_device(client.model)
+    reset_peak_rss()
+    reset_accelerator_peak(device)
+    rows, held_out = client.split_rows()
+    receive_state(client, state)
+    names = list_trainable_tensors(model)
+    start = Start(model, names, client.local_tensors, state)
+    masters = masters_of(model, start)
+    with use_cpu_threads(client.recipe.train.threads), fork_random_state(device):
+        client = begin_methods(client)
+        received = _measure_received(client, rows, held_out, names)
+        steps = _train(client, rows, masters)
+        changes = _read_changes(client, start, masters, names)
+        collected = _collect(client, rows, steps, received)
+        with mask_seen_classes(client):  # last, so that it cannot affect anything else
+            trained_score = score_held_out(client, held_out.tolist())
+    return LocalTrainingResult(
+        changes.delta,
+        collected.extras,
+        changes.kept,
+        received.score,
+        trained_score,
+        num_examples=steps.num_examples,
+        train_loss=steps.loss,
+        seconds=time.perf_counter() - started,
+        activation_bytes=steps.activation_bytes,
+        peak_rss=peak_rss(),
+        device_type=device.type,
+        accelerator_peak=read_accelerator_peak(device),
+        micro_batch_size=steps.micro_batch_size,
+        remembered=collected.remembered,
+        task_figures=received.task_figures,
+        drift=received.drift.score,
+    )
+
+
+def _measure_received(client: ClientRound, rows: IntArray, held_out: IntArray, names: Sequence[str]) -> _Received:
+    with mask_seen_classes(client):
+        score = score_held_out(client, held_out.tolist())
+    task_figures = score_task_holdouts(client)
+    return _Received(score, task_figures, measure_drift(client), compute_uploaded_statistics(client, rows, names))
+
+
+def _train(client: ClientRound, rows: IntArray, masters: Mapping[str, nn.Parameter]) -> _RoundSteps:
+    torch.manual_seed(client.derive_seed("dropout"))
+    release_freed()
+    with mask_trained_classes(client):
+        steps = _run_steps(client, rows, masters) if client.trains else _skip_steps(client, rows)
+    release_freed()
+    return steps
+
+
+def _read_changes(
+    client: ClientRound, start: Start, masters: Mapping[str, nn.Parameter], names: Sequence[str]
+) -> _Changes:
+    """Return what training changed, and warn if it changed nothing."""
+    kept = {
+        name: masters[name].detach().cpu() if name in masters else one
+        for name, one in get_model_state(client.model, client.local_tensors).items()
+    }
+    delta = start.deltas({**named_tensors(client.model), **masters}, names)
+    if client.trains and not _has_one_class(client):
+        _warn_if_nothing_moved(
+            [*delta.values(), *(kept[name] - one for name, one in client.local_tensors.items())], client
+        )
+    return _Changes(delta, kept)
+
+
+def _collect(client: ClientRound, rows: IntArray, steps: _RoundSteps, received: _Received) -> _Collected:
+    backward = partial(_run_extra_backward, client, rows, steps.micro_batch_size)
+    added = compute_extra_payload(client.techniques, client.model, client.number, backward)
+    with mask_trained_classes(client):
+        remembered, uploads = collect_stored_tensors(client), collect_uploads(client)
+    moved = move_tensors(added, torch.device("cpu"))
+    return _Collected(remembered, {**received.statistics, **moved, **uploads, **received.drift.upload})
+
+
+def _has_one_class(client: ClientRound) -> bool:
+    """Whether the loss compares a single class with nothing, as in the first task of a stream that has one label."""
+    return client.stream is not None and client.stream.classes is not None and len(client.stream.classes) == 1
+
+
+def _warn_if_nothing_moved(moves: Sequence[Tensor], client: ClientRound) -> None:
+    if not any(bool(move.any()) for move in moves):
+        warnings.warn(
+            f"client {client.client} moved nothing in round {client.number}: no gradient arrives, or train.lr is lost "
+            "in rounding",
+            FedtuneWarning,
+            stacklevel=4,
+        )
+
+
+def _run_extra_backward(client: ClientRound, rows: IntArray, micro_batch_size: int | None) -> None:
+    """Compute the gradients of the loss on the client's first examples."""
+    recipe = client.recipe
+    chosen = rows[: recipe.train.batch_size].tolist()
+    client.model.eval()
+    progress = client.number / recipe.federation.rounds
+    run_step(client, client.examples, chosen, progress, micro_batch_size, metered=False)
 
 
 def _skip_steps(client: ClientRound, rows: IntArray) -> _RoundSteps:
@@ -246,16 +291,3 @@ def apply_optimiser_step(
         nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
     optimiser.step(lr)
     model.zero_grad()
-
-
-def set_train_mode(model: nn.Module) -> None:
-    """Set the model to training mode. Batch norms stay in evaluation mode, except those that a technique trains."""
-    model.train()
-    freeze_batch_norm_statistics(model)
-
-
-def freeze_batch_norm_statistics(model: nn.Module) -> None:
-    """Let batch norms use the statistics of the pretrained model, except where a technique trains them."""
-    for layer in model.modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and not isinstance(layer, UnfrozenBatchNorm2d):
-            layer.eval()

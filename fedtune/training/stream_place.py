@@ -11,6 +11,7 @@ from torch import Tensor
 from fedtune import continual
 from fedtune.continual._drift_phases import find_phase
 from fedtune.errors import NoTaskError
+from fedtune.recipe.schema import Recipe
 from fedtune.seeds import derive_seed
 from fedtune.training.holdout_split import split_holdout
 from fedtune.training.run_context import RunContext
@@ -55,25 +56,40 @@ def make_stream_round(
     if not len(own) and not scoring:
         raise NoTaskError(f"it has no example of task {plan.task_names[place.task]}", code="no-task-examples")
     tasks = range(len(plan.task_names)) if joint else place.seen
-    trained = tasks if plan.stream.setting != "task" and plan.stream.loss == "seen" else (place.task,)
+    compares_all = joint or (plan.stream.setting != "task" and plan.stream.loss == "seen")
+    trained = tasks if compares_all else (place.task,)
     labels = context.corpus.label_names
     return StreamRound(
-        place,
-        own,
-        context.methods,
-        continual.list_classes(plan, labels, trained, neighbours=True),
-        continual.list_classes(plan, labels, trained if plan.stream.setting == "task" else tasks, neighbours=True),
-        len(labels),
-        list_uploading_methods(context, number),
+        place=place,
+        rows=own,
+        methods=context.methods,
+        classes=continual.list_classes(plan, labels, trained, neighbours=True),
+        seen_classes=continual.list_classes(
+            plan, labels, trained if plan.stream.setting == "task" else tasks, neighbours=True
+        ),
+        num_labels=len(labels),
+        uploading=list_uploading_methods(context, number),
         received=received or {},
         all_rows=all_rows,
         list_classes=partial(continual.list_classes, plan, labels),
         num_tasks=len(plan.task_names),
         held_rows={task: find_task_rows(context, rows, replace(place, task=task), client) for task in place.seen},
-        holdouts=_list_holdouts(context, rows, place, client) if scoring or place.first else (),
+        holdouts=_list_holdouts(context, rows, place, client)
+        if scoring or place.first or not _asks_every_client(context.recipe)
+        else (),
         drift=plan.stream.drift,
         drift_phase=find_phase(plan, number) if plan.stream.drift else None,
     )
+
+
+def _asks_every_client(recipe: Recipe) -> bool:
+    """Whether the first round of a visit asks all clients, so that one score at its begin tells of its border.
+
+    Otherwise a client scores whenever it trains.
+    """
+    federation = recipe.federation
+    sampled = federation.clients_per_round not in (None, recipe.num_clients) or federation.fraction_train < 1
+    return not sampled and federation.take_first is None and not any(one.dropout for one in recipe.devices)
 
 
 def find_last_place(plan: continual.StreamPlan, number: int, client: int) -> continual.Place | None:

@@ -28,11 +28,14 @@ class StreamRound:
     """The part of a client's round that concerns the stream.
 
     ``rows`` are the examples of its task. ``classes`` are those that the loss compares, and ``seen_classes`` those that
-    the model may predict, None for all. ``stored`` are the tensors of earlier visits on the device, by visit, and
-    ``received`` the server's memory; both are named by their method. ``uploading`` are the methods that upload tensors.
+    the model may predict, None for all. ``stored`` are the tensors of the newest earlier visit on the device, by its
+    number, and ``received`` the server's memory; both are named by their method. ``uploading`` are the methods that
+    upload tensors.
+
     ``all_rows`` are the client's examples of any task, and ``list_classes`` returns the classes of some tasks, None for
-    all. ``held_rows`` are its examples of each task begun, among ``num_tasks``. ``holdouts`` are scored
-    one by one, if any. ``drift_phase`` says what the client sends for the drift signal besides its score.
+    all; with ``neighbours``, also those that come with them in a blurred stream. ``held_rows`` are its examples of each
+    task begun, among ``num_tasks``. ``holdouts`` are scored one by one, if any. ``drift_phase`` says what the client
+    sends for the drift signal besides its score.
     """
 
     place: Place
@@ -45,7 +48,7 @@ class StreamRound:
     stored: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
     received: Mapping[str, Tensor] = field(default_factory=dict)
     all_rows: NDArray[np.int64] | None = None
-    list_classes: Callable[[Sequence[int]], Sequence[int] | None] | None = None
+    list_classes: Callable[..., Sequence[int] | None] | None = None
     num_tasks: int = 0
     held_rows: Mapping[int, NDArray[np.int64]] = field(default_factory=dict)
     holdouts: Sequence[TaskHoldout] = ()

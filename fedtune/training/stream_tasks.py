@@ -15,6 +15,8 @@ from fedtune.seeds import derive_seed
 __all__ = ["check_stream_settings", "follow_stream", "list_stream_tasks", "list_times"]
 
 _MOST_TASKS = 1000
+_LEARNS_ONE_LABEL = frozenset({"analytic", "der", "replay"})
+"""Methods that compare the examples of a task with all labels, whatever ``stream.loss`` says."""
 
 
 def check_stream_settings(recipe: Recipe) -> None:
@@ -74,8 +76,25 @@ def list_stream_tasks(recipe: Recipe) -> Recipe:
             "consolidate": continual.write_out_border_methods(stream.consolidate),
         }
     )
+    _require_labels_to_compare(written)
     rounds = recipe.federation.model_copy(update={"rounds": written.num_rounds})
     return recipe.model_copy(update={"stream": written, "federation": rounds})
+
+
+def _require_labels_to_compare(stream: Stream) -> None:
+    """Raise RecipeError if the loss of a task would compare a single label with nothing, and thus be zero."""
+    assert isinstance(stream.tasks, list)
+    first = {task.name: task.where or [task.name] for task in reversed(stream.tasks)}
+    alone = next((task.name for task in stream.tasks if len(first[task.name]) == 1), None)
+    if alone is None or stream.blur or stream.setting not in ("class", "task"):
+        return
+    if stream.setting == "task":
+        raise RecipeError(f"stream.tasks: {alone} has one label, so nothing is left to tell apart; give it two")
+    if stream.loss == "new" and not {unit.name for unit in stream.memory} & _LEARNS_ONE_LABEL:
+        raise RecipeError(
+            f"stream.loss: new compares only the labels of a task, and {alone} has one, so its loss is zero; set "
+            "loss: seen, or give each task two labels"
+        )
 
 
 def follow_stream(recipe: Recipe, chosen: Sequence[techniques.Technique]) -> list[techniques.Technique]:

@@ -1,8 +1,9 @@
 """One training step of a client: the loss and the gradients of a batch, in micro-batches where memory is short.
 
 The examples of a batch are on the CPU and move to the model's device one micro-batch at a time. If an accelerator runs
-out of memory, the micro-batch is halved and the step begins again from the same random state. Its gradients are those
-of the whole batch, except for rounding, and dropout, which draws anew for every micro-batch.
+out of memory, or this process reaches its limit, the micro-batch is halved and the step begins again from the same
+random state. Its gradients are those of the whole batch, except for rounding, and dropout, which draws anew for every
+micro-batch.
 """
 
 import warnings
@@ -54,7 +55,7 @@ def run_step(
     *,
     metered: bool,
 ) -> StepResult:
-    """Compute the gradients of the loss on the rows, in smaller micro-batches if an accelerator's memory is too small.
+    """Compute the gradients of the loss on the rows, in smaller micro-batches if memory is too small.
 
     Raise MemoryBudgetError if the smallest ones do not fit either.
     """
@@ -64,7 +65,7 @@ def run_step(
         try:
             parts = split_into_micro_batches(rows, size or len(rows))
             return StepResult(*_add_gradients(client, examples, parts, progress, metered=metered), size)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
         client.model.zero_grad()  # outside the handler, whose error holds the tensors of the step
@@ -78,8 +79,8 @@ def _halve(client: ClientRound, size: int, device: torch.device) -> int:
     if size == 1 or not can_split_batch(client.task, client.model):
         whole = "even one example at a time" if size == 1 else "and its batch cannot be split"
         raise MemoryBudgetError(
-            f"a step needs more memory than {device} has, {whole}; lower train.batch_size or train.max_length, or add "
-            "gradient-checkpointing",
+            f"a step needs more memory than {_name_memory(device)}, {whole}; lower train.batch_size or "
+            "train.max_length, or add gradient-checkpointing",
             code="memory-short",
         )
     warnings.warn(
@@ -89,6 +90,10 @@ def _halve(client: ClientRound, size: int, device: torch.device) -> int:
         stacklevel=3,
     )
     return size // 2
+
+
+def _name_memory(device: torch.device) -> str:
+    return "this process may take" if device.type == "cpu" else f"{device} has"
 
 
 def _save_random_state(device: torch.device) -> Callable[[], None]:

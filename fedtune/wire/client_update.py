@@ -135,7 +135,8 @@ class ClientReport:
     Without held-out examples, counts and metrics are 0 and both lists are empty. In a stream, the lists of tasks have
     the metrics of each one. ``stored_bytes`` is what the device keeps on its disk for later tasks.
 
-    ``drift_score`` is the drift signal of ``drift_examples`` examples, None if there is none.
+    ``drift_score`` is the drift signal of ``drift_examples`` examples, None if there is none. ``anonymous_memory`` and
+    ``file_memory`` are peaks of the two parts of the process's memory, None where the system does not tell them apart.
     """
 
     num_examples: int
@@ -158,6 +159,8 @@ class ClientReport:
     stored_bytes: int | None = None
     drift_score: float | None = None
     drift_examples: int | None = None
+    anonymous_memory: int | None = None
+    file_memory: int | None = None
 
     @property
     def drift(self) -> DriftScore | None:

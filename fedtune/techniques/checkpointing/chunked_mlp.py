@@ -23,9 +23,9 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fedtune.errors import ModelError
+from fedtune.models.recomputation import recompute_in_backward
 from fedtune.tasks import Task
 from fedtune.techniques._technique import Technique
 from fedtune.techniques.deft._mlps import find_mlps
@@ -77,5 +77,5 @@ def _run_in_chunks(mlp: nn.Module, size: int, hidden: Tensor) -> Tensor:
     if not (mlp.training and torch.is_grad_enabled()):
         plain: Tensor = run(hidden)
         return plain
-    made: list[Any] = [checkpoint(run, chunk, use_reentrant=False) for chunk in hidden.flatten(0, -2).split(size)]
+    made: list[Any] = [recompute_in_backward(run, chunk) for chunk in hidden.flatten(0, -2).split(size)]
     return torch.cat(made).view_as(hidden)

@@ -13,9 +13,10 @@ Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost" (arXiv 1604
 from typing import Any, ClassVar
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from fedtune.errors import ModelError
+from fedtune.models.classifier import ImageClassifier
+from fedtune.models.recomputation import recompute_in_backward
 from fedtune.tasks import Task
 from fedtune.techniques._technique import Technique
 
@@ -32,12 +33,15 @@ class GradientCheckpointing(Technique):
 
     def rewrite_model(self, model: nn.Module, task: Task, seed: int) -> None:
         """Enable the model's own non-reentrant checkpointing."""
+        if isinstance(model, ImageClassifier) and model.supports_gradient_checkpointing:
+            model.enable_checkpointing(recompute_in_backward)
+            return
         if not getattr(model, "supports_gradient_checkpointing", False):
             raise ModelError(f"{type(model).__name__} has no blocks to checkpoint; remove the technique")
         able: Any = model
         able.activation_checkpointing_enable({"use_reentrant": False})
-        if isinstance(model, PreTrainedModel):
-            model.disable_input_require_grads()  # only reentrant checkpointing needs inputs that require gradients
+        if hasattr(model, "disable_input_require_grads"):
+            able.disable_input_require_grads()  # only reentrant checkpointing needs inputs that require gradients
 
     def make_reference(self) -> None:
         """Return the technique without checkpointing, which has the same gradients."""

@@ -74,6 +74,7 @@ class Deft(Technique):
     """Train for fewer non-zero activations."""
 
     name: ClassVar[str] = "deft"
+    has_exact_gradients: ClassVar[bool] = False
     unsupported_devices: ClassVar[Mapping[str, str]] = {"mps": "which has no double precision"}
     selects_trainable_tensors: ClassVar[bool] = False
     allows_kv_cache: ClassVar[bool] = True

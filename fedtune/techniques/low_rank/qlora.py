@@ -26,6 +26,7 @@ class Qlora(LowRankTechnique):
 
     name: ClassVar[str] = "qlora"
     paged_base_problem: ClassVar[str | None] = "quantises the base in memory; model.paged: nf4 does so in the file"
+    has_exact_gradients: ClassVar[bool] = False
     allows_kv_cache: ClassVar[bool] = True
     conflicts_with: ClassVar[Mapping[str, str]] = {
         "head-only": "the head is already trained with the low-rank pairs",

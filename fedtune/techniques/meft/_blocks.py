@@ -200,4 +200,4 @@ def _is_close(found: Any, wanted: Any) -> bool:
     """Whether two tensors are equal up to the order of additions."""
     if not isinstance(wanted, Tensor) or found.shape != wanted.shape:
         return False
-    return float((found - wanted).abs().max()) <= 64 * torch.finfo(wanted.dtype).eps * float(wanted.abs().max())
+    return bool((found - wanted).abs().max() <= 64 * torch.finfo(wanted.dtype).eps * wanted.abs().max())

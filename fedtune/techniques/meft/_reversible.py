@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from fedtune.accelerator import fork_random_state
 from fedtune.errors import ModelError
+from fedtune.techniques._implicit_gradients import compute_input_gradients
 from fedtune.techniques._loss_terms import add_loss_term, collect_loss_terms
 from fedtune.techniques.meft._couplings import Stage, Stages
 from fedtune.techniques.meft._halves import BlockArguments, drop_cache_arguments
@@ -199,7 +200,7 @@ class _BackwardPass:
             return out.detach(), None
         trained = [one for one in forward_pass.stack.blocks[chunk.block].parameters() if one.requires_grad]
         wanted = [*trained, *([x] if inner else [])]
-        found = torch.autograd.grad([one for one, _ in outs], wanted, [by for _, by in outs], allow_unused=True)
+        found = compute_input_gradients([one for one, _ in outs], wanted, [by for _, by in outs])
         self.add_gradients(trained, found)
         return out.detach(), found[-1] if inner else None
 

@@ -35,7 +35,7 @@ from dataclasses import replace
 from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 from torch import nn
 
 from fedtune.errors import ModelError
@@ -84,6 +84,9 @@ class Meft(Technique):
     value_bits: int = Field(28, ge=12, le=48, description="bits of a value; couplings use the rest of 53")
     num_chunks: int = Field(1, ge=1, description="chunks of the batch that run one after another; lowers the peak")
     store_activations: bool = Field(False, description="ordinary autograd, for comparison")
+
+    _cut_count: int | None = PrivateAttr(None)
+    """The number of cuts of a deeper model, while a plan traces a few of its blocks."""
 
     @model_validator(mode="after")
     def _exact_factors_are_powers_of_two(self) -> Self:
@@ -141,10 +144,22 @@ class Meft(Technique):
         """Return the same network with stored activations."""
         return self.model_copy(update={"store_activations": True})
 
-    def _cuts(self, blocks: int) -> tuple[int, ...]:
-        """The fewest blocks, evenly spaced, whose inputs are kept so that no stretch between them outgrows a double."""
+    def for_depth(self, blocks: int, fewest: int) -> "Meft | None":
+        """Return the technique with as many cuts as ``blocks`` need; None if there are more cuts than ``fewest``."""
+        if self.arithmetic == "float":
+            return self
+        planned = self.model_copy()
+        planned._cut_count = self._count_cuts(blocks)
+        return planned if planned._cut_count <= fewest else None
+
+    def _count_cuts(self, blocks: int) -> int:
+        """The fewest cuts so that no stretch of blocks between them outgrows a double."""
         longest = self._segment(blocks)
-        cuts = next(n for n in range(blocks + 1) if -(-(blocks - n) // (n + 1)) <= longest)
+        return next(n for n in range(blocks + 1) if -(-(blocks - n) // (n + 1)) <= longest)
+
+    def _cuts(self, blocks: int) -> tuple[int, ...]:
+        """The blocks, evenly spaced, whose inputs are kept."""
+        cuts = self._count_cuts(blocks) if self._cut_count is None else self._cut_count
         return tuple(round((cut + 1) * (blocks + 1) / (cuts + 1)) - 1 for cut in range(cuts))
 
     def _segment(self, blocks: int) -> int:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fedtune.errors import ModelError
+from fedtune.techniques._implicit_gradients import compute_input_gradients
 from fedtune.techniques._layers.convolution_functions import Geometry, convolve, convolve_backward
 from fedtune.techniques._module_trace import ModuleCall, trace_modules
 from fedtune.techniques.pruning._pruned_input_layers import InputStorage, get_geometry, is_supported_conv2d
@@ -198,5 +199,6 @@ class _Normalised(torch.autograd.Function):
         by_x, by_w_hat, by_bias = convolve_backward(
             gradients[0], x_hat, x_hat.shape, w_hat.detach(), ctx.geometry, wanted
         )
-        by_weight, by_gain = torch.autograd.grad(w_hat, parameters, by_w_hat)
+        assert by_w_hat is not None  # it is wanted
+        by_weight, by_gain = compute_input_gradients([w_hat], parameters, [by_w_hat])
         return by_x, by_weight, by_gain, by_bias, *(None,) * (4 + len(kept))

@@ -73,6 +73,7 @@ class ActivationPruning(Technique):
     """Store only the largest entries of the inputs of layers."""
 
     name: ClassVar[str] = "activation-pruning"
+    has_exact_gradients: ClassVar[bool] = False
     selects_trainable_tensors: ClassVar[bool] = False
 
     pruned_fraction: float = Field(0.5, ge=0, lt=1, description="fraction of a layer's input that is not stored")

@@ -1,0 +1,50 @@
+"""The memory that a training process needs, from the trace of its step and the constants of its runtime.
+
+anonymous = runtime + weights that are not read in place + received state + trained x (gradient + optimiser) + peak + c
+total     = anonymous + libraries' pages + weights that are read in place
+
+Trained values count four bytes each. c bounds what no storage shows: blocks below the allocator's mmap threshold, which
+stay in the heap, and scratch memory of the kernels. The process must fix that threshold (``fix_mmap_threshold``).
+"""
+
+from typing import NamedTuple
+
+from fedtune.plan.settings_trace import BatchTrace, SettingsTrace
+
+__all__ = ["HOT_BYTES", "OPTIMISER_VALUES", "Prediction", "Runtime", "predict_memory"]
+
+OPTIMISER_VALUES = {"sgd": 0.0, "adamw": 2.0, "adamw_8bit": 0.5, "paged_adamw_8bit": 0.5, "lion_8bit": 0.25}
+"""Values of four bytes that an optimiser holds for each trained value."""
+
+HOT_BYTES = 64 << 20
+"""The pages of libraries that a step runs again and again. The system may drop the other pages of files."""
+
+_MARGIN = 16 << 20
+_VALUE = 4
+
+
+class Runtime(NamedTuple):
+    """The memory of a process that has imported all it needs, before it loads a model."""
+
+    anonymous_bytes: int
+    file_bytes: int
+
+
+class Prediction(NamedTuple):
+    """Predicted peaks in bytes. ``needed_bytes`` is what a budget must allow: anonymous memory and hot code."""
+
+    anonymous_bytes: int
+    total_bytes: int
+    needed_bytes: int
+
+
+def predict_memory(
+    trace: SettingsTrace, batch: BatchTrace, runtime: Runtime, optimiser: str, momentum: float
+) -> Prediction:
+    """Return the peaks of a process that trains in micro-batches of ``batch.examples``."""
+    per_trained = 1 + OPTIMISER_VALUES[optimiser] + (momentum > 0)
+    state = trace.trained_values * per_trained + trace.master_values
+    own = trace.weight_bytes + trace.shared_bytes + int(state * _VALUE) + batch.peak_bytes
+    anonymous = runtime.anonymous_bytes + own + _MARGIN
+    files = runtime.file_bytes + trace.mapped_bytes
+    return Prediction(anonymous, anonymous + files, anonymous + min(files, HOT_BYTES))

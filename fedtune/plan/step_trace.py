@@ -1,0 +1,119 @@
+"""Run the product's own training step on tensors without data, and count the storages that it would hold."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fedtune import continual, techniques
+from fedtune.errors import ModelError
+from fedtune.memory import StorageMeter
+from fedtune.models.skeleton import make_skeleton
+from fedtune.plan.block_lists import FEWEST_BLOCKS, BlockList, find_like_blocks, truncate_blocks
+from fedtune.plan.data_answers import DataAnswers
+from fedtune.plan.library_patches import patch_libraries
+from fedtune.recipe.schema import Recipe
+from fedtune.seeds import derive_seed
+from fedtune.tasks import get_task
+from fedtune.techniques import Technique, begin_round, begin_step, list_trainable_tensors
+from fedtune.training import compute_step_loss, get_tensor_shapes, set_train_mode
+
+__all__ = ["RoundTrace", "TracedModel", "build_traced_model", "trace_rounds", "use_fake_tensors"]
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class RoundTrace:
+    """What a step of a round holds and computes. ``trained`` are the names of the tensors that it trains and sends."""
+
+    kept_bytes: int
+    peak_bytes: int
+    flops: int
+    trained: tuple[str, ...] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class TracedModel:
+    """A model without data, rewritten by techniques. ``blocks`` is the list that was shortened, None if none was."""
+
+    model: nn.Module = field(repr=False)
+    techniques: tuple[Technique, ...]
+    shared: list[str] = field(repr=False)
+    blocks: BlockList | None
+
+
+@contextmanager
+def use_fake_tensors() -> Iterator[DataAnswers]:
+    """Tensors that are made inside the block have sizes and no data."""
+    fakes = FakeTensorMode(allow_non_fake_inputs=True)
+    with patch_libraries(), torch.random.fork_rng(devices=[]), fakes, DataAnswers() as answers:
+        yield answers
+
+
+def build_traced_model(recipe: Recipe, labels: Sequence[str], depth: int | None) -> TracedModel:
+    """Build the recipe's model as ``prepare_model`` does, without weights, with ``depth`` of its like blocks.
+
+    All blocks are built if there is no list of like blocks, if it is no longer than ``depth``, or without ``depth``.
+    """
+    chosen = techniques.build_techniques(recipe.train.techniques)
+    quantised = [found for found in (technique.make_quantisation_config() for technique in chosen) if found is not None]
+    if len(quantised) > 1:
+        raise ModelError("two techniques want to quantise the base; keep one of them")
+    task = get_task(recipe.task)
+    model = make_skeleton(
+        recipe.model, task, labels, seed=derive_seed(recipe.seed, "head"), quantisation=next(iter(quantised), None)
+    )
+    blocks = None if depth is None else find_like_blocks(model)
+    shallow = [] if blocks is None else [technique.for_depth(blocks.count, FEWEST_BLOCKS) for technique in chosen]
+    if blocks is None or depth is None or depth >= blocks.count or None in shallow:
+        blocks = None
+    else:
+        truncate_blocks(model, blocks, depth)
+        chosen = tuple(technique for technique in shallow if technique is not None)
+    for method in continual.list_methods(recipe):
+        method.rewrite_model(model, task, recipe)
+    shared = techniques.apply_techniques(chosen, model, task, derive_seed(recipe.seed, "techniques"))
+    return TracedModel(model, chosen, shared, blocks)
+
+
+def trace_rounds(
+    traced: TracedModel, recipe: Recipe, labels: Sequence[str], batch_size: int, answers: DataAnswers
+) -> list[RoundTrace]:
+    """Trace a step on ``batch_size`` examples: of round 1, and of round 2 if it trains other tensors."""
+    train = recipe.train.model_copy(update={"batch_size": batch_size})
+    sized, task = recipe.model_copy(update={"train": train}), get_task(recipe.task)
+    batch = task.make_random_batch(traced.model, sized, len(labels), torch.Generator().manual_seed(0))
+    found: list[RoundTrace] = []
+    for number in (1, 2):
+        begin_round(traced.techniques, traced.model, number)
+        trained = tuple(list_trainable_tensors(traced.model))
+        if not found or found[0].trained != trained:
+            found.append(_trace_step(traced, recipe, batch, trained, answers))
+    begin_round(traced.techniques, traced.model, 1)
+    return found
+
+
+def _trace_step(
+    traced: TracedModel, recipe: Recipe, batch: Mapping[str, Tensor], trained: tuple[str, ...], answers: DataAnswers
+) -> RoundTrace:
+    """Measure as ``fedtune profile`` does: bytes kept when the forward pass ends, and the peak of both passes."""
+    model, before = traced.model, answers.flops
+    set_train_mode(model)
+    with StorageMeter(excluded=[*model.parameters(), *model.buffers()]) as meter:
+        begin_step(traced.techniques, model, batch, 0.0)
+        loss = compute_step_loss(get_task(recipe.task), model, batch)
+        kept = meter.current_bytes
+        loss.backward()
+    del loss
+    model.zero_grad()
+    return RoundTrace(kept, meter.peak_bytes, answers.flops - before, trained)
+
+
+def list_shapes(traced: TracedModel) -> Shapes:
+    """Return the shapes of all tensors of the model at its full depth."""
+    shapes = get_tensor_shapes(traced.model)
+    return shapes if traced.blocks is None else traced.blocks.expand_names(shapes)

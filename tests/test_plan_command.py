@@ -1,0 +1,137 @@
+"""``fedtune plan`` on given traces: its table, its JSON, its recipe and its exit code; and plans for device classes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from fedtune.cli.main import cli
+from fedtune.errors import RecipeError
+from fedtune.plan import auto_techniques, plan_report
+from fedtune.plan.auto_techniques import choose_compatible_plans, has_auto_techniques, plan_auto_techniques
+from fedtune.plan.cache import read_entry, write_entry
+from fedtune.plan.prediction import Runtime
+from fedtune.plan.settings_trace import BatchTrace, SettingsTrace
+from fedtune.recipe.yaml_file import parse_recipe, read_recipe
+from tests.profile_examples import TEXT
+
+MB = 10**6
+RUNTIMES = {"torch": Runtime(100 * MB, 50 * MB)}
+
+
+def a_trace(name: str, peak: int, flops: int, *, rank: int = 8, error: str | None = None) -> SettingsTrace:
+    """Per example ``peak`` megabytes; with the margin of 17 MB and the runtime, a process takes 167 MB more."""
+    batches = [BatchTrace(examples=n, kept_bytes=0, peak_bytes=n * peak * MB, flops=n * flops) for n in (1, 4)]
+    techniques: list[Any] = [{one: {}} for one in name.split("+")]
+    shapes = {"layer.lora_A": [rank, 16]}
+    return SettingsTrace(
+        techniques=techniques, dtype="float32", runtime="torch", batches=batches, shapes=shapes, error=error
+    )
+
+
+TRACES = [a_trace("lora", 100, 10), a_trace("lora+gradient-checkpointing", 20, 14), a_trace("meft", 10, 15, rank=4)]
+
+
+@pytest.fixture(autouse=True)
+def _given_traces(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    for module in (plan_report, auto_techniques):
+        monkeypatch.setattr(module, "trace_settings", lambda *_: TRACES)
+        monkeypatch.setattr(module, "measure_runtimes", lambda *_: RUNTIMES)
+
+
+def run(*words: str) -> Result:
+    start = ["plan", "--model", "path:model", "--task", "text-classification", "--batch", "4"]
+    return CliRunner().invoke(cli, [*start, *words], env={"COLUMNS": "100"})
+
+
+def test_the_fastest_plan_that_fits_is_recommended() -> None:
+    told = json.loads(run("--memory", "600MB", "--json").stdout)
+    assert told["budget"] == 600 * MB
+    assert (told["recommended"]["name"], told["recommended"]["micro_batch"]) == ("lora", 4)
+    smaller = json.loads(run("--memory", "400MB", "--json").stdout)
+    assert (smaller["recommended"]["name"], smaller["recommended"]["micro_batch"]) == ("lora", 2)
+    assert smaller["with_25_percent_more"]["name"] == "lora"
+    assert {plan["name"] for plan in told["plans"]} == {"lora", "lora+gradient-checkpointing", "meft"}
+
+
+def test_the_table_names_what_more_and_less_memory_give() -> None:
+    done = run("--memory", "280MB")
+    assert done.exit_code == 0, done.output
+    assert "recommended: lora with micro-batches of 1 has exact gradients" in done.output
+    assert (
+        "25 % more memory: lora with micro-batches of 1, the same time" in done.output or "the same plan" in done.output
+    )
+    assert "25 % less memory: " in done.output
+
+
+def test_nothing_fits_says_how_much_is_missing() -> None:
+    done = run("--memory", "150MB")
+    assert done.exit_code == 2
+    assert (
+        "nothing fits 150 MB: the smallest setting, meft with micro-batches of 1, needs 177 MB, 27 MB more"
+        in done.stderr
+    )
+
+
+def test_a_budget_is_asked_for() -> None:
+    done = run()
+    assert done.exit_code == 2
+    assert "--memory 512MB" in done.stderr
+
+
+def test_the_plan_becomes_a_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "planned.yaml"
+    assert run("--memory", "400MB", "--write", str(path)).exit_code == 0
+    written = read_recipe(path)
+    assert (written.train.batch_size, [unit.name for unit in written.train.techniques]) == (2, ["lora"])
+    again = run("--memory", "400MB", "--write", str(path))
+    assert again.exit_code == 2
+    assert "exists" in again.stderr
+
+
+def test_each_device_class_gets_a_plan_and_all_can_be_merged() -> None:
+    recipe = parse_recipe(TEXT.format(folder="model"), "tiny", ["train.batch_size=4"])
+    plans = choose_compatible_plans(recipe, TRACES, RUNTIMES, {"phone": 260 * MB, "laptop": 900 * MB})
+    assert {name: plan.name for name, plan in plans.items()} == {
+        "phone": "lora+gradient-checkpointing",
+        "laptop": "lora",
+    }
+    tight = choose_compatible_plans(recipe, TRACES, RUNTIMES, {"phone": 180 * MB, "laptop": 900 * MB})
+    assert {plan.name for plan in tight.values()} == {"meft"}  # whose rank no other plan has
+    with pytest.raises(RecipeError, match="no plan fits phone with 100 MB; meft with micro-batches of 1 needs 177 MB"):
+        choose_compatible_plans(recipe, TRACES, RUNTIMES, {"phone": 100 * MB})
+
+
+def test_a_recipe_with_auto_names_the_techniques_of_each_class() -> None:
+    devices = "devices=[{name: phone, count: 1, memory: 260MB}, {name: laptop, count: 1, memory: 900MB}]"
+    recipe = parse_recipe(TEXT.format(folder="model"), "tiny", ["train.techniques=auto", "train.batch_size=4", devices])
+    assert has_auto_techniques(recipe)
+    planned, plans = plan_auto_techniques(recipe, ())
+    assert not has_auto_techniques(planned)
+    assert [unit.name for unit in planned.train.techniques] == ["lora"]
+    phone, laptop = planned.devices
+    assert phone.techniques is not None
+    assert [unit.name for unit in phone.techniques] == ["lora", "gradient-checkpointing"]
+    assert (laptop.techniques, laptop.batch_size, plans["laptop"].micro_batch) == (None, None, 4)
+
+
+def test_auto_beside_techniques_is_refused() -> None:
+    mixed = parse_recipe(TEXT.format(folder="model"), "tiny", ["train.techniques=[auto, bias]"])
+    with pytest.raises(RecipeError, match="auto chooses all techniques"):
+        plan_auto_techniques(mixed, ())
+    own = parse_recipe(
+        TEXT.format(folder="model"), "tiny", ["train.techniques=auto", "devices=[{count: 1, techniques: lora}]"]
+    )
+    with pytest.raises(RecipeError, match="device has techniques of its own"):
+        plan_auto_techniques(own, ())
+
+
+def test_a_damaged_entry_of_the_cache_is_made_again(home: Path) -> None:
+    write_entry(["a"], [1, 2])
+    assert read_entry(["a"]) == [1, 2]
+    assert read_entry(["b"]) is None
+    for file in (home / "plans").iterdir():
+        file.write_text("{")
+    assert read_entry(["a"]) is None
