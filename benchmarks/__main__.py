@@ -22,6 +22,7 @@ CLAIMS = (
     "meft_depth",
     "meft_quality",
     "smollm2_step",
+    "paged",
     "noisy_labels",
     "large_text",
     "deft minilm",

@@ -16,6 +16,7 @@ from fedtune.models.transformers_logging import silence_transformers
 from fedtune.offline_merge.readers.model_reader import ModelReader
 from fedtune.offline_merge.readers.open_model import open_model
 from tests.fusion_models import base_and_tuned, change_json, moved, save, tensors
+from tests.gguf_files import write_gguf
 from tests.tiny import bert, llama
 
 pytestmark = [
@@ -158,39 +159,10 @@ def test_four_bits_are_read_as_bitsandbytes_reads_them(tmp_path: Path, nested: b
     assert_same(whole(opened), wanted, 1e-6)
 
 
-def _write_gguf(path: Path, model: PreTrainedModel, kind: gguf.GGMLQuantizationType) -> None:
-    """A tiny decoder as its converter would write it: rotary pairs side by side."""
-    config: Any = model.config
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_name("tiny")
-    writer.add_context_length(32)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        stem, _, suffix = name.rpartition(".")
-        value = tensor.float()
-        if "q_proj" in name or "k_proj" in name:
-            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
-            value = value.reshape(heads, 2, -1, value.shape[1]).swapaxes(1, 2).reshape(value.shape)
-        own = kind if value.dim() == 2 else gguf.GGMLQuantizationType.F32
-        data = gguf.quantize(value.numpy(), own)
-        writer.add_tensor(f"{names.get_name(stem)}.{suffix}", data, raw_dtype=own)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 @pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0", "Q4_0"])
 def test_gguf_is_read_as_transformers_reads_it(tmp_path: Path, kind: str) -> None:
     model = moved(llama(hidden_size=32, intermediate_size=64, num_key_value_heads=1), 1)
-    _write_gguf(tmp_path / "tiny.gguf", model, gguf.GGMLQuantizationType[kind])
+    write_gguf(tmp_path / "tiny.gguf", model, gguf.GGMLQuantizationType[kind])
     opened = open_model(str(tmp_path / "tiny.gguf"))
     with silence_transformers():
         read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32)

@@ -148,11 +148,11 @@ def _parse_units(recipe: "Recipe", item: Any) -> "list[Unit]":
 def _make_cases(recipe: "Recipe", techniques: "list[list[Unit]]", *, random: bool, check: bool) -> "list[ProfileCase]":
     """Return the cases. Every error is raised here, before the first case is measured."""
     from fedtune import profiling, tasks
-    from fedtune.models.sources import resolve_model_source
+    from fedtune.models.sources import locate_model
     from fedtune.wire.client_update import pack
 
     profiling.make_profile_cases(recipe, techniques, (), None)
-    resolve_model_source(recipe.model.source)
+    locate_model(recipe.model)
     if random:
         labels = ("no", "yes") if tasks.get_task(recipe.task).has_new_head else ()
         return profiling.make_profile_cases(recipe, techniques, labels, None, check)

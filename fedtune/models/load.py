@@ -15,7 +15,7 @@ from fedtune.models import image_model_files
 from fedtune.models.classifier import ImageClassifier
 from fedtune.models.model_task import ModelTask
 from fedtune.models.position_interpolation import refuse_interpolation
-from fedtune.models.sources import resolve_model_source
+from fedtune.models.sources import locate_model
 from fedtune.recipe.preprocessor_settings import Preprocessor
 from fedtune.recipe.schema import ModelSettings
 
@@ -39,9 +39,10 @@ def load_model(
     quantisation config. Raises SourceError when the source cannot be read, ModelError when the model does not fit the
     task.
     """
-    location = resolve_model_source(model.source)
+    location = locate_model(model)
     if image_model_files.is_fedtune_image_model(location):
         refuse_interpolation(model)
+        _refuse_paging(model)
         return image_model_files.load_image_model(
             model, Path(location), task, labels, seed=seed, quantised=quantisation is not None
         )
@@ -50,9 +51,14 @@ def load_model(
     return pretrained.load_pretrained_model(model, location, task, labels, seed=seed, quantisation=quantisation)
 
 
+def _refuse_paging(model: ModelSettings) -> None:
+    if model.paged:
+        raise ModelError(f"{model.source} is a model of images, which model.paged does not read; drop it")
+
+
 def class_names(model: ModelSettings) -> tuple[str, ...]:
     """Return the class names of a fine-tuned classifier in the order of its head; empty if it has none."""
-    location = resolve_model_source(model.source)
+    location = locate_model(model)
     if image_model_files.is_fedtune_image_model(location):
         return ()
     from fedtune.models import pretrained
@@ -64,12 +70,12 @@ def load_tokenizer(model: ModelSettings) -> Any:
     """Load the model's tokenizer, a transformers ``PreTrainedTokenizerBase`` with a padding token."""
     from fedtune.models import pretrained
 
-    return pretrained.load_pretrained_tokenizer(model, resolve_model_source(model.source))
+    return pretrained.load_pretrained_tokenizer(model, locate_model(model))
 
 
 def load_feature_extractor(model: ModelSettings) -> Any:
     """Load the feature extractor of an audio model, a transformers ``SequenceFeatureExtractor``."""
-    location = resolve_model_source(model.source)
+    location = locate_model(model)
     if image_model_files.is_fedtune_image_model(location):
         raise ModelError(f"{model.source} is a model of images, which does not read audio; choose another")
     from fedtune.models import feature_extractor
@@ -81,7 +87,7 @@ def preprocessor(model: ModelSettings) -> Preprocessor:
     """Return the image preprocessing, from the recipe if it is set there, else from the model's folder."""
     if model.preprocessor is not None:
         return model.preprocessor
-    location = resolve_model_source(model.source)
+    location = locate_model(model)
     if image_model_files.is_fedtune_image_model(location):
         return image_model_files.preprocessor(Path(location), model.source)
     from fedtune.models import pretrained
@@ -95,7 +101,9 @@ def save_model(model: nn.Module, labels: Sequence[str], folder: Path, problem: s
     The code of fedtune's own models is saved with them, and ``problem`` as the ``problem_type`` of their head.
     """
     from fedtune.models import pretrained
+    from fedtune.models.paging.paged_layers import replace_paged_layers
 
+    replace_paged_layers(model)
     wrapped = (
         image_model_files.wrap_for_transformers(model, labels, problem) if isinstance(model, ImageClassifier) else model
     )

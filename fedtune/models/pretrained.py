@@ -16,17 +16,20 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils.hub import cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from fedtune.errors import FedtuneError, ModelError
+from fedtune.errors import FedtuneError, ModelError, SourceError
 from fedtune.models.ends import end_texts
 from fedtune.models.head_problem import check_head_problem
 from fedtune.models.load_errors import explain_load_errors
 from fedtune.models.model_task import ModelTask
 from fedtune.models.new_head import warn_of_new_head
+from fedtune.models.paging.source_tensors import SourceTensor, list_safetensors
 from fedtune.models.position_interpolation import interpolate_positions, require_interpolation
 from fedtune.models.preprocessor import FILE, check_known, from_settings
 from fedtune.models.read_past import read_past
+from fedtune.models.sources import find_gguf_file
 from fedtune.models.transformers_logging import silence_transformers
 from fedtune.recipe.preprocessor_settings import Preprocessor
 from fedtune.recipe.schema import ModelSettings
@@ -49,6 +52,7 @@ def load_pretrained_model(
     with explain_load_errors(model.source), silence_transformers(), torch.random.fork_rng(devices=[]):
         config = _prepare_config(model, location, task, labels)
         if quantisation is not None:
+            _refuse_two_quantisations(model)
             quantisation.llm_int8_skip_modules = _head_layers(task, config)
         loaded, info = _loaded(model, location, task, config, seed, quantisation)
         if quantisation is not None and (drawn := _owners(info["missing_keys"])):
@@ -93,6 +97,8 @@ def _loaded(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Return the model and transformers' loading info. Missing weights are drawn from the seed."""
     torch.manual_seed(seed)
+    if model.paged:
+        return _load_paged(model, location, task, config)
     four_bits = {} if quantisation is None else {"quantization_config": quantisation, "device_map": "cpu"}
     found: tuple[PreTrainedModel, dict[str, Any]] = _auto_class(task).from_pretrained(
         location,
@@ -105,6 +111,38 @@ def _loaded(
         **four_bits,
     )
     return found
+
+
+def _load_paged(
+    model: ModelSettings, location: str, task: ModelTask, config: PretrainedConfig
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    from fedtune.models.paging.load import load_paged_model
+
+    tensors = _list_tensors(model, location)
+    auto, dtype = _auto_class(task), getattr(torch, model.dtype)
+    return load_paged_model(
+        model.source, location, tensors, model.paged, auto, config, dtype, has_new_head=task.has_new_head
+    )
+
+
+def _list_tensors(model: ModelSettings, location: str) -> dict[str, SourceTensor]:
+    """Return the tensors of the model's files."""
+    if (file := find_gguf_file(model.source)) is not None:
+        from fedtune.models.paging.gguf_source import list_described_tensors
+
+        return list_described_tensors(Path(location), file)
+    single = cached_file(location, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
+    if single is not None:
+        return list_safetensors([Path(single)])
+    index = cached_file(location, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+    if index is None:
+        raise SourceError(f"{model.source} has no {SAFE_WEIGHTS_NAME}; check model.source")
+    return list_safetensors([Path(file) for file in get_checkpoint_shard_files(location, index)[0]])
+
+
+def _refuse_two_quantisations(model: ModelSettings) -> None:
+    if model.paged:
+        raise ModelError("qlora quantises the base in memory, and model.paged leaves it in a file; take lora with nf4")
 
 
 def _owners(drawn: Iterable[str]) -> list[str]:

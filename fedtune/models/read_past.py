@@ -5,6 +5,8 @@ from torch import nn
 __all__ = ["read_past"]
 
 _ENDINGS = {
+    "deberta": ("rel_embeddings",),
+    "deberta-v2": ("rel_embeddings",),
     "falcon_h1": ("out_proj", "conv1d"),
     "falcon_mamba": ("out_proj", "conv1d", "dt_proj"),
     "mamba": ("out_proj", "conv1d", "dt_proj"),

@@ -11,10 +11,11 @@ from fedtune.models.made_text_models import make_masked_minilm_folder, make_untr
 from fedtune.models.sample_audio_model import make_spectrogram_transformer_folder
 from fedtune.paths import get_cache_folder
 from fedtune.recipe.plug_ins import PlugIn, find_plug_in, find_plug_ins
+from fedtune.recipe.schema import ModelSettings
 from fedtune.recipe.validation_errors import suggest_nearest
 from fedtune.sample_packages import SAMPLE_PACKAGES, fetch_sample
 
-__all__ = ["is_made", "resolve_model_source", "run_folder"]
+__all__ = ["find_gguf_file", "is_made", "locate_model", "resolve_model_source", "run_folder"]
 
 MODEL_SOURCES = "fedtune.model_sources"
 """The group of entry points: functions that take what follows the colon and return a folder."""
@@ -32,6 +33,24 @@ def resolve_model_source(source: str, key: str = "model.source") -> str:
         added = "".join(f", {one}:NAME" for one in sorted(find_plug_ins(MODEL_SOURCES)))
         raise SourceError(f"{key} is {source!r}; write hub:ID, path:FOLDER, gguf:FILE, sample:NAME{added} or run:ID")
     return _KINDS[kind](name, key) if plug_in is None else _fetch(plug_in, name, key)
+
+
+def locate_model(model: ModelSettings) -> str:
+    """Return the Hub id or folder of a recipe's model. That of a paged GGUF file has no weights in it."""
+    file = find_gguf_file(model.source) if model.paged else None
+    if file is None:
+        return resolve_model_source(model.source)
+    from fedtune.models.paging.gguf_source import describe_gguf  # imported here: only GGUF files need transformers
+
+    return str(describe_gguf(file))
+
+
+def find_gguf_file(source: str, key: str = "model.source") -> Path | None:
+    """Return the GGUF file that a source is; None for other sources."""
+    kind, _, name = source.partition(":")
+    if source == "sample:smollm2":
+        return _file("smollm2")
+    return _find_file(name, key) if kind == "gguf" and name else None
 
 
 def run_folder(reference: str) -> Path:
@@ -92,10 +111,14 @@ def _without_weights(folder: Path, key: str) -> str:
 
 
 def _gguf(name: str, key: str) -> str:
+    return str(_from_gguf(_find_file(name, key)))
+
+
+def _find_file(name: str, key: str) -> Path:
     file = Path(name).expanduser()
     if not file.is_file():
         raise SourceError(f"there is no file {file}; check {key}")
-    return str(_from_gguf(file))
+    return file
 
 
 def _from_gguf(file: Path) -> Path:

@@ -73,6 +73,16 @@ class ModelSettings(SettingsModel):
     preprocessor: Preprocessor | None = Field(
         None, description="image preprocessing; default: that of the model's folder"
     )
+    paged: bool | Literal["bf16", "fp32", "int8", "nf4"] = Field(
+        False,
+        description="frozen matrices stay in a file and are read while they multiply; true: numbers as in the source",
+    )
+
+    @model_serializer(mode="wrap")
+    def _leave_out_memory(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Recipes of models in memory are written as before there were paged ones, so that their runs resume."""
+        written: dict[str, Any] = serialise(self)
+        return {key: value for key, value in written.items() if (key, value) != ("paged", False)}
 
 
 class PrivacySettings(SettingsModel):

@@ -10,6 +10,7 @@ from itertools import permutations
 from torch import Tensor, nn
 
 from fedtune.errors import ModelError, RecipeError
+from fedtune.models.paging.paged_layers import replace_paged_layers
 from fedtune.recipe.schema import Unit
 from fedtune.recipe.unit_registry import build_unit
 from fedtune.tasks import Task
@@ -35,6 +36,7 @@ __all__ = [
     "begin_step",
     "build_techniques",
     "check_device_type",
+    "check_paged_base",
     "collect_loss_terms",
     "collect_metrics",
     "compute_extra_payload",
@@ -69,6 +71,15 @@ def check_device_type(techniques: Sequence[Technique], device_type: str) -> None
             raise ModelError(f"{technique.name} cannot run on {device_type}, {why}; compute on the CPU")
 
 
+def check_paged_base(techniques: Sequence[Technique]) -> None:
+    """Raise ModelError if a technique needs the matrices of the base in memory."""
+    for technique in techniques:
+        if technique.paged_base_problem is not None:
+            raise ModelError(
+                f"model.paged: {technique.name} {technique.paged_base_problem}; take lora or meft, or drop model.paged"
+            )
+
+
 def apply_techniques(techniques: Sequence[Technique], model: nn.Module, task: Task, seed: int) -> list[str]:
     """Freeze the model, let each technique rewrite it, and return the names of all tensors that may be trained.
 
@@ -94,6 +105,7 @@ def merge_into_weights(techniques: Sequence[Technique], model: nn.Module) -> Non
     """Merge all that was trained into plain layers, which ``save_pretrained`` can save."""
     for technique in techniques:
         technique.merge_into_weights(model)
+    replace_paged_layers(model)
 
 
 def begin_round(techniques: Sequence[Technique], model: nn.Module, round_number: int) -> None:

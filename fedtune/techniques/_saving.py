@@ -25,7 +25,7 @@ def allow_saving(model: nn.Module, name: str) -> None:
     if name in unmerged:
         unmerged.remove(name)
     if not unmerged and vars(model).pop(_UNMERGED, None) is not None:
-        del vars(model)["save_pretrained"]
+        vars(model).pop("save_pretrained", None)
 
 
 def _refuse(unmerged: list[str], *_: Any, **__: Any) -> None:

@@ -53,6 +53,9 @@ class Technique(NamedUnit):
     needed_memory: ClassVar[str | None] = None
     """The continual method that a stream must have for it."""
 
+    paged_base_problem: ClassVar[str | None] = "was not made for a base whose weights are in a file"
+    """Why it cannot be combined with ``model.paged``; None if it neither trains nor reads the matrices of the base."""
+
     def find_conflict(self, other: "Technique") -> str | None:
         """Why both cannot be combined with their settings, as the end of a sentence; None if they can."""
         return self.conflicts_with.get(other.name)

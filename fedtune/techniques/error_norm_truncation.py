@@ -47,6 +47,7 @@ class ErrorNormTruncation(Technique):
     """Drop tokens whose prediction is confidently something else."""
 
     name: ClassVar[str] = "error-norm-truncation"
+    paged_base_problem: ClassVar[str | None] = None
     has_exact_gradients: ClassVar[bool] = False
     selects_trainable_tensors: ClassVar[bool] = False
     allows_kv_cache: ClassVar[bool] = True

@@ -28,6 +28,7 @@ from fedtune.training.generation import GeneratedText, TextGenerator, require_po
 from fedtune.training.model_checks import check_model_privacy
 from fedtune.training.model_state import get_model_state, named_tensors
 from fedtune.training.packing_checks import check_packing
+from fedtune.training.paging_checks import check_paging
 from fedtune.training.readable import require_readable
 
 __all__ = ["RunContext", "clear_run_context", "get_run_context", "prepare_model", "set_run_context"]
@@ -46,6 +47,8 @@ def prepare_model(
     quantised = [found for found in (technique.make_quantisation_config() for technique in chosen) if found is not None]
     if len(quantised) > 1:
         raise ModelError("two techniques want to quantise the base; keep one of them")
+    if recipe.model.paged:
+        techniques.check_paged_base(chosen)
     task = tasks.get_task(recipe.task)
     model = models.load_model(
         recipe.model,
@@ -58,6 +61,7 @@ def prepare_model(
         method.rewrite_model(model, task, recipe)
     shared = techniques.apply_techniques(chosen, model, task, derive_seed(recipe.seed, "techniques"))
     check_packing(recipe, model)
+    check_paging(model, shared)
     return _move_model(model, choose_device(device or recipe.train.device), chosen), chosen, shared
 
 

@@ -27,6 +27,7 @@ class GradientCheckpointing(Technique):
     """Recompute blocks in the backward pass."""
 
     name: ClassVar[str] = "gradient-checkpointing"
+    paged_base_problem: ClassVar[str | None] = None
     selects_trainable_tensors: ClassVar[bool] = False
     allows_kv_cache: ClassVar[bool] = True
 

@@ -54,6 +54,7 @@ class SelectiveCheckpointing(Technique):
     """Store matrix products and recompute the operations between them."""
 
     name: ClassVar[str] = "selective-checkpointing"
+    paged_base_problem: ClassVar[str | None] = None
     selects_trainable_tensors: ClassVar[bool] = False
     allows_kv_cache: ClassVar[bool] = True
     conflicts_with: ClassVar[Mapping[str, str]] = {

@@ -34,6 +34,8 @@ from transformers.utils.generic import ModelOutput
 
 from fedtune.accelerator import find_device, fork_random_state
 from fedtune.errors import ModelError
+from fedtune.models.paging.paged_layers import PagedLinear
+from fedtune.models.paging.streamed_loss import streamed_cross_entropy
 from fedtune.tasks import Task
 from fedtune.techniques._filtered_loss import set_base_loss
 from fedtune.techniques._technique import Technique
@@ -46,6 +48,7 @@ class FusedCrossEntropy(Technique):
     """Compute output layer and cross-entropy together, one chunk of tokens at a time."""
 
     name: ClassVar[str] = "fused-cross-entropy"
+    paged_base_problem: ClassVar[str | None] = None
     selects_trainable_tensors: ClassVar[bool] = False
     allows_kv_cache: ClassVar[bool] = True
 
@@ -59,7 +62,7 @@ class FusedCrossEntropy(Technique):
                 f"{task.name} computes a loss of its own from all logits, so fused-cross-entropy would save nothing; "
                 "remove it"
             )
-        late = DeferredHead(plain, self.chunk_size)
+        late = _make_deferred_head(plain, self.chunk_size)
         model.set_submodule(name, late)
         late.handles = (
             model.register_forward_pre_hook(_begin_forward, with_kwargs=True),
@@ -109,10 +112,64 @@ class DeferredHead(nn.Module):
         layer.weight, layer.bias = self.weight, self.bias
         return layer
 
+    def compute_loss(self, labels: Tensor, ignore_index: int, num_items: Tensor | None) -> Tensor:
+        """The loss of the hidden states of this step, which are let go of."""
+        hidden, self.hidden_states = self.hidden_states, None
+        assert hidden is not None, "the head is deferred"
+        return fused_cross_entropy(
+            hidden.flatten(0, -2),
+            self.weight,
+            self.bias,
+            labels,
+            chunk_size=self.chunk,
+            ignore_index=ignore_index,
+            num_items=num_items,
+        )
+
     def remove_hooks(self) -> None:
         """Remove the hooks from the model."""
         for handle in self.handles:
             handle.remove()
+
+
+class PagedDeferredHead(DeferredHead):
+    """An output layer in a store. Its loss reads it once, a few rows of the vocabulary at a time."""
+
+    def __init__(self, plain: PagedLinear, chunk: int) -> None:
+        super().__init__(plain, chunk)
+        self.__dict__["paged"] = plain  # not as a child, whose parameters would have other names
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden states, or late in a step the hidden states themselves."""
+        if not self.is_deferred:
+            return self.to_plain_layer().forward(hidden)
+        return super().forward(hidden)
+
+    def find_projection(self, passed: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """How rows become logits where ``passed`` are the hidden states of this step; None where they are logits."""
+        return self.to_plain_layer() if passed is self.hidden_states else None
+
+    def to_plain_layer(self) -> PagedLinear:
+        """The paged layer."""
+        layer: PagedLinear = self.__dict__["paged"]
+        return layer
+
+    def compute_loss(self, labels: Tensor, ignore_index: int, num_items: Tensor | None) -> Tensor:
+        """The loss of the hidden states of this step, which are let go of."""
+        hidden, self.hidden_states = self.hidden_states, None
+        assert hidden is not None, "the head is deferred"
+        return streamed_cross_entropy(
+            hidden.flatten(0, -2),
+            self.to_plain_layer().matrix,
+            self.bias,
+            labels,
+            ignore_index=ignore_index,
+            num_items=num_items,
+        )
+
+
+def _make_deferred_head(plain: nn.Linear, chunk: int) -> DeferredHead:
+    return PagedDeferredHead(plain, chunk) if isinstance(plain, PagedLinear) else DeferredHead(plain, chunk)
 
 
 def _plain_head(model: nn.Module) -> tuple[str, nn.Linear]:
@@ -122,7 +179,7 @@ def _plain_head(model: nn.Module) -> tuple[str, nn.Linear]:
         raise ModelError(
             f"{type(model).__name__} has no head over a vocabulary; remove the technique fused-cross-entropy"
         )
-    if type(head) is not nn.Linear:
+    if type(head) not in (nn.Linear, PagedLinear):
         raise ModelError(
             f"the head of {type(model).__name__} is a {type(head).__name__}; fused-cross-entropy needs a plain one"
         )
@@ -173,17 +230,8 @@ def _loss(
     """What transformers calls for the loss of a causal language model; late, it is given the hidden states."""
     if logits is not head.hidden_states:
         return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **others)
-    head.hidden_states = None
     following = F.pad(labels, (0, 1), value=ignore_index)[..., 1:] if shift_labels is None else shift_labels
-    return fused_cross_entropy(
-        logits.flatten(0, -2),
-        head.weight,
-        head.bias,
-        following.flatten(),
-        chunk_size=head.chunk,
-        ignore_index=ignore_index,
-        num_items=num_items_in_batch,
-    )
+    return head.compute_loss(following.flatten(), ignore_index, num_items_in_batch)
 
 
 def _misfit(model: nn.Module) -> ModelError:

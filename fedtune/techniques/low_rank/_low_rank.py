@@ -21,6 +21,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.errors import FedtuneWarning, ModelError
+from fedtune.models.paging.paged_layers import PagedLinear
 from fedtune.models.read_past import read_past
 from fedtune.tasks import Task
 from fedtune.techniques._technique import Technique, list_head_parameters, unfreeze_parameters
@@ -161,7 +162,9 @@ def find_target_modules(model: nn.Module, head: list[str], targets: Literal["all
 
 
 def dequantise_linear(layer: nn.Module) -> nn.Module:
-    """A four-bit layer as a plain one with the same function; any other layer itself."""
+    """A four-bit or paged layer as a plain one with the same function; any other layer itself."""
+    if isinstance(layer, PagedLinear):
+        return layer.make_plain()
     if not isinstance(layer, Linear4bit):
         return layer
     plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
