@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from fedtune.models.paging.byte_readers import FileBytes
 from fedtune.models.paging.paged_matrix import PagedMatrix
-from fedtune.models.paging.streamed_loss import streamed_cross_entropy
+from fedtune.models.paging.streamed_loss import HeadRows, streamed_cross_entropy
 
 WIDE, HIGH, TOKENS = 8, 11, 13
 
@@ -36,7 +36,7 @@ def test_loss_and_gradient_are_those_of_the_whole_for_any_chunk(chunk: int, dtyp
     hidden, weight, matrix, bias, labels = a_head(tmp_path, dtype)
     tolerance = 1e-6 if dtype == torch.float32 else 1e-12
     for one in (None, bias):
-        loss = streamed_cross_entropy(hidden, matrix, one, labels, chunk_rows=chunk)
+        loss = streamed_cross_entropy(hidden, HeadRows(matrix, one), labels, chunk_rows=chunk)
         wanted = F.cross_entropy(F.linear(hidden, weight, one), labels)
         assert close(loss.detach(), wanted.detach(), tolerance)
         [found], [expected] = torch.autograd.grad(3 * loss, hidden), torch.autograd.grad(3 * wanted, hidden)
@@ -48,7 +48,7 @@ def test_logits_far_from_zero_and_ties_neither_overflow_nor_vanish(size: float, 
     hidden, weight, matrix, bias, labels = a_head(tmp_path)
     far = bias + size
     far[[0, 5, HIGH - 1]] += 1e4  # maxima that tie, and that are far above the others
-    loss = streamed_cross_entropy(hidden, matrix, far, labels, chunk_rows=4)
+    loss = streamed_cross_entropy(hidden, HeadRows(matrix, far), labels, chunk_rows=4)
     wanted = F.cross_entropy(F.linear(hidden, weight, far), labels)
     assert close(loss.detach(), wanted.detach(), 1e-12)
     [found], [expected] = torch.autograd.grad(loss, hidden), torch.autograd.grad(wanted, hidden)
@@ -57,9 +57,9 @@ def test_logits_far_from_zero_and_ties_neither_overflow_nor_vanish(size: float, 
 
 def test_a_given_number_of_items_divides_and_no_label_at_all_is_no_loss(tmp_path: Path) -> None:
     hidden, weight, matrix, bias, labels = a_head(tmp_path)
-    loss = streamed_cross_entropy(hidden, matrix, bias, labels, num_items=torch.tensor(40.0))
+    loss = streamed_cross_entropy(hidden, HeadRows(matrix, bias), labels, num_items=torch.tensor(40.0))
     assert close(loss.detach(), F.cross_entropy(F.linear(hidden, weight, bias), labels, reduction="sum") / 40, 1e-12)
-    nothing = streamed_cross_entropy(hidden, matrix, bias, torch.full_like(labels, -100))
+    nothing = streamed_cross_entropy(hidden, HeadRows(matrix, bias), torch.full_like(labels, -100))
     assert float(nothing.detach()) == 0
     assert not torch.autograd.grad(nothing, hidden)[0].any()
 
@@ -68,11 +68,11 @@ def test_a_label_beyond_the_head_is_refused(tmp_path: Path) -> None:
     hidden, _, matrix, bias, labels = a_head(tmp_path)
     labels[3] = HIGH
     with pytest.raises(IndexError, match="a label is out of range: the head head has 11 rows"):
-        streamed_cross_entropy(hidden, matrix, bias, labels)
+        streamed_cross_entropy(hidden, HeadRows(matrix, bias), labels)
 
 
 def test_the_head_is_read_once_and_its_gradient_is_all_that_is_kept(tmp_path: Path) -> None:
     hidden, _, matrix, bias, labels = a_head(tmp_path)
-    loss = streamed_cross_entropy(hidden, matrix, bias, labels, chunk_rows=3)
+    loss = streamed_cross_entropy(hidden, HeadRows(matrix, bias), labels, chunk_rows=3)
     loss.backward()
     assert matrix.reader.bytes_read == matrix.nbytes == HIGH * WIDE * 4

@@ -46,6 +46,13 @@ def is_fedtune_image_model(location: str) -> bool:
         return False
 
 
+def refuse_four_bits(model: ModelSettings, folder: Path) -> None:
+    """Raise ModelError: none of these models has a four-bit form."""
+    raise ModelError(
+        f"{model.source} is a model of kind {_config(folder)['kind']}, which has no four-bit form; take lora"
+    )
+
+
 def load_image_model(
     model: ModelSettings,
     folder: Path,
@@ -53,7 +60,6 @@ def load_image_model(
     labels: Sequence[str],
     *,
     seed: int,
-    quantised: bool,
     read_weights: bool = True,
 ) -> ImageClassifier:
     """Load the model in ``folder``. A head of another size and untrained weights are drawn from ``seed``.
@@ -65,8 +71,6 @@ def load_image_model(
     if task.auto_class != "AutoModelForImageClassification":
         raise ModelError(f"{model.source} is a model of kind {kind}, which does not do {task.name}; choose another")
     check_head_problem(model.source, config.get("problem_type"), task)
-    if quantised:
-        raise ModelError(f"{model.source} is a model of kind {kind}, which has no four-bit form; take lora")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         loaded = IMAGE_MODEL_CLASSES[kind](len(labels), **config["settings"])

@@ -43,9 +43,9 @@ def load_model(
     if image_model_files.is_fedtune_image_model(location):
         refuse_interpolation(model)
         _refuse_paging(model)
-        return image_model_files.load_image_model(
-            model, Path(location), task, labels, seed=seed, quantised=quantisation is not None
-        )
+        if quantisation is not None:
+            image_model_files.refuse_four_bits(model, Path(location))
+        return image_model_files.load_image_model(model, Path(location), task, labels, seed=seed)
     from fedtune.models import pretrained
 
     return pretrained.load_pretrained_model(model, location, task, labels, seed=seed, quantisation=quantisation)

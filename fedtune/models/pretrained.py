@@ -116,13 +116,12 @@ def _loaded(
 def _load_paged(
     model: ModelSettings, location: str, task: ModelTask, config: PretrainedConfig
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    from fedtune.models.paging.load import load_paged_model
+    from fedtune.models.paging.load import PagedSource, load_paged_model
 
     tensors = _list_tensors(model, location)
     auto, dtype = _auto_class(task), getattr(torch, model.dtype)
-    return load_paged_model(
-        model.source, location, tensors, model.paged, auto, config, dtype, has_new_head=task.has_new_head
-    )
+    source = PagedSource(model.source, location, tensors, model.paged)
+    return load_paged_model(source, auto, config, dtype, has_new_head=task.has_new_head)
 
 
 def _list_tensors(model: ModelSettings, location: str) -> dict[str, SourceTensor]:

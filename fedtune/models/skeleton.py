@@ -24,10 +24,9 @@ def make_skeleton(
     location = resolve_model_source(model.source)
     if image_model_files.is_fedtune_image_model(location):
         refuse_interpolation(model)
-        quantised = quantisation is not None
-        return image_model_files.load_image_model(
-            model, Path(location), task, labels, seed=seed, quantised=quantised, read_weights=False
-        )
+        if quantisation is not None:
+            image_model_files.refuse_four_bits(model, Path(location))
+        return image_model_files.load_image_model(model, Path(location), task, labels, seed=seed, read_weights=False)
     from fedtune.models import pretrained
 
     made, kept = pretrained.make_pretrained_skeleton(model, location, task, labels)

@@ -8,7 +8,7 @@ other tensors, such as norms and biases, are read.
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,17 +25,26 @@ from fedtune.models.paging.source_tensors import SourceTensor
 from fedtune.models.paging.store import make_store, open_store
 from fedtune.models.read_past import read_past
 
-__all__ = ["load_paged_model"]
+__all__ = ["PagedSource", "load_paged_model"]
 
 _MUCH = 0.05
 """The share of the weights from which on a warning says that they are in memory."""
 
 
+class PagedSource(NamedTuple):
+    """A source as the recipe names it, its folder, the tensors of its files, and the row format that is asked for.
+
+    ``form`` is True for the format of the source.
+    """
+
+    name: str
+    location: str
+    tensors: Mapping[str, SourceTensor]
+    form: str | bool
+
+
 def load_paged_model(
-    source: str,
-    location: str,
-    tensors: Mapping[str, SourceTensor],
-    form: str | bool,
+    source: PagedSource,
     auto_class: Any,
     config: PretrainedConfig,
     dtype: torch.dtype,
@@ -44,9 +53,10 @@ def load_paged_model(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Return the model and transformers' loading info. Missing weights are drawn from the global generator.
 
-    ``form`` is the row format of the matrices, True for that of the source. In int8 and nf4, embeddings and the output
-    layer stay as they are in the source. A classifier's head is trained, so it is in memory.
+    In int8 and nf4, embeddings and the output layer stay as they are in the source. A classifier's head is trained, so
+    it is in memory.
     """
+    named, location, tensors, form = source
     stand_ins = _StandIns(tensors)
     model, info = _get_model_class(config, auto_class._model_mapping).from_pretrained(
         None,
@@ -58,7 +68,7 @@ def load_paged_model(
     )
     if any(isinstance(one, WeightConverter) for one in model._weight_conversions):
         raise ModelError(
-            f"{source} joins several tensors of its file into one weight, which model.paged does not do; drop it"
+            f"{named} joins several tensors of its file into one weight, which model.paged does not do; drop it"
         )
     model.config.name_or_path = model.name_or_path = location
     _load_generation_config(model, location)
@@ -70,7 +80,7 @@ def load_paged_model(
     if layers:
         refuse_saving_placeholders(model)
     _warn_of_memory(
-        source, _read_rest(model, stand_ins), sum(tensors[name].rows * tensors[name].width for name in forms)
+        named, _read_rest(model, stand_ins), sum(tensors[name].rows * tensors[name].width for name in forms)
     )
     return model, info
 

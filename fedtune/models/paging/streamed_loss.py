@@ -15,30 +15,36 @@ from torch.nn import functional as F
 
 from fedtune.models.paging.paged_matrix import PagedMatrix
 
-__all__ = ["CHUNK_ROWS", "streamed_cross_entropy"]
+__all__ = ["CHUNK_ROWS", "HeadRows", "streamed_cross_entropy"]
 
 CHUNK_ROWS = 1024
 """Rows of the head that exist at a time."""
 
 
+class HeadRows(NamedTuple):
+    """W [v, h] in a store, and a frozen b [v] if there is one."""
+
+    matrix: PagedMatrix
+    bias: Tensor | None
+
+
 def streamed_cross_entropy(
     hidden: Tensor,
-    matrix: PagedMatrix,
-    bias: Tensor | None,
+    head: HeadRows,
     labels: Tensor,
     *,
     ignore_index: int = -100,
     num_items: Tensor | None = None,
     chunk_rows: int = CHUNK_ROWS,
 ) -> Tensor:
-    """The summed loss of hidden states [n, h] under W [v, h] and a frozen b [v], over the number of labels that count.
+    """The summed loss of hidden states [n, h] under a head, over the number of labels that count.
 
     Labels equal to ``ignore_index`` do not count; if none counts, the loss and its gradient are 0. ``num_items``
     replaces the number.
     """
     counted = (labels != ignore_index).nonzero()[:, 0]
     divisor = num_items if num_items is not None else max(1, len(counted))
-    loss: Tensor = _Streamed.apply(hidden, matrix, bias, labels, counted, divisor, chunk_rows)
+    loss: Tensor = _Streamed.apply(hidden, *head, labels, counted, divisor, chunk_rows)
     return loss
 
 

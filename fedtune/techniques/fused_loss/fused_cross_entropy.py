@@ -35,7 +35,7 @@ from transformers.utils.generic import ModelOutput
 from fedtune.accelerator import find_device, fork_random_state
 from fedtune.errors import ModelError
 from fedtune.models.paging.paged_layers import PagedLinear
-from fedtune.models.paging.streamed_loss import streamed_cross_entropy
+from fedtune.models.paging.streamed_loss import HeadRows, streamed_cross_entropy
 from fedtune.tasks import Task
 from fedtune.techniques._filtered_loss import set_base_loss
 from fedtune.techniques._technique import Technique
@@ -160,8 +160,7 @@ class PagedDeferredHead(DeferredHead):
         assert hidden is not None, "the head is deferred"
         return streamed_cross_entropy(
             hidden.flatten(0, -2),
-            self.to_plain_layer().matrix,
-            self.bias,
+            HeadRows(self.to_plain_layer().matrix, self.bias),
             labels,
             ignore_index=ignore_index,
             num_items=num_items,
