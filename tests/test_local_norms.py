@@ -153,7 +153,7 @@ def test_a_device_goes_on_with_the_norms_of_its_run_and_of_no_other(home: Path, 
     assert simulated[1] == simulated[3] != simulated[2]
 
 
-@pytest.mark.slow
+@pytest.mark.deployed  # a third start of Ray takes the other tests half a minute
 @pytest.mark.skipif(not RAY, reason="Flower's engine needs ray, which is not installed: pip install 'fedtune[ray]'")
 def test_flowers_own_engine_keeps_the_same_norms(home: Path, tmp_path: Path) -> None:
     recipe = local_norms(tmp_path, "federation.rounds=2")

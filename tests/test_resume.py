@@ -20,7 +20,7 @@ from tests.federations import TRIVIAL, Ended, outcome
 from tests.kills import PLANTS, start
 
 ROUNDS = 4
-CASES = 20
+CASES = 12
 Bits = tuple[list[str], list[tuple[int, str, str, str, float]]]
 
 
