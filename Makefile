@@ -14,7 +14,7 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 	touch $(READY)
 
 demo: $(READY)
-	$(BIN)/fedtune simulate recipes/sentiment.yaml
+	$(BIN)/fedtune simulate recipes/demo.yaml
 
 devices-demo: $(READY)
 	$(BIN)/python -m benchmarks.devices_demo

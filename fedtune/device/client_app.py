@@ -16,6 +16,7 @@ from fedtune.device.local_round import read_payload, run_local_round
 from fedtune.device.problems import problem_of
 from fedtune.errors import MemoryBudgetError, NoTaskError
 from fedtune.flower import train_messages
+from fedtune.memory.allocator import fix_mmap_threshold
 from fedtune.recipe.required_plug_ins import decode_plug_ins, require_plug_ins
 from fedtune.training import get_run_context
 from fedtune.wire.client_update import TrainRequest
@@ -50,6 +51,7 @@ def _train(message: Message, *, enforced: bool) -> Message:
     rows = run_context.client_rows[request.client]
     try:
         if enforced:
+            fix_mmap_threshold()
             budget = int(run_context.recipe.get_device_class(request.client).memory)
             deltas, report = run_limited_round(request, state, run_context, rows, own, budget)
         else:

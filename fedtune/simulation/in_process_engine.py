@@ -7,7 +7,6 @@ from flwr.app import Context, RecordDict
 from fedtune import paths
 from fedtune.device.client_app import app as client_app
 from fedtune.device.client_app import limited
-from fedtune.memory.allocator import fix_mmap_threshold
 from fedtune.server.server_app import app as server_app
 from fedtune.simulation.compute_devices import uses_accelerator
 from fedtune.simulation.in_process_grid import InProcessGrid
@@ -27,7 +26,6 @@ def run_in_process(
 
     With ``enforce_memory``, they run in processes that are held to the memory of the client's device class.
     """
-    fix_mmap_threshold()
     client_workers = _start_workers(run_context, workers, enforce_memory)
     try:
         config: dict[str, bool | float | int | str] = {

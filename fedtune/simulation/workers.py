@@ -23,7 +23,6 @@ from fedtune.device.client_app import app as client_app
 from fedtune.errors import RunError
 from fedtune.file_limit import raise_file_limit
 from fedtune.flower.message_identity import set_node_identity
-from fedtune.memory.allocator import fix_mmap_threshold
 from fedtune.training import RunContext, set_run_context
 
 __all__ = ["ClientWorkers", "ProcessPoolWorkers", "SequentialWorkers"]
@@ -197,7 +196,6 @@ def _begin(run_context: RunContext, watched: Connection, environment: Mapping[st
     """
     os.environ.clear()
     os.environ.update(environment)
-    fix_mmap_threshold()
     threading.Thread(target=_end_with, args=(watched,), daemon=True).start()
     set_node_identity(_CLIENT)
     run_context.copy_writable_tensors()
