@@ -73,7 +73,7 @@ def test_a_mapped_file_counts_as_file_backed_and_a_tensor_as_anonymous(tmp_path:
     assert first is not None
     assert watch.anonymous is not None
     assert watch.file_backed is not None
-    assert 30 * MEGABYTES < watch.anonymous - first.anonymous < 40 * MEGABYTES
+    assert 20 * MEGABYTES < watch.anonymous - first.anonymous < 40 * MEGABYTES  # other blocks come and go
     assert 60 * MEGABYTES < watch.file_backed - first.file_backed < 70 * MEGABYTES
 
 

@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 from fedtune.cli.main import cli
 from fedtune.errors import RecipeError
+from fedtune.recipe.schema import Recipe
 from fedtune.recipe.upgrade import upgrade_recipe_text
 from fedtune.recipe.versions import needs_translation, translate_recipe
 from fedtune.recipe.yaml_file import parse_recipe, read_recipe
@@ -67,11 +68,18 @@ merge: [mean: {weighting: equal}]
 """
 
 
+def _without_memory(recipe: Recipe) -> Recipe:
+    """The budgets of some recipes were raised to what was measured."""
+    devices = [one.model_copy(update={"memory": None}) for one in recipe.devices]
+    return recipe.model_copy(update={"devices": devices})
+
+
 @pytest.mark.parametrize("path", OLD, ids=lambda path: path.stem)
 def test_an_old_recipe_and_its_successor_are_one(path: Path) -> None:
     assert len(OLD) == 12
     upgraded = upgrade_recipe_text(path.read_text(), path.name)
-    assert read_recipe(path) == read_recipe(RECIPES / path.name) == parse_recipe(upgraded, "upgraded")
+    assert read_recipe(path) == parse_recipe(upgraded, "upgraded")
+    assert _without_memory(read_recipe(path)) == _without_memory(read_recipe(RECIPES / path.name))
     assert yaml.safe_load(upgraded) == translate_recipe(yaml.safe_load(path.read_text()))
     assert re.findall("#.*", upgraded) == re.findall("#.*", path.read_text())
     assert len(upgraded.splitlines()) == len(path.read_text().splitlines()) + 1
