@@ -121,14 +121,16 @@ class _SavedInputs:
         self._tensors = {place: one for place, one in enumerate(inputs) if isinstance(one, Tensor)}
         self._requires_grad = {place: one.requires_grad for place, one in self._tensors.items()}
         self._others = tuple(None if isinstance(one, Tensor) else one for one in inputs)
-        kept = _Keep.apply(torch.empty(0, requires_grad=True), *self._tensors.values())
+        # Up to torch 2.10 the graph lets go of what it saved as soon as its result is gone.
+        self._kept: Any = _Keep.apply(torch.empty(0, requires_grad=True), *self._tensors.values())
         self._tensors.clear()
-        self._graph: Any = kept.grad_fn
 
     def read(self) -> list[Any]:
         """Return the inputs, without the graph they came from."""
         found = list(self._others)
-        for (place, requires_grad), tensor in zip(self._requires_grad.items(), self._graph.saved_tensors, strict=True):
+        for (place, requires_grad), tensor in zip(
+            self._requires_grad.items(), self._kept.grad_fn.saved_tensors, strict=True
+        ):
             found[place] = tensor.detach().requires_grad_(requires_grad)
         return found
 
