@@ -18,13 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordPiece
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from benchmarks.fleet import Fleet, Member, fleet
+from benchmarks.random_bert import save_random_bert
 from benchmarks.report import save
 from fedtune.recipe.schema import Recipe
 from fedtune.recipe.yaml_file import parse_recipe
@@ -129,17 +125,9 @@ def _own(device: Member) -> list[psutil.Process]:
 
 def made_recipe(folder: Path) -> Recipe:
     """A random BERT of four layers and verdicts on made-up films, in ``folder``; a recipe for one round more."""
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "film", "was", *VERDICTS, *map(str, range(200))]
-    tokenizer = Tokenizer(WordPiece({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(
-        folder / "bert"
-    )
-    torch.manual_seed(0)
-    shape = BertConfig(
-        vocab_size=len(words), hidden_size=256, intermediate_size=1024, num_attention_heads=4, num_hidden_layers=4
-    )
-    BertModel(shape).save_pretrained(folder / "bert")
+    words = ["the", "film", "was", *VERDICTS, *map(str, range(200))]
+    shape = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "num_hidden_layers": 4}
+    save_random_bert(folder / "bert", words, **shape)
     rows = [f"the film {row} was {word},{label}" for row in range(200) for word, label in VERDICTS.items()]
     (folder / "words.csv").write_text("text,label\n" + "\n".join(rows) + "\n", encoding="utf-8")
     return parse_recipe(RECIPE.format(folder=folder, devices=DEVICES, rounds=ROUNDS + 1), "crowd", [])

@@ -25,13 +25,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordPiece
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-
 from benchmarks.fleet import Fleet, Member, fleet
+from benchmarks.random_bert import save_random_bert
 from benchmarks.report import save
 from benchmarks.stream_plants import VARIABLE, Plant, install, write_site_hook
 from fedtune import checkpoint
@@ -137,17 +132,9 @@ def keep(where: str, method: str, cases: Sequence[dict[str, Any]]) -> None:
 
 def write_model(folder: Path) -> None:
     """A BERT of two layers with random weights, and sentences of three places."""
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "film", "was", *VERDICTS, *map(str, range(20))]
-    tokenizer = Tokenizer(WordPiece({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(
-        folder / "bert"
-    )
-    torch.manual_seed(0)
-    shape = BertConfig(
-        vocab_size=len(words), hidden_size=16, intermediate_size=32, num_attention_heads=2, num_hidden_layers=2
-    )
-    BertModel(shape).save_pretrained(folder / "bert")
+    words = ["the", "film", "was", *VERDICTS, *map(str, range(20))]
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    save_random_bert(folder / "bert", words, **shape)
     rows = [
         f"{sentence.format(number, word)},{label},{place}"
         for place, sentence in SENTENCES.items()

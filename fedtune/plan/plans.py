@@ -82,14 +82,14 @@ def _list_micro_batches(batches: Sequence[BatchTrace]) -> Iterator[BatchTrace]:
 def _interpolate(few: BatchTrace, many: BatchTrace, size: int) -> BatchTrace:
     share = (size - few.examples) / (many.examples - few.examples)
 
-    def between(a: int, b: int) -> int:
+    def interpolate_count(a: int, b: int) -> int:
         return round(a + share * (b - a))
 
     return BatchTrace(
         examples=size,
-        kept_bytes=between(few.kept_bytes, many.kept_bytes),
-        peak_bytes=between(few.peak_bytes, many.peak_bytes),
-        flops=between(few.flops, many.flops),
+        kept_bytes=interpolate_count(few.kept_bytes, many.kept_bytes),
+        peak_bytes=interpolate_count(few.peak_bytes, many.peak_bytes),
+        flops=interpolate_count(few.flops, many.flops),
     )
 
 

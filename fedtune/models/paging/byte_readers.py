@@ -25,7 +25,7 @@ class ByteReader(ABC):
         self.bytes_read += target.nbytes
 
     @abstractmethod
-    def expect(self, offset: int, size: int) -> None:
+    def prefetch_bytes(self, offset: int, size: int) -> None:
         """Say that a range is read next."""
 
     @abstractmethod
@@ -39,7 +39,7 @@ class HeldBytes(ByteReader):
     def __init__(self, path: Path) -> None:
         self._content = path.read_bytes()
 
-    def expect(self, offset: int, size: int) -> None:
+    def prefetch_bytes(self, offset: int, size: int) -> None:
         """Do nothing: the range is in memory."""
 
     def _copy(self, target: memoryview, offset: int) -> None:
@@ -62,12 +62,12 @@ class FileBytes(ByteReader):
         """A worker process opens the file itself."""
         return FileBytes, (self.path,)
 
-    def expect(self, offset: int, size: int) -> None:
+    def prefetch_bytes(self, offset: int, size: int) -> None:
         """Let the system read ahead."""
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._descriptor, max(0, offset), size, os.POSIX_FADV_WILLNEED)
 
-    def forget(self, size: int) -> None:
+    def drop_cached_pages(self, size: int) -> None:
         """Drop the first ``size`` bytes from the system's cache, to measure the disk."""
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._descriptor, 0, size, os.POSIX_FADV_DONTNEED)

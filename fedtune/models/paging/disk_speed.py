@@ -43,7 +43,7 @@ def measure_bytes_per_second(reader: ByteReader, size: int) -> float:
     sample = torch.empty(size, dtype=torch.uint8)
     before = reader.bytes_read
     if isinstance(reader, FileBytes):
-        reader.forget(size)
+        reader.drop_cached_pages(size)
     start = time.perf_counter()
     reader.read_into(sample, 0)
     reader.bytes_read = before

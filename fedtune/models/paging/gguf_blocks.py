@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["GGUF_BLOCKS", "decode_gguf_blocks", "reinterpret"]
+__all__ = ["GGUF_BLOCKS", "decode_gguf_blocks", "view_bytes_as"]
 
 GGUF_BLOCKS: Mapping[str, tuple[int, int]] = {
     "q4_0": (32, 18),
@@ -38,13 +38,13 @@ def decode_gguf_blocks(name: str, raw: Tensor, out: Tensor) -> None:
         decode(raw.view(len(raw), -1, size), out.view(len(out), -1, numbers))
 
 
-def reinterpret(raw: Tensor, dtype: torch.dtype) -> Tensor:
+def view_bytes_as(raw: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a copy of bytes as numbers. A slice of a single row passes for contiguous, but its rows are too wide."""
     return raw.clone(memory_format=torch.contiguous_format).view(dtype)
 
 
 def _read_halves(blocks: Tensor, start: int) -> Tensor:
-    return reinterpret(blocks[..., start : start + 2], torch.float16).float()
+    return view_bytes_as(blocks[..., start : start + 2], torch.float16).float()
 
 
 def _unpack_codes(packed: Tensor, out: Tensor) -> Tensor:

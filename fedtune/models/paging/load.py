@@ -97,7 +97,7 @@ class _StandIns:
         """Return an entry for each tensor."""
         return {name: _StandIn(name, tensor, self.names) for name, tensor in self.tensors.items()}
 
-    def find(self, parameter: Tensor) -> str | None:
+    def find_source_name(self, parameter: Tensor) -> str | None:
         """Return the name of the tensor that a parameter of the model stands for; None if it was read or drawn."""
         return self.names.get(parameter.data_ptr(), (None,))[0] if parameter.dim() == 2 else None
 
@@ -132,7 +132,7 @@ def _list_pageable(model: PreTrainedModel, stand_ins: _StandIns, prefix: str) ->
     others: set[str] = set()
     for name, layer in model.named_modules():
         for last, parameter in layer._parameters.items():
-            key = None if parameter is None else stand_ins.find(parameter)
+            key = None if parameter is None else stand_ins.find_source_name(parameter)
             if (
                 key is not None
                 and last == "weight"
@@ -182,7 +182,7 @@ def _read_rest(model: PreTrainedModel, stand_ins: _StandIns) -> dict[str, int]:
     read: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         owner = model.get_submodule(name.rpartition(".")[0])
-        key = stand_ins.find(parameter)
+        key = stand_ins.find_source_name(parameter)
         if key is None or isinstance(owner, PagedLinear | PagedEmbedding):
             continue
         read[key] = read[key] if key in read else stand_ins.tensors[key].read_whole().to(parameter.dtype)

@@ -48,20 +48,20 @@ class PagedMatrix:
 
     def read_pieces(self, *, backwards: bool = False) -> Iterator[tuple[int, int, Tensor]]:
         """Yield each range of rows and its numbers, and let the system read the next matrix in this direction."""
-        self.reader.expect(self.offset + (-1 if backwards else 1) * self.nbytes, self.nbytes)
+        self.reader.prefetch_bytes(self.offset + (-1 if backwards else 1) * self.nbytes, self.nbytes)
         for start, end in self.list_pieces():
             yield start, end, self.read_rows(start, end)
 
     def read_rows(self, start: int, end: int) -> Tensor:
         """Return rows ``start`` to ``end``. They are in a shared buffer and valid until the next read."""
         out = _get_buffer("numbers", (end - start) * self.width, self.dtype).view(end - start, self.width)
-        self.fill(out, start)
+        self.read_rows_into(out, start)
         return out
 
     def copy_whole(self) -> Tensor:
         """Return all numbers in a tensor of their own."""
         out = torch.empty(self.rows, self.width, dtype=self.dtype)
-        self.fill(out, 0)
+        self.read_rows_into(out, 0)
         return out
 
     def gather_rows(self, numbers: Tensor) -> Tensor:
@@ -69,11 +69,11 @@ class PagedMatrix:
         out = torch.empty(len(numbers), self.width, dtype=self.dtype)
         done = 0
         for start, count in _list_runs(numbers.tolist()):
-            self.fill(out[done : done + count], start)
+            self.read_rows_into(out[done : done + count], start)
             done += count
         return out
 
-    def fill(self, out: Tensor, start: int) -> None:
+    def read_rows_into(self, out: Tensor, start: int) -> None:
         """Write the rows from ``start`` on into ``out``."""
         form = ROW_FORMATS[self.form]
         if form.dtype == self.dtype:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedtune.models.paging.gguf_blocks import GGUF_BLOCKS, decode_gguf_blocks, reinterpret
+from fedtune.models.paging.gguf_blocks import GGUF_BLOCKS, decode_gguf_blocks, view_bytes_as
 
 __all__ = ["QUANTISED", "ROW_FORMATS", "RowFormat", "decode_rows", "find_gguf_format"]
 
@@ -44,7 +44,7 @@ def _make_plain_format(name: str, dtype: torch.dtype) -> RowFormat:
 
 
 def _decode_int8(raw: Tensor, out: Tensor) -> None:
-    out.copy_(raw[:, _SCALE_BYTES:].view(torch.int8)).mul_(reinterpret(raw[:, :_SCALE_BYTES], torch.float32))
+    out.copy_(raw[:, _SCALE_BYTES:].view(torch.int8)).mul_(view_bytes_as(raw[:, :_SCALE_BYTES], torch.float32))
 
 
 def _encode_int8(rows: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def _count_nf4_bytes(width: int) -> int:
 
 def _decode_nf4(raw: Tensor, out: Tensor) -> None:
     blocks = raw.view(len(raw), -1, _SCALE_BYTES + _BLOCK // 2)
-    scales = reinterpret(blocks[..., :_SCALE_BYTES], torch.float32)
+    scales = view_bytes_as(blocks[..., :_SCALE_BYTES], torch.float32)
     numbers = F.embedding(blocks[..., _SCALE_BYTES:].int(), _PAIRS).flatten(2)
     out.copy_(numbers.mul_(scales).flatten(1)[:, : out.shape[1]])
 

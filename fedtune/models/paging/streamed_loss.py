@@ -77,7 +77,7 @@ class _Streamed(torch.autograd.Function):
         if len(label) and not 0 <= int(label.min()) <= int(label.max()) < matrix.rows:
             raise IndexError(f"a label is out of range: the head {matrix.name} has {matrix.rows} rows")
         running = _begin(chosen)
-        matrix.reader.expect(matrix.offset, matrix.nbytes)
+        matrix.reader.prefetch_bytes(matrix.offset, matrix.nbytes)
         for start in range(0, matrix.rows, chunk_rows) if len(counted) else ():
             rows = matrix.read_rows(start, min(start + chunk_rows, matrix.rows)).to(fine)
             of_chunk = None if bias is None else bias[start : start + len(rows)].to(fine)
