@@ -10,10 +10,17 @@ from click.testing import CliRunner, Result
 from fedtune.cli.main import cli
 from fedtune.errors import RecipeError
 from fedtune.plan import auto_techniques, plan_report
-from fedtune.plan.auto_techniques import choose_compatible_plans, has_auto_techniques, plan_auto_techniques
+from fedtune.plan.auto_techniques import (
+    CompatiblePlans,
+    choose_compatible_plans,
+    has_auto_techniques,
+    plan_auto_techniques,
+)
 from fedtune.plan.cache import read_entry, write_entry
+from fedtune.plan.plans import list_plans
 from fedtune.plan.prediction import Runtime
 from fedtune.plan.settings_trace import BatchTrace, SettingsTrace
+from fedtune.recipe.schema import Train
 from fedtune.recipe.yaml_file import parse_recipe, read_recipe
 from tests.profile_examples import TEXT
 
@@ -91,17 +98,32 @@ def test_the_plan_becomes_a_recipe(tmp_path: Path) -> None:
     assert "exists" in again.stderr
 
 
+def choose(budgets: dict[str, int], **corrections: float) -> CompatiblePlans:
+    plans = list_plans(TRACES, RUNTIMES, Train(local_steps=1))
+    return choose_compatible_plans(plans, TRACES, budgets, corrections)
+
+
 def test_each_device_class_gets_a_plan_and_all_can_be_merged() -> None:
-    recipe = parse_recipe(TEXT.format(folder="model"), "tiny", ["train.batch_size=4"])
-    plans = choose_compatible_plans(recipe, TRACES, RUNTIMES, {"phone": 260 * MB, "laptop": 900 * MB})
-    assert {name: plan.name for name, plan in plans.items()} == {
+    plans = choose({"phone": 260 * MB, "laptop": 900 * MB})
+    assert {name: plan.name for name, plan in plans.by_class.items()} == {
         "phone": "lora+gradient-checkpointing",
         "laptop": "lora",
     }
-    tight = choose_compatible_plans(recipe, TRACES, RUNTIMES, {"phone": 180 * MB, "laptop": 900 * MB})
-    assert {plan.name for plan in tight.values()} == {"meft"}  # whose rank no other plan has
+    assert {plan.name for plan in plans.options} == {"lora+gradient-checkpointing", "lora"}
+    tight = choose({"phone": 180 * MB, "laptop": 900 * MB})
+    assert {plan.name for plan in tight.by_class.values()} == {"meft"}  # whose rank no other plan has
     with pytest.raises(RecipeError, match="no plan fits phone with 100 MB; meft with micro-batches of 1 needs 177 MB"):
-        choose_compatible_plans(recipe, TRACES, RUNTIMES, {"phone": 100 * MB})
+        choose({"phone": 100 * MB})
+
+
+def test_a_class_that_held_more_than_predicted_gets_a_smaller_plan() -> None:
+    assert choose({"phone": 280 * MB}).by_class["phone"].name == "lora"
+    corrected = choose({"phone": 280 * MB}, phone=1.2).by_class["phone"]
+    assert (corrected.name, corrected.micro_batch) == ("lora+gradient-checkpointing", 2)
+    assert corrected.needed_bytes == 190 * MB + (16 << 20)  # what the planner predicts stays as it is
+    assert choose({"phone": 280 * MB}, laptop=1.2).by_class["phone"].name == "lora"
+    with pytest.raises(RecipeError, match="needs 202 MB, the least of all, 20% more than predicted"):
+        choose({"phone": 190 * MB}, phone=1.2)
 
 
 def test_a_recipe_with_auto_names_the_techniques_of_each_class() -> None:

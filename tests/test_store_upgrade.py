@@ -67,9 +67,10 @@ def test_client_records_keep_their_values_and_tell_classes_from_devices(old: Pat
             for number, records in enumerate(one.client_records for one in store.rounds(run))
             for record in records
         ]
-    after = [(run, number, one.client, one.device, *list(asdict(one).values())[3:-6]) for run, number, one in found]
+    after = [(run, number, one.client, one.device, *list(asdict(one).values())[3:-8]) for run, number, one in found]
     assert {(one.device_type, one.accelerator_memory, one.accelerator_reserved) for *_, one in found} == {(None,) * 3}
     assert {(one.anonymous_memory, one.file_memory) for *_, one in found} == {(None, None)}
+    assert {(one.predicted_anonymous, one.predicted_total) for *_, one in found} == {(None, None)}
     assert len(after) == 4 + 8 + 2
     assert repr(after) == repr(
         [tuple("rejected" if value == "refused" else value for value in row) for row in before]

@@ -12,11 +12,13 @@ from rich.text import Text
 
 from fedtune.cli.drift_view import format_drift
 from fedtune.cli.plain_table import make_table
+from fedtune.cli.prediction_table import make_prediction_table
 from fedtune.cli.stream_view import describe_setting_mix, iter_stream_tables, list_stream_rows
 from fedtune.library.privacy_text import describe_privacy
 from fedtune.recipe.versions import read_stored_recipe
 from fedtune.tracking import ClientRecord, RoundRecord, RunRecord
 from fedtune.tracking.client_spread import compute_spreads
+from fedtune.tracking.prediction_summary import summarise_predictions
 from fedtune.tracking.run_summary import (
     RoundMetric,
     compare_before_and_after,
@@ -77,6 +79,8 @@ def show_run(run: RunRecord, rounds: Rounds, last: int | None = None, reference:
         console.print(_clients(rounds), "")
     if any(record.client_records for record in rounds):
         console.print(_devices(rounds), "")
+    if planned := summarise_predictions(run, rounds):
+        console.print(make_prediction_table(planned), "")
     for line in format_drift(rounds, _find_patience(run)):
         console.print(line, style="yellow" if "alarm in" in line or "drifts" in line else "")
     for line in _newest(list_problems(rounds), last):

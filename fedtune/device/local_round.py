@@ -16,6 +16,7 @@ from fedtune.device.held_base import with_base
 from fedtune.device.private_update import make_update_private, redact_report
 from fedtune.device.stream_memory import add_stored_tensors, count_stored_bytes, write_stored_tensors
 from fedtune.memory import MemoryWatch, peak_rss, reset_peak_rss
+from fedtune.plan.device_plans import find_plan_number
 from fedtune.training import (
     ClientRound,
     RunContext,
@@ -98,6 +99,7 @@ def run_local_round(
         stored_bytes=stored,
         anonymous_memory=memory.anonymous,
         file_memory=memory.file_backed,
+        plan_number=find_plan_number(part.recipe, outcome.micro_batch_size),
         **scores,
     )
     deltas, privacy = select_active_values(outcome.delta, find_masks(state)), part.recipe.privacy

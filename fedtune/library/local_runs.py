@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fedtune.errors import FedtuneWarning
 from fedtune.library.cached_export import export_base_run
-from fedtune.plan.auto_techniques import has_auto_techniques, plan_auto_techniques
-from fedtune.plan.plans import describe_plan
+from fedtune.plan.auto_techniques import has_auto_techniques
 from fedtune.recipe.schema import Recipe
 from fedtune.recipe.versions import needs_translation
+from fedtune.server.planned_techniques import describe_plans, plan_techniques
 from fedtune.server.recipe_check import build_run_context, check_recipe_settings
 from fedtune.server.selection import check_enough_eligible_clients
 from fedtune.simulation.compute_devices import require_devices
@@ -39,24 +39,23 @@ class LocalRun(NamedTuple):
 def check_simulated_recipe(recipe: Recipe, store: str, workers: int | None = None) -> Recipe:
     """The recipe with every setting written out, and its base run exported; raise FedtuneError if it cannot run."""
     require_devices(recipe, workers)
-    checked = check_recipe_settings(plan_recipe_techniques(recipe))
+    checked = check_recipe_settings(plan_recipe_techniques(recipe, store))
     check_enough_eligible_clients(checked)
     return export_base_run(checked, store, new=True)
 
 
-def plan_recipe_techniques(recipe: Recipe) -> Recipe:
-    """Replace ``techniques: auto`` by a plan for each device class, with a warning that names them."""
+def plan_recipe_techniques(recipe: Recipe, store: str) -> Recipe:
+    """Replace ``techniques: auto`` by a plan for each device class, with a warning that names them.
+
+    What earlier runs in the store taught about the memory of a class is applied.
+    """
     if not has_auto_techniques(recipe):
         return recipe
-    planned, plans = plan_auto_techniques(recipe, _TRAINER)
-    for name, plan in plans.items():
-        told = f"{describe_plan(plan)}, predicted peak {plan.anonymous_bytes / 1e6:.0f} MB anonymous"
-        warnings.warn(f"techniques of {name}: {told}", FedtuneWarning, stacklevel=3)
+    with Store.open(store) as opened:
+        planned = plan_techniques(recipe, opened)
+    for sentence in describe_plans(planned):
+        warnings.warn(sentence, FedtuneWarning, stacklevel=3)
     return planned
-
-
-_TRAINER = ("fedtune.device.trainer",)
-"""What a device's training process imports."""
 
 
 def build_simulation_context(recipe: Recipe) -> "RunContext":

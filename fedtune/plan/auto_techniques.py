@@ -2,17 +2,17 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from fedtune.errors import RecipeError
 from fedtune.plan.plan_report import trace_settings
 from fedtune.plan.plans import Plan, choose_plan, describe_plan, list_plans
-from fedtune.plan.prediction import Runtime
 from fedtune.plan.runtimes import measure_runtimes
 from fedtune.plan.settings_trace import SettingsTrace
+from fedtune.recipe.memory_plans import MemoryPlans, PlanOption
 from fedtune.recipe.schema import Recipe, Unit
 
-__all__ = ["choose_compatible_plans", "has_auto_techniques", "plan_auto_techniques"]
+__all__ = ["CompatiblePlans", "choose_compatible_plans", "has_auto_techniques", "plan_auto_techniques"]
 
 _AUTO = "auto"
 _STAND_IN = [Unit(name="lora")]
@@ -32,11 +32,16 @@ def _is_auto(units: Sequence[Unit] | None) -> bool:
     return units is not None and any(unit.name == _AUTO for unit in units)
 
 
-def plan_auto_techniques(recipe: Recipe, modules: Sequence[str]) -> tuple[Recipe, dict[str, Plan]]:
+def plan_auto_techniques(
+    recipe: Recipe, modules: Sequence[str], corrections: Mapping[str, float] = {}
+) -> tuple[Recipe, dict[str, Plan]]:
     """Return the recipe with the techniques of each class's plan, and the plans by class.
 
-    ``modules`` are what a trainer imports. RecipeError if ``auto`` stands beside other techniques, if a class without
-    it has techniques of its own, or if no plans that can be merged fit all classes.
+    ``modules`` are what a trainer imports. ``corrections`` are factors on predicted memory by class. The recipe keeps
+    all plans that can be merged with them, from which real devices take those of their own budget.
+
+    RecipeError if ``auto`` stands beside other techniques, if a class without it has techniques of its own, or if no
+    plans that can be merged fit all classes.
     """
     _check_settings(recipe)
     train = recipe.train.model_copy(update={"techniques": _STAND_IN})
@@ -44,9 +49,10 @@ def plan_auto_techniques(recipe: Recipe, modules: Sequence[str]) -> tuple[Recipe
     traces = trace_settings(recipe.model_copy(update={"train": train, "devices": plain}), None)
     working = [trace for trace in traces if trace.error is None]
     runtimes = measure_runtimes(sorted({trace.runtime for trace in working}), modules)
+    own = {device.name: corrections[device.name] for device in recipe.devices if device.name in corrections}
     budgets = {device.name: int(device.memory) for device in recipe.devices}
-    plans = choose_compatible_plans(recipe, working, runtimes, budgets)
-    return _apply(recipe, plans), plans
+    chosen = choose_compatible_plans(list_plans(working, runtimes, recipe.train), working, budgets, own)
+    return _apply(recipe, chosen, own), chosen.by_class
 
 
 def _check_settings(recipe: Recipe) -> None:
@@ -61,20 +67,32 @@ def _check_settings(recipe: Recipe) -> None:
         raise RecipeError(f"{where}, but others are auto; set train.techniques to auto and leave those of devices out")
 
 
+class CompatiblePlans(NamedTuple):
+    """A plan for each device class by name, and all plans that train tensors of the same names and shapes."""
+
+    by_class: dict[str, Plan]
+    options: list[Plan]
+
+
 def choose_compatible_plans(
-    recipe: Recipe, traces: Sequence[SettingsTrace], runtimes: Mapping[str, Runtime], budgets: Mapping[str, int]
-) -> dict[str, Plan]:
+    plans: Sequence[Plan],
+    traces: Sequence[SettingsTrace],
+    budgets: Mapping[str, int],
+    corrections: Mapping[str, float] = {},
+) -> CompatiblePlans:
     """Return a plan for each device class by name. All of them train tensors of the same names and shapes.
 
     Among the sets of plans that can be merged, one with exact gradients everywhere is taken before others, then the one
     whose slowest class is fastest. RecipeError if none fits all classes.
     """
-    plans = list_plans(traces, runtimes, recipe.train)
-    sets = [_choose_for_all(group, budgets) for group in _group_by_shapes(plans, traces)]
-    fitting = [chosen for chosen in sets if len(chosen) == len(budgets)]
+    sets = [
+        CompatiblePlans(_choose_for_all(group, budgets, corrections), group)
+        for group in _group_by_shapes(plans, traces)
+    ]
+    fitting = [chosen for chosen in sets if len(chosen.by_class) == len(budgets)]
     if not fitting:
-        raise RecipeError(_explain_misfit(plans, budgets))
-    return min(fitting, key=_rank_set)
+        raise RecipeError(_explain_misfit(plans, budgets, corrections))
+    return min(fitting, key=lambda chosen: _rank_set(chosen.by_class))
 
 
 def _rank_set(plans: Mapping[str, Plan]) -> tuple[Any, ...]:
@@ -92,30 +110,57 @@ def _group_by_shapes(plans: Iterable[Plan], traces: Iterable[SettingsTrace]) -> 
     return list(groups.values())
 
 
-def _choose_for_all(plans: Sequence[Plan], budgets: Mapping[str, int]) -> dict[str, Plan]:
-    chosen = {name: choose_plan(plans, budget, 1.0) for name, budget in budgets.items()}
+def _choose_for_all(
+    plans: Sequence[Plan], budgets: Mapping[str, int], corrections: Mapping[str, float]
+) -> dict[str, Plan]:
+    chosen = {name: _choose_corrected(plans, budget, corrections.get(name, 1.0)) for name, budget in budgets.items()}
     return {name: plan for name, plan in chosen.items() if plan is not None}
 
 
-def _explain_misfit(plans: Sequence[Plan], budgets: Mapping[str, int]) -> str:
+def _choose_corrected(plans: Sequence[Plan], budget: int, factor: float) -> Plan | None:
+    """Return the best plan that fits if processes hold ``factor`` times the predicted memory."""
+    corrected = [_correct_plan(plan, factor) for plan in plans]
+    best = choose_plan(corrected, budget, 1.0)
+    return None if best is None else plans[corrected.index(best)]
+
+
+def _correct_plan(plan: Plan, factor: float) -> Plan:
+    return plan._replace(needed_bytes=_make_option(plan).correct_bytes(factor))
+
+
+def _explain_misfit(plans: Sequence[Plan], budgets: Mapping[str, int], corrections: Mapping[str, float]) -> str:
     if not plans:
         return "train.techniques: auto finds no technique that can be planned for this model; name the techniques"
-    smallest = min(plans, key=lambda plan: plan.needed_bytes)
-    name = min(budgets, key=lambda one: budgets[one])
+    name = min(budgets, key=lambda one: budgets[one] / corrections.get(one, 1.0))
+    factor = corrections.get(name, 1.0)
+    smallest = min((_correct_plan(plan, factor) for plan in plans), key=lambda plan: plan.needed_bytes)
+    learned = "" if factor == 1 else f", {factor - 1:.0%} more than predicted as in its earlier runs"
     return (
         f"devices: no plan fits {name} with {budgets[name] / 1e6:.0f} MB; {describe_plan(smallest)} needs "
-        f"{smallest.needed_bytes / 1e6:.0f} MB, the least of all; raise its memory, or lower train.max_length"
+        f"{smallest.needed_bytes / 1e6:.0f} MB, the least of all{learned}; raise its memory, or lower train.max_length"
     )
 
 
-def _apply(recipe: Recipe, plans: Mapping[str, Plan]) -> Recipe:
-    """Write the plan of the class with most memory into ``train``, and the others' where they differ."""
+def _make_option(plan: Plan) -> PlanOption:
+    memory = {name: getattr(plan, name) for name in ("anonymous_bytes", "total_bytes", "needed_bytes")}
+    return PlanOption(
+        techniques=plan.techniques,
+        micro_batch=plan.micro_batch,
+        relative_time=plan.relative_time,
+        exact_gradients=plan.exact_gradients,
+        **memory,
+    )
+
+
+def _apply(recipe: Recipe, chosen: CompatiblePlans, corrections: Mapping[str, float]) -> Recipe:
+    """Write the plan of the class with most memory into ``train``, the others' where they differ, and all plans."""
     largest = max(recipe.devices, key=lambda device: int(device.memory)).name
-    common = plans[largest]
+    common = chosen.by_class[largest]
     written = recipe.model_dump(mode="json")
     written["train"] |= {"techniques": common.techniques, "batch_size": common.micro_batch}
     for device in written["devices"]:
-        plan = plans[device["name"]]
+        plan = chosen.by_class[device["name"]]
         device["techniques"] = None if plan.techniques == common.techniques else plan.techniques
         device["batch_size"] = None if plan.micro_batch == common.micro_batch else plan.micro_batch
-    return Recipe.model_validate(written)
+    plans = MemoryPlans(options=[_make_option(plan) for plan in chosen.options], corrections=dict(corrections))
+    return Recipe.model_validate(written | {"plans": plans.model_dump(mode="json")})

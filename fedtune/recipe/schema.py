@@ -20,6 +20,7 @@ from fedtune.recipe.data_settings import (
 from fedtune.recipe.device_class import OVERRIDABLE, DeviceClass, Dtype
 from fedtune.recipe.evaluation_settings import EvaluationSettings
 from fedtune.recipe.federation import Asynchronous, ClientSelection, Federation, Tag
+from fedtune.recipe.memory_plans import MemoryPlans
 from fedtune.recipe.preprocessor_settings import Preprocessor
 from fedtune.recipe.settings_model import SettingsModel
 from fedtune.recipe.stream_rounds import fill_in_rounds
@@ -60,6 +61,9 @@ __all__ = [
     "Unit",
     "split_joined",
 ]
+
+
+_LEFT_OUT = (("stream", None), ("plans", None))
 
 
 class ModelSettings(SettingsModel):
@@ -115,13 +119,14 @@ class Recipe(SettingsModel):
     checkpoints: Checkpoints = Checkpoints()
     privacy: PrivacySettings | None = None
     stream: Stream | None = Field(None, description="tasks that arrive one after another; default: one task")
+    plans: MemoryPlans | None = Field(None, description="written by fedtune for techniques: auto")
     seed: int = Field(0, ge=0)
 
     @model_serializer(mode="wrap")
-    def _leave_out_no_stream(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Recipes without a stream are written as before there was one, so that their runs resume."""
+    def _leave_out_what_is_unset(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Recipes without a stream or plans are written as before there were any, so that their runs resume."""
         written: dict[str, Any] = serialise(self)
-        return {key: value for key, value in written.items() if (key, value) != ("stream", None)}
+        return {key: value for key, value in written.items() if (key, value) not in _LEFT_OUT}
 
     @model_validator(mode="before")
     @classmethod

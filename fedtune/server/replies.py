@@ -10,13 +10,14 @@ from fedtune.errors import ClientUpdateError
 from fedtune.files import write_bytes_atomically
 from fedtune.merging import compute_staleness_weight
 from fedtune.recipe.federation import Asynchronous
+from fedtune.recipe.memory_plans import MemoryPlans, PlanOption
 from fedtune.recipe.required_plug_ins import RequiredPlugIn, describe_plug_ins
 from fedtune.server.class_payloads import ClassPayload
 from fedtune.server.client_device import ClientDevice
 from fedtune.server.reports import MOST_EXAMPLES, read_report
 from fedtune.tracking import ClientRecord
 from fedtune.untrusted import clean_text
-from fedtune.wire.client_update import ClientUpdate
+from fedtune.wire.client_update import ClientReport, ClientUpdate
 from fedtune.wire.error_codes import DECLINED_PREFIX, REFUSED
 from fedtune.wire.protocol_codes import LACKS_PLUG_IN, parse_problem
 from fedtune.wire.update_checks import NO_NORM_LIMIT, NormLimit, check_client_update
@@ -32,7 +33,8 @@ class ExpectedReply:
     """What the server expects of one client in a round.
 
     ``most_examples`` is the number the client can have trained on; ``bytes_down`` is what it was sent. ``plug_ins`` are
-    those that the recipe needs. ``num_tasks`` is the number of distinct tasks of its stream.
+    those that the recipe needs. ``num_tasks`` is the number of distinct tasks of its stream. ``plans`` are those of the
+    recipe, None without any.
     """
 
     client: int
@@ -43,6 +45,7 @@ class ExpectedReply:
     bytes_down: int = 0
     plug_ins: Sequence[RequiredPlugIn] = ()
     num_tasks: int = 0
+    plans: MemoryPlans | None = None
 
 
 def receive_update(reply: Message, expected: ExpectedReply, spool: Path) -> tuple[ClientRecord, ClientUpdate | None]:
@@ -56,6 +59,7 @@ def receive_update(reply: Message, expected: ExpectedReply, spool: Path) -> tupl
     try:
         payload = _payload(reply, expected.payload.most_bytes)
         report = read_report(reply.content.metric_records.get("report"), expected.most_examples, expected.num_tasks)
+        plan = _find_plan(report, expected.plans)
         write_bytes_atomically(path, payload)
         norm = check_client_update(
             path, expected.payload.expected_shapes, expected.payload.extra_payload_specs, expected.norm_limit
@@ -83,11 +87,25 @@ def receive_update(reply: Message, expected: ExpectedReply, spool: Path) -> tupl
         stored_bytes=report.stored_bytes,
         anonymous_memory=report.anonymous_memory,
         file_memory=report.file_memory,
+        predicted_anonymous=None if plan is None else plan.anonymous_bytes,
+        predicted_total=None if plan is None else plan.total_bytes,
     )
     scores = report.holdout_metrics, report.trained_metrics
     return record, ClientUpdate(
         expected.client, report.num_examples, path, *scores, task_figures=report.task_figures, drift=report.drift
     )
+
+
+def _find_plan(report: ClientReport, plans: MemoryPlans | None) -> PlanOption | None:
+    """Return the plan that a client trained with; raise ClientUpdateError if the recipe has no such plan."""
+    if report.plan_number is None:
+        return None
+    count = 0 if plans is None else len(plans.options)
+    if plans is None or report.plan_number >= count:
+        raise ClientUpdateError(
+            f"its report names plan {report.plan_number}, and the recipe has {count}; update the client"
+        )
+    return plans.options[report.plan_number]
 
 
 def scale_by_staleness(

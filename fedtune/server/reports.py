@@ -20,6 +20,7 @@ _MOST_SECONDS = 10.0**7
 _MOST_LOSS = 1e30
 _MOST_FIGURES = 64
 _MOST_TASKS = 1000
+_MOST_PLANS = 10_000
 
 
 def _not_infinite(value: float) -> float:
@@ -59,6 +60,7 @@ class _Bounded(BaseModel):
     stored_bytes: _Bytes | None = None
     anonymous_memory: _Bytes | None = None
     file_memory: _Bytes | None = None
+    plan_number: int | None = Field(None, ge=0, le=_MOST_PLANS)
     drift_score: float | None = Field(None, ge=-_MOST_LOSS, le=_MOST_LOSS, allow_inf_nan=False)
     drift_examples: int | None = Field(None, ge=1, le=MOST_EXAMPLES)
 

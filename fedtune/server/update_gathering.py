@@ -59,6 +59,7 @@ def gather_updates(
             run.sending.count_bytes_sent(client, downloads),
             run.sending.plug_ins,
             0 if context.stream_plan is None else len(context.stream_plan.task_names),
+            context.recipe.plans,
         )
         received = receive_update(reply, expected, spool)
         records[client], update = scale_by_staleness(

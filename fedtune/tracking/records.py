@@ -51,7 +51,8 @@ class ClientRecord:
     measured, and in rounds that were recorded before it was. ``accelerator_memory`` and ``accelerator_reserved`` are
     torch's peaks on CUDA. ``stored_bytes`` is what the device keeps on its disk for later tasks of a stream, None in
     runs without one. ``anonymous_memory`` and ``file_memory`` are the peaks of the two parts of the process's memory,
-    None where its system does not tell them apart.
+    None where its system does not tell them apart. ``predicted_anonymous`` and ``predicted_total`` are what its plan
+    predicts, before any learned correction; None if its settings were not planned.
     """
 
     client: int
@@ -74,11 +75,20 @@ class ClientRecord:
     stored_bytes: int | None = None
     anonymous_memory: int | None = None
     file_memory: int | None = None
+    predicted_anonymous: int | None = None
+    predicted_total: int | None = None
 
     @property
     def device(self) -> str:
         """The name of the device, or in a simulation its class."""
         return self.device_name or self.device_class or ""
+
+    @property
+    def prediction_error(self) -> float | None:
+        """The share by which it held more anonymous memory than predicted; None if one of them is not known."""
+        if not self.predicted_anonymous or not self.anonymous_memory:
+            return None
+        return self.anonymous_memory / self.predicted_anonymous - 1
 
     @property
     def tells_loss(self) -> bool:

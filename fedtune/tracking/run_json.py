@@ -8,6 +8,7 @@ from fedtune import paths
 from fedtune.json_text import json_text
 from fedtune.recipe.versions import read_stored_recipe
 from fedtune.tracking.client_spread import compute_spreads
+from fedtune.tracking.prediction_summary import summarise_predictions
 from fedtune.tracking.records import CheckpointRecord, RoundRecord, RunRecord
 from fedtune.tracking.run_summary import get_privacy_spent
 from fedtune.tracking.stream_json import make_stream_document
@@ -39,6 +40,7 @@ def make_run_document(run: RunRecord, rounds: Sequence[RoundRecord], *, detailed
     return found | {
         "privacy": get_privacy_spent(run, rounds),
         "clients": clients,
+        "predictions": [asdict(one) for one in summarise_predictions(run, rounds)],
         "rounds": [_round(record) for record in rounds],
     }
 

@@ -104,6 +104,8 @@ client_records = Table(
     Column("stored_bytes", BigInteger),
     Column("anonymous_memory", BigInteger),
     Column("file_memory", BigInteger),
+    Column("predicted_anonymous", BigInteger),
+    Column("predicted_total", BigInteger),
 )
 
 metrics = Table(

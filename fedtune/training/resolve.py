@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from fedtune import data, merging, tasks, techniques
 from fedtune.errors import RecipeError
+from fedtune.recipe.memory_plans import MemoryPlans
 from fedtune.recipe.schema import DeviceClass, EvaluationSettings, Recipe, TaskUnit, Unit
 from fedtune.recipe.unit_registry import NamedUnit
 from fedtune.recipe.validation_errors import suggest_nearest
@@ -47,7 +48,25 @@ def resolve_recipe(recipe: Recipe) -> Recipe:
     merge = _written_out(pipeline.steps)
     written = TaskUnit(name=task.name, settings=task.model_dump(mode="json"))
     changes = {"task": written, "train": train, "devices": devices, "merge": merge}
-    return recipe.model_copy(update=changes | {"evaluation": _resolve_evaluation(recipe.evaluation, task)})
+    changes |= {"plans": _resolve_plans(recipe), "evaluation": _resolve_evaluation(recipe.evaluation, task)}
+    return recipe.model_copy(update=changes)
+
+
+def _resolve_plans(recipe: Recipe) -> MemoryPlans | None:
+    """Return the plans with their techniques written out like those of the recipe, so that they can be compared."""
+    if recipe.plans is None:
+        return None
+    options = [
+        option.model_copy(
+            update={
+                "techniques": _written_out(
+                    follow_stream(recipe, techniques.build_techniques(option.techniques, "plans"))
+                )
+            }
+        )
+        for option in recipe.plans.options
+    ]
+    return recipe.plans.model_copy(update={"options": options})
 
 
 def _check_copies(recipe: Recipe) -> None:

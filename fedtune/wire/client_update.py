@@ -137,6 +137,7 @@ class ClientReport:
 
     ``drift_score`` is the drift signal of ``drift_examples`` examples, None if there is none. ``anonymous_memory`` and
     ``file_memory`` are peaks of the two parts of the process's memory, None where the system does not tell them apart.
+    ``plan_number`` is the place of the plan it trained with among those of the recipe, None if it was none of them.
     """
 
     num_examples: int
@@ -161,6 +162,7 @@ class ClientReport:
     drift_examples: int | None = None
     anonymous_memory: int | None = None
     file_memory: int | None = None
+    plan_number: int | None = None
 
     @property
     def drift(self) -> DriftScore | None:
