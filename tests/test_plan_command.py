@@ -2,14 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
 from fedtune.cli.main import cli
 from fedtune.errors import RecipeError
-from fedtune.plan import auto_techniques, plan_report
 from fedtune.plan.auto_techniques import (
     CompatiblePlans,
     choose_compatible_plans,
@@ -18,34 +16,15 @@ from fedtune.plan.auto_techniques import (
 )
 from fedtune.plan.cache import read_entry, write_entry
 from fedtune.plan.plans import list_plans
-from fedtune.plan.prediction import Runtime
-from fedtune.plan.settings_trace import BatchTrace, SettingsTrace
 from fedtune.recipe.schema import Train
 from fedtune.recipe.yaml_file import parse_recipe, read_recipe
+from tests.plan_examples import MB, RUNTIMES, TRACES, give_traces
 from tests.profile_examples import TEXT
-
-MB = 10**6
-RUNTIMES = {"torch": Runtime(100 * MB, 50 * MB)}
-
-
-def a_trace(name: str, peak: int, flops: int, *, rank: int = 8, error: str | None = None) -> SettingsTrace:
-    """Per example ``peak`` megabytes; with the margin of 17 MB and the runtime, a process takes 167 MB more."""
-    batches = [BatchTrace(examples=n, kept_bytes=0, peak_bytes=n * peak * MB, flops=n * flops) for n in (1, 4)]
-    techniques: list[Any] = [{one: {}} for one in name.split("+")]
-    shapes = {"layer.lora_A": [rank, 16]}
-    return SettingsTrace(
-        techniques=techniques, dtype="float32", runtime="torch", batches=batches, shapes=shapes, error=error
-    )
-
-
-TRACES = [a_trace("lora", 100, 10), a_trace("lora+gradient-checkpointing", 20, 14), a_trace("meft", 10, 15, rank=4)]
 
 
 @pytest.fixture(autouse=True)
 def _given_traces(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
-    for module in (plan_report, auto_techniques):
-        monkeypatch.setattr(module, "trace_settings", lambda *_: TRACES)
-        monkeypatch.setattr(module, "measure_runtimes", lambda *_: RUNTIMES)
+    give_traces(monkeypatch)
 
 
 def run(*words: str) -> Result:

@@ -166,11 +166,13 @@ def test_what_was_learned_reaches_the_next_plan(home: Path, monkeypatch: pytest.
         return recipe, {}
 
     monkeypatch.setattr(planned_techniques, "plan_auto_techniques", plan)
+    recipe = parse_recipe(TRIVIAL, "trivial", ["train.techniques=auto"])
+    plan_techniques(recipe)
     with Store.open() as store:
-        plan_techniques(trivial(), store)
         start(store, "one")
         store.commit_round("one", a_planned_round(1, *(a_planned_record(one, 125 * MB) for one in range(3))))
-        plan_techniques(trivial(), store)
+    plan_techniques(recipe)
+    assert plan_techniques(trivial()) == trivial()
     assert asked == [{}, {"phone": 1.25}]
 
 

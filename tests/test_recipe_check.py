@@ -24,7 +24,9 @@ SUBMIT = """
 import sys
 from fedtune.cli import operator_client
 asked = []
-operator_client.OperatorClient.request_json = lambda self, *call, **_: asked.append(call) or {"run": "run-1"}
+operator_client.OperatorClient.request_json = lambda self, *call, **_: asked.append(call) or {
+    "run": "run-1", "plans": ["techniques of toy: lora\\x1b[2J"]
+}
 from fedtune.cli.main import cli
 words = ["submit", "recipe.yaml", "--operator-file", "operator.json", "--set", "train.techniques=lora"]
 cli(words, standalone_mode=False)
@@ -49,7 +51,8 @@ def test_whoever_submits_a_recipe_imports_neither_torch_nor_flower(tmp_path: Pat
     imported = set(done.stderr.splitlines()[-1].split())
     assert not imported & {"torch", "numpy", "flwr", "sqlalchemy", "transformers", "fedtune.training"}
     assert done.stdout.splitlines()[0] == "run       run-1"
-    assert done.stderr.startswith("sending recipe.yaml to https://server:1, which checks it\n")
+    assert done.stderr.startswith("sending recipe.yaml to https://server:1, which checks it\ntechniques of toy: lora")
+    assert "\x1b" not in done.stderr
 
 
 def test_a_recipe_comes_back_as_a_simulation_would_have_it_and_a_whole_one_as_it_is() -> None:

@@ -26,7 +26,12 @@ class MemorySize(click.ParamType[int]):
         found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)?", str(value), re.IGNORECASE)
         if found is None:
             self.fail(f"{value!r} is not an amount of memory; write for example 512MB or 2GiB", param, ctx)
-        return int(float(found[1]) * _UNITS[(found[2] or "").upper()])
+        size = int(float(found[1]) * _UNITS[(found[2] or "").upper()])
+        if size < _UNITS["MB"]:
+            self.fail(
+                f"{value!r} is less than 1 MB, and a trainer needs some hundreds; write 512MB or 2GiB", param, ctx
+            )
+        return size
 
 
 _data = click.option("--data", "source", metavar="SOURCE", required=True, help="csv:FILE, jsonl:FILE, parquet:FILE, "

@@ -95,6 +95,9 @@ def parse_size(text: str, option: str = "--max-shard-size") -> int:
     from pydantic import ByteSize, TypeAdapter, ValidationError
 
     try:
-        return int(TypeAdapter(ByteSize).validate_python(text))
+        size = int(TypeAdapter(ByteSize).validate_python(text))
     except ValidationError as error:
         raise click.UsageError(f"{option} {text}: write it as 500MB or 5GB") from error
+    if size <= 0:
+        raise click.UsageError(f"{option} {text}: it must be above 0, e.g. 500MB")
+    return size

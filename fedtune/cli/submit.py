@@ -10,6 +10,8 @@ __all__ = ["submit"]
 
 _CHECK_SECONDS = 1200.0
 """The server loads the recipe's model and data for the check, and may have to download them."""
+_SENTENCE = 300
+"""How many characters of a sentence from the server are shown."""
 
 
 @click.command()
@@ -30,19 +32,18 @@ def submit(
     import json
 
     from fedtune.cli.follow_run import follow_run
-    from fedtune.plan.auto_techniques import has_auto_techniques
     from fedtune.recipe.yaml_file import read_recipe
+    from fedtune.untrusted import clean_text
 
     added = (*overrides, f"train.techniques={techniques}") if techniques else overrides
     chosen = read_recipe(recipe, added)  # what its techniques and merge steps allow is checked by the server
-    if has_auto_techniques(chosen):
-        raise click.UsageError(
-            f"{recipe} has techniques: auto, which only simulations plan; submit what fedtune plan --write writes"
-        )
     with connect_to_server(operator_file) as connection:
         click.echo(f"sending {recipe} to {connection.url}, which checks it", err=True)
         sent = {"recipe": json.loads(chosen.model_dump_json())}
-        run = connection.request_json("POST", "runs", sent, timeout_seconds=_CHECK_SECONDS)["run"]
+        reply = connection.request_json("POST", "runs", sent, timeout_seconds=_CHECK_SECONDS)
+        run = reply["run"]
+        for sentence in reply.get("plans", ()):  # an older server has none
+            click.echo(clean_text(sentence, _SENTENCE), err=True)
         click.echo(f"run       {run}")
         if watch:
             click.echo("following the run; Ctrl-C stops the display, not the run", err=True)

@@ -1,6 +1,7 @@
 """The model and the local examples of a device. They are loaded once per recipe and stay in memory."""
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Mapping
 
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from fedtune import data, tasks, techniques
 from fedtune.data.label_encoders import find_label_column
 from fedtune.errors import DataError
+from fedtune.plan.device_plans import apply_device_plan
 from fedtune.recipe.required_plug_ins import decode_plug_ins, require_plug_ins
 from fedtune.recipe.schema import ColumnSettings, DataSettings, Recipe
 from fedtune.training import RunContext, clear_run_context, get_run_context, prepare_model
@@ -22,17 +24,23 @@ Rows = NDArray[np.int64]
 
 
 class LocalData:
-    """Examples of ``source``: csv:, jsonl:, parquet:, folder: or sample:, or partition:I of the recipe's data."""
+    """Examples of ``source``: csv:, jsonl:, parquet:, folder: or sample:, or partition:I of the recipe's data.
 
-    def __init__(self, source: str) -> None:
-        self._source = source
+    ``budget`` is the device's memory in bytes, by which it takes one of the plans of a run that has some.
+    """
+
+    def __init__(self, source: str, budget: int = sys.maxsize) -> None:
+        self._source, self._budget = source, budget
         self._key: tuple[str, str] | None = None
         self._held: tuple[RunContext, Rows] | None = None
 
     def get_context(self, request: TrainRequest) -> tuple[RunContext, Rows]:
-        """Return the run context for a train request, and this device's rows of its train split."""
+        """Return the run context for a train request, and this device's rows of its train split.
+
+        Raise MemoryBudgetError if no plan of the run fits the device.
+        """
         require_plug_ins(decode_plug_ins(request.plug_ins))
-        recipe = Recipe.model_validate_json(request.recipe).get_client_recipe(request.client)
+        recipe = apply_device_plan(Recipe.model_validate_json(request.recipe), request.client, self._budget)
         key = (recipe.model_dump_json(), request.label_names)
         labels = tuple(json.loads(request.label_names))
         if self._held is None or self._key != key:

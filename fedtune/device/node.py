@@ -52,6 +52,7 @@ class DeviceNode:
         self._told: dict[str, Any] | None = None
         self._noted: dict[str, Any] = {}
         self._last_order = 0.0
+        self._plan: str | None = None
 
     def run(self) -> None:
         """Take part in runs until interrupted."""
@@ -161,9 +162,16 @@ class DeviceNode:
                 f"trained {count} examples" if (count := said["report"]["num_examples"]) else "scored the shared model"
             )
             self._say(f"round {round_number}: {done} in {said['seconds']:.1f} s")
+            self._tell_plan(said.get("plan"))
             self._introduce(said["holding"])
         else:
             self._say(f"round {round_number}: {kind}: {said['detail']}")
+
+    def _tell_plan(self, plan: str | None) -> None:
+        """Log the plan that the device trains with if it is another one than before."""
+        if plan is not None and plan != self._plan:
+            self._say(f"plan: {plan}")
+        self._plan = plan
 
     def _send(self, message: bytes, result: Frame) -> None:
         said = result.header

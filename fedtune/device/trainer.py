@@ -25,6 +25,7 @@ from fedtune.device.problems import problem_of
 from fedtune.device.trainer_channel import STATE, Frame, TrainerChannel
 from fedtune.errors import ClientUpdateError, FedtuneError, MemoryBudgetError, NoTaskError, StoreError
 from fedtune.memory.allocator import fix_mmap_threshold
+from fedtune.plan.device_plans import describe_device_plan, limit_micro_batch
 from fedtune.training import RunContext
 from fedtune.wire.client_update import TrainRequest
 
@@ -50,7 +51,7 @@ class Trainer:
     """
 
     def __init__(self, source: str, budget: int, halvings: int) -> None:
-        self._supply, self._budget, self._halvings = LocalData(source), budget, halvings
+        self._supply, self._budget, self._halvings = LocalData(source, budget), budget, halvings
         self._looked: RunContext | None = None
         self._micro: int | None = None
 
@@ -71,7 +72,8 @@ class Trainer:
         context, rows = self._supply.get_context(request)
         state = _state(payload, context, request.client)  # before memory is estimated
         if self._looked is not context:
-            self._micro = choose_micro_batch_size(context, rows, request.round, self._budget, self._halvings)
+            fitting = choose_micro_batch_size(context, rows, request.round, self._budget, self._halvings)
+            self._micro = limit_micro_batch(context.recipe, request.client, self._budget, fitting)
             self._looked = context
         fits()
         folder = DeviceHome().get_local_state_folder(request.run_id)
@@ -80,9 +82,9 @@ class Trainer:
         with keep_within_budget(self._budget, context.recipe.train.threads):
             deltas, report = run_local_round(request, state, context, rows, folder, self._micro)
         self._micro = report.micro_batch_size or self._micro  # it may have been halved
-        return Frame(
-            {"kind": "trained", "report": report.to_fields(), "holding": summarise_local_data(context, rows)}, deltas
-        )
+        plan = describe_device_plan(context.recipe, request.client, self._budget)
+        told = {"report": report.to_fields(), "holding": summarise_local_data(context, rows), "plan": plan}
+        return Frame({"kind": "trained", **told}, deltas)
 
 
 def _state(payload: bytes | Path, context: RunContext, client: int) -> Mapping[str, Tensor]:

@@ -12,6 +12,7 @@ import psutil
 
 from fedtune.child_processes import environment, make_isolated_command
 from fedtune.device.held_memory import read_held_bytes
+from fedtune.device.plan_shortage import find_plan_shortage
 from fedtune.device.trainer_channel import Frame, TrainerChannel
 from fedtune.errors import MemoryBudgetError
 from fedtune.wire.protocol_codes import Problem
@@ -47,7 +48,8 @@ class TrainerSupervisor:
     def run_request(self, frame: Frame) -> Frame:
         """Return the trainer's result, or a frame that explains why there is none."""
         if self._recipe != frame.header.get("recipe"):
-            self._recipe, self._halvings, self._declines = frame.header.get("recipe"), 0, None
+            self._recipe, self._halvings = frame.header.get("recipe"), 0
+            self._declines = find_plan_shortage(self._recipe, frame.header.get("client"), self._budget)
         if self._declines is not None:
             return _without_update("declined", self._declines)
         killed, problem = 0, Problem("code-failed")

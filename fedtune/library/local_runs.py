@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fedtune.errors import FedtuneWarning
 from fedtune.library.cached_export import export_base_run
-from fedtune.plan.auto_techniques import has_auto_techniques
+from fedtune.plan.device_plans import describe_plans
 from fedtune.recipe.schema import Recipe
 from fedtune.recipe.versions import needs_translation
-from fedtune.server.planned_techniques import describe_plans, plan_techniques
+from fedtune.server.planned_techniques import plan_techniques
 from fedtune.server.recipe_check import build_run_context, check_recipe_settings
 from fedtune.server.selection import check_enough_eligible_clients
 from fedtune.simulation.compute_devices import require_devices
@@ -49,11 +49,8 @@ def plan_recipe_techniques(recipe: Recipe, store: str) -> Recipe:
 
     What earlier runs in the store taught about the memory of a class is applied.
     """
-    if not has_auto_techniques(recipe):
-        return recipe
-    with Store.open(store) as opened:
-        planned = plan_techniques(recipe, opened)
-    for sentence in describe_plans(planned):
+    planned = plan_techniques(recipe, store)
+    for sentence in describe_plans(planned) if planned is not recipe else ():
         warnings.warn(sentence, FedtuneWarning, stacklevel=3)
     return planned
 

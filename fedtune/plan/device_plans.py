@@ -10,8 +10,16 @@ from typing import Any
 from fedtune.errors import MemoryBudgetError
 from fedtune.recipe.memory_plans import PlanOption
 from fedtune.recipe.schema import Recipe
+from fedtune.wire.protocol_codes import Problem
 
-__all__ = ["apply_device_plan", "choose_device_plan", "find_plan_number", "limit_micro_batch"]
+__all__ = [
+    "apply_device_plan",
+    "choose_device_plan",
+    "describe_device_plan",
+    "describe_plans",
+    "find_plan_number",
+    "limit_micro_batch",
+]
 
 
 def choose_device_plan(recipe: Recipe, client: int, budget: int) -> PlanOption | None:
@@ -37,12 +45,8 @@ def _rank(option: PlanOption, factor: float) -> tuple[Any, ...]:
 
 def _explain_shortage(options: Sequence[PlanOption], factor: float, budget: int) -> MemoryBudgetError:
     needed = -(-min(option.correct_bytes(factor) for option in options) // 10**6)
-    return MemoryBudgetError(
-        f"no plan of the run fits the {budget // 10**6} MB that this device allows; the smallest needs {needed} MB: "
-        "allow that with fedtune device join --memory",
-        code="memory-plan",
-        counts={"needed_mb": needed, "allowed_mb": budget // 10**6},
-    )
+    problem = Problem("memory-plan", {"needed_mb": needed, "allowed_mb": budget // 10**6})
+    return MemoryBudgetError(problem.sentence, code=problem.code, counts=problem.counts)
 
 
 def apply_device_plan(recipe: Recipe, client: int, budget: int) -> Recipe:
@@ -78,3 +82,26 @@ def find_plan_number(recipe: Recipe, micro: int | None) -> int | None:
         if (option.techniques, option.micro_batch) == wanted
     )
     return next(found, None)
+
+
+def describe_plans(recipe: Recipe) -> list[str]:
+    """Return a sentence about the plan of each device class; none if the recipe has no plans."""
+    first, found = 0, []
+    for device in recipe.devices:
+        if (sentence := describe_device_plan(recipe, first, int(device.memory))) is not None:
+            found.append(f"techniques of {device.name}: {sentence}")
+        first += device.count
+    return found
+
+
+def describe_device_plan(recipe: Recipe, client: int, budget: int) -> str | None:
+    """Name the settings and the predicted memory of a device's plan; None if the recipe has no plans."""
+    plan = choose_device_plan(recipe, client, budget)
+    if plan is None or recipe.plans is None:
+        return None
+    factor = recipe.plans.get_correction(recipe.get_device_class(client).name)
+    learned = f", {factor - 1:.0%} more than predicted as in earlier runs" if factor != 1 else ""
+    return (
+        f"{'+'.join(unit.name for unit in plan.techniques)} with micro-batches of {plan.micro_batch}, predicted peak "
+        f"{plan.anonymous_bytes * factor / 1e6:.0f} MB anonymous{learned}"
+    )

@@ -8,6 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import ValidationError
+
 from fedtune.child_processes import environment, make_isolated_command
 from fedtune.errors import FedtuneError
 from fedtune.plan.cache import read_entry, write_entry
@@ -81,11 +83,19 @@ def trace_settings(recipe: Recipe, techniques: Sequence[Sequence[Unit]] | None) 
     lists = [[unit.model_dump(mode="json") for unit in units] for units in techniques or ()]
     body = {"recipe": json.loads(recipe.model_dump_json()), "techniques": lists or None}
     key = _make_key(recipe, body)
-    if (stored := read_entry(key)) is not None:
-        return [SettingsTrace.model_validate(one) for one in stored]
+    if stored := _read_traces(key):
+        return stored
     reply = _run_worker(json.dumps(body))
     write_entry(key, reply["traces"])
     return [SettingsTrace.model_validate(one) for one in reply["traces"]]
+
+
+def _read_traces(key: list[str]) -> list[SettingsTrace]:
+    """Return the stored traces; none if there are none, or if another version wrote them in another form."""
+    try:
+        return [SettingsTrace.model_validate(one) for one in read_entry(key) or ()]
+    except (ValidationError, TypeError):
+        return []
 
 
 def _make_key(recipe: Recipe, body: dict[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import subprocess
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 
 from fedtune.child_processes import environment, make_isolated_command
@@ -9,7 +10,7 @@ from fedtune.errors import FedtuneError
 from fedtune.plan.cache import read_entry, write_entry
 from fedtune.plan.prediction import Runtime
 
-__all__ = ["begin_measuring_runtimes", "measure_runtimes"]
+__all__ = ["begin_measuring_runtimes", "make_runtime_key", "measure_runtimes", "read_runtime"]
 
 
 def measure_runtimes(names: Iterable[str], modules: Sequence[str]) -> dict[str, Runtime]:
@@ -22,16 +23,21 @@ def begin_measuring_runtimes(
     names: Iterable[str], modules: Sequence[str]
 ) -> dict[str, "subprocess.Popen[str] | Runtime"]:
     """Start a process for each name that is not in the cache."""
-    return {name: _read(name, modules) or _start(name, modules) for name in names}
+    return {name: read_runtime(name, modules) or _start(name, modules) for name in names}
 
 
-def _key(name: str, modules: Sequence[str]) -> list[str]:
+def make_runtime_key(name: str, modules: Sequence[str]) -> list[str]:
+    """Return what the memory of a runtime depends on."""
     return ["runtime", name, *modules, *(f"{one} {version(one)}" for one in ("fedtune", "torch", "transformers"))]
 
 
-def _read(name: str, modules: Sequence[str]) -> Runtime | None:
-    found = read_entry(_key(name, modules))
-    return None if found is None else Runtime(*found)
+def read_runtime(name: str, modules: Sequence[str]) -> Runtime | None:
+    """Return the runtime that was measured before, None if none was, or if another version wrote it in another form."""
+    found = read_entry(make_runtime_key(name, modules))
+    with suppress(TypeError, ValueError):
+        anonymous, files = found
+        return Runtime(int(anonymous), int(files))
+    return None
 
 
 def _start(name: str, modules: Sequence[str]) -> "subprocess.Popen[str]":
@@ -49,5 +55,5 @@ def _finish(name: str, modules: Sequence[str], process: "subprocess.Popen[str] |
         reason = errors.strip().splitlines()[-1:] or ["it was killed"]
         raise FedtuneError(f"the memory of a {name} process cannot be measured ({reason[0]}); free some memory")
     anonymous, files = (int(word) for word in out.split()[-3:-1])
-    write_entry(_key(name, modules), [anonymous, files])
+    write_entry(make_runtime_key(name, modules), [anonymous, files])
     return Runtime(anonymous, files)

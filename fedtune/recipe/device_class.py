@@ -27,7 +27,7 @@ class DeviceClass(SettingsModel):
 
     name: str = "device"
     count: int = Field(ge=1)
-    memory: ByteSize = Field(ByteSize(1_000_000_000), description="e.g. 512MB or 2GiB")
+    memory: ByteSize = Field(ByteSize(1_000_000_000), gt=0, description="e.g. 512MB or 2GiB")
     techniques: list[Unit] | None = Field(None, min_length=1, description="replaces train.techniques")
     batch_size: int | None = Field(None, ge=1, description="replaces train.batch_size")
     dtype: Dtype | None = Field(None, description="replaces model.dtype")

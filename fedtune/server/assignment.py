@@ -12,11 +12,11 @@ __all__ = ["assign_devices"]
 def assign_devices(recipe: Recipe, devices: Sequence[DeviceRecord]) -> list[Assignment]:
     """Return an assignment for each client, in the given order of the devices.
 
-    If device classes have different settings, the devices with the most memory are assigned to the classes with the
-    most memory. Devices with equal memory are ordered by name.
+    If device classes have different settings, or settings were planned for their memory, the devices with the most
+    memory are assigned to the classes with the most memory. Devices with equal memory are ordered by name.
     """
     clients, chosen = list(range(recipe.num_clients)), list(devices[: recipe.num_clients])
-    if any(device.overridden_settings for device in recipe.devices):
+    if recipe.plans is not None or any(device.overridden_settings for device in recipe.devices):
         clients.sort(key=lambda client: -recipe.get_device_class(client).memory)
         chosen.sort(key=lambda device: -_memory(device))
     assignments = [

@@ -5,6 +5,7 @@ classes qualify matters to a simulation; devices bring their own examples, and a
 """
 
 from fedtune.recipe.schema import Recipe
+from fedtune.server.planned_techniques import plan_techniques
 from fedtune.server.privacy_accounting import require_privacy_accountant
 from fedtune.training import RunContext, clear_run_context, get_run_context
 from fedtune.training.generation import require_answer_room
@@ -16,9 +17,9 @@ __all__ = ["build_run_context", "check_recipe", "check_recipe_settings"]
 def check_recipe(recipe: Recipe) -> Recipe:
     """Return the recipe with every setting written out; raise FedtuneError if the server could not run it.
 
-    Model and data are loaded for the check and released after it.
+    ``techniques: auto`` becomes plans. Model and data are loaded for the check and released after it.
     """
-    checked = check_recipe_settings(recipe)
+    checked = check_recipe_settings(plan_techniques(recipe))
     try:
         build_run_context(checked)
     finally:

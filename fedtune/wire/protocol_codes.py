@@ -29,6 +29,8 @@ SENTENCES: Mapping[str, str] = {
     "memory-damaged": "what it remembers of earlier tasks was changed or is of another run; fedtune device forget on "
     "the device starts anew",
     "memory-key": "its key for what it remembers of earlier tasks cannot be used",
+    "memory-plan": "no plan of the run fits the {allowed_mb} MB that this device allows, and the smallest needs "
+    "{needed_mb} MB; allow that with fedtune device join --memory",
     "memory-short": "it ran out of memory",
     "memory-step": "a step needs about {needed_mb} MB of memory, and this device allows {allowed_mb} MB",
     "memory-training": "training held more than the {allowed_mb} MB this device allows and was ended",

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from starlette.requests import Request
 
 from fedtune.flower.control_client import ControlClient
+from fedtune.plan.device_plans import describe_plans
 from fedtune.recipe.schema import Recipe
 from fedtune.recipe.validation_errors import explain_validation_error
 from fedtune.server.gateway.access_api import read_tags
@@ -38,7 +39,10 @@ class OperatorApi:
     check: RecipeCheckProcess
 
     def submit_run(self, who: str, _: Request, sent: Any) -> dict[str, Any]:
-        """Queue a run of a recipe. A recipe contains only settings, never code."""
+        """Queue a run of a recipe. A recipe contains only settings, never code.
+
+        If it leaves techniques to a plan, the reply has a sentence about the plan of each device class.
+        """
         try:
             recipe = Recipe.model_validate(sent.get("recipe") if isinstance(sent, dict) else None)
         except ValidationError as error:
@@ -47,7 +51,7 @@ class OperatorApi:
         checked = self.check.check_recipe(recipe)
         run = self.manager.submit_run(checked)
         self.audit.record_action(who, f"run {run} submitted")
-        return {"run": run}
+        return {"run": run, "plans": describe_plans(checked)}
 
     def list_runs(self, _: str, __: Request, ___: Any) -> dict[str, Any]:
         """Return all runs, newest first, without their rounds."""
