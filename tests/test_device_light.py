@@ -228,11 +228,11 @@ def test_a_device_tells_its_status_and_leaves(home: Path) -> None:
     ],
 )
 def test_data_that_cannot_be_is_refused_before_joining(home: Path, source: str, words: str) -> None:
-    from fedtune.device.join import run_device
+    from fedtune.device.join import TrainerSettings, run_device
     from fedtune.errors import DataError
 
     with pytest.raises(DataError, match=words):
-        run_device(_identity(home), source, 10**9, 60.0, print)
+        run_device(_identity(home), TrainerSettings(source, 10**9, 60.0), print)
 
 
 def test_an_amount_of_memory_is_read_or_refused(home: Path) -> None:

@@ -109,7 +109,15 @@ def move(url: str) -> None:
     help="File of 32 bytes that encrypts what is kept of earlier tasks, e.g. on a mounted keyring.  "
     "[default: a key of each run in the device's home]",
 )
-def join(source: str, memory: int | None, idle_minutes: float, memory_key: Path | None) -> None:
+@click.option(
+    "--memory-limit",
+    "limit",
+    type=click.Choice(["auto", "cgroup", "process"]),
+    default="auto",
+    show_default=True,
+    help="What holds the trainer to --memory: a control group, or the device alone; auto takes a group where it may.",
+)
+def join(source: str, memory: int | None, idle_minutes: float, memory_key: Path | None, limit: str) -> None:
     """Take part in runs until you stop the command.
 
     The device reconnects after server restarts and network failures.
@@ -123,13 +131,14 @@ def join(source: str, memory: int | None, idle_minutes: float, memory_key: Path 
     import psutil
 
     from fedtune.device.device_home import DeviceHome
-    from fedtune.device.join import run_device
+    from fedtune.device.join import TrainerSettings, run_device
     from fedtune.device.memory_key import use_memory_key
 
     if memory_key is not None:
         use_memory_key(memory_key)
 
-    run_device(DeviceHome(), source, memory or psutil.virtual_memory().total, idle_minutes * 60, print_with_time)
+    budget = memory or psutil.virtual_memory().total
+    run_device(DeviceHome(), TrainerSettings(source, budget, idle_minutes * 60, limit), print_with_time)
 
 
 def print_with_time(sentence: str) -> None:

@@ -72,8 +72,10 @@ def _state(device: Row) -> str:
 
 
 def _memory(device: Row) -> str:
-    memory = device["profile"].get("memory")
-    return f"{memory // 1_000_000} MB" if isinstance(memory, int) else ""
+    """Return the memory that a device allows its trainer, and what holds it to that."""
+    memory, limit = (device["profile"].get(key) for key in ("memory", "memory_limit"))
+    told = f", {limit}" if limit else ""  # older devices do not tell
+    return f"{memory // 1_000_000} MB{told}" if isinstance(memory, int) else ""
 
 
 def _examples(device: Row) -> str:

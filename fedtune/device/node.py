@@ -65,7 +65,7 @@ class DeviceNode:
             with self._heartbeat():
                 self._work()
         finally:
-            self._keeper.stop_trainer()
+            self._keeper.close()
             if self._home.read_pending("order") is None:  # with a pending request, the device is coming back
                 with suppress(httpx.HTTPError, UnexpectedReplyError):
                     self._fleet.deactivate_node()

@@ -14,6 +14,7 @@ from fedtune.child_processes import environment, make_isolated_command
 from fedtune.device.held_memory import read_held_bytes
 from fedtune.device.plan_shortage import find_plan_shortage
 from fedtune.device.trainer_channel import Frame, TrainerChannel
+from fedtune.device.trainer_limit import ProcessLimit, TrainerLimit
 from fedtune.errors import MemoryBudgetError
 from fedtune.wire.protocol_codes import Problem
 
@@ -29,10 +30,14 @@ _SHORT = 0.05
 
 
 class TrainerSupervisor:
-    """One trainer for the examples of ``source``, with at most ``budget`` bytes of memory and ``idle`` seconds idle."""
+    """One trainer for the examples of ``source``, with at most ``budget`` bytes of memory and ``idle`` seconds idle.
 
-    def __init__(self, source: str, budget: int, idle: float) -> None:
+    ``limit`` holds it to the budget from outside, beside what the trainer and this process do themselves.
+    """
+
+    def __init__(self, source: str, budget: int, idle: float, limit: TrainerLimit | None = None) -> None:
         self._source, self._budget, self._idle = source, budget, idle
+        self._limit, self._held = limit or ProcessLimit(), 0
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: TrainerChannel | None = None
         self._worked = 0.0
@@ -96,9 +101,15 @@ class TrainerSupervisor:
         """Return the trainer's next frame; raise MemoryError if it exceeds its memory budget before."""
         while not channel.wait_until_ready(_LOOK_SECONDS):
             with suppress(psutil.NoSuchProcess):
-                if read_held_bytes(held) > self._budget:
+                self._held = read_held_bytes(held)
+                if self._held > self._budget:
                     raise MemoryError
-        return channel.receive()
+        try:
+            return channel.receive()
+        except EOFError:
+            if self._limit.has_killed(self._held):
+                raise MemoryError from None
+            raise
 
     def _started(self) -> tuple[TrainerChannel, psutil.Process]:
         if self._process is None or self._channel is None or self._process.poll() is not None:
@@ -106,8 +117,12 @@ class TrainerSupervisor:
             ours, theirs = socket.socketpair()
             numbers = str(self._budget), str(self._halvings)
             command = make_isolated_command("fedtune.device.trainer", str(theirs.fileno()), self._source, *numbers)
+            self._held = 0
             self._process = subprocess.Popen(
-                command, env=environment(), stdin=subprocess.PIPE, pass_fds=[theirs.fileno()]
+                self._limit.wrap_command(command),
+                env=environment(),
+                stdin=subprocess.PIPE,
+                pass_fds=[theirs.fileno()],
             )
             theirs.close()
             self._channel = TrainerChannel(ours)
@@ -131,6 +146,11 @@ class TrainerSupervisor:
             if self._process.stdin is not None:
                 self._process.stdin.close()
         self._process = self._channel = None
+
+    def close(self) -> None:
+        """Kill the trainer and remove its limit."""
+        self.stop_trainer()
+        self._limit.close()
 
     def _ended(self) -> Problem:
         """Return how the trainer ended."""

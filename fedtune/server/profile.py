@@ -22,6 +22,7 @@ class _Profile(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     memory: Annotated[int, Field(ge=0, le=1 << 50, strict=True)] | None = None
+    memory_limit: _Name | None = None
     cores: Annotated[int, Field(ge=1, le=1 << 16, strict=True)] | None = None
     dtypes: Annotated[list[_Name], Field(max_length=16)] | None = None
     examples: _Count | None = None
