@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from fedtune.data.arrow import Arrow
-from fedtune.data.mapped_pages import _iter_arrow_mappings
+from fedtune.data.mapped_pages import iter_arrow_mappings
 
 _PASS = """
 import sys
@@ -60,4 +60,4 @@ def test_only_arrow_files_that_cannot_be_written_are_dropped() -> None:
 7f30-7f40 rw-p 00000000 00:00 0
 7f40-7f50 r--p 00000000 fe:00 12   /home/more.arrow
 """
-    assert list(_iter_arrow_mappings(maps)) == [(0x7F00, 0x10), (0x7F40, 0x10)]
+    assert list(iter_arrow_mappings(maps)) == [(0x7F00, 0x10), (0x7F40, 0x10)]

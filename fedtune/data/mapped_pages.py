@@ -9,7 +9,7 @@ import mmap
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["MappedPages"]
+__all__ = ["MappedPages", "iter_arrow_mappings"]
 
 _MAPS, _PAGES = Path("/proc/self/maps"), Path("/proc/self/statm")
 _MADV_DONTNEED = 4
@@ -25,7 +25,7 @@ class MappedPages:
     def drop_read(self) -> None:
         """Drop the pages of all mapped Arrow files if the pass has added more than the limit."""
         if _count_file_backed() - self._begun > self._limit:
-            for start, size in _iter_arrow_mappings(_MAPS.read_text(errors="replace")):
+            for start, size in iter_arrow_mappings(_MAPS.read_text(errors="replace")):
                 _libc_madvise(start, size)
 
 
@@ -34,7 +34,7 @@ def _count_file_backed() -> int:
     return int(_PAGES.read_text().split()[2]) * mmap.PAGESIZE if _PAGES.exists() else 0
 
 
-def _iter_arrow_mappings(maps: str) -> Iterator[tuple[int, int]]:
+def iter_arrow_mappings(maps: str) -> Iterator[tuple[int, int]]:
     """Yield address and bytes of each mapping of an Arrow file that this process can only read.
 
     A page that may be written can hold what no file has, so it is left alone.

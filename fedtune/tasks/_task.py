@@ -152,6 +152,11 @@ class Task(NamedUnit):
         """Examples as tensors; ModelError where the reader cannot be used for the task."""
         raise NotImplementedError
 
+    def iter_encoded(self, examples: Table, recipe: Recipe, reader: Any, size: int) -> Iterator[EncodedDataset]:
+        """Encode ``size`` examples at a time, as ``encode_examples`` does."""
+        for start in range(0, len(examples), size):
+            yield self.encode_examples(examples.select(range(start, min(start + size, len(examples)))), recipe, reader)
+
     def decode_example(self, batch: Mapping[str, Tensor], reader: Any, names: Sequence[str]) -> list[Segment]:
         """The text of the one example in a batch, and what of it is a target; nothing for a task without text."""
         return decode_example(batch, reader, names) if self.reads_text else []

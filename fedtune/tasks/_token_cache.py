@@ -35,11 +35,8 @@ def encode_on_disk(task: Task, examples: Table, recipe: Recipe, reader: Any) -> 
 
 
 def _iter_slices(task: Task, examples: Table, recipe: Recipe, reader: Any) -> Iterator[EncodedTexts]:
-    together = len(examples) if "messages" in examples.column_names else _SLICE  # one warning counts what is cut
     pages = MappedPages()
-    for start in range(0, len(examples), together):
-        part = examples.select(range(start, min(start + together, len(examples))))
-        made = task.encode_examples(part, recipe, reader)
+    for made in task.iter_encoded(examples, recipe, reader, _SLICE):
         assert isinstance(made, EncodedTexts)
         yield made
         pages.drop_read()

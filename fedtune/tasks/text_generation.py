@@ -40,7 +40,12 @@ from torch import Tensor, nn
 from fedtune.data import EncodedDataset, Table
 from fedtune.data.chat_formats import read_chat_template, set_chat_template
 from fedtune.data.conversation_forms import ANY_FORM
-from fedtune.data.encoded_conversations import LossOn, encode_conversations, iter_conversation_tokens
+from fedtune.data.encoded_conversations import (
+    LossOn,
+    encode_conversations,
+    iter_conversation_tokens,
+    iter_encoded_conversations,
+)
 from fedtune.data.encoded_prompts import (
     EncodedPrompts,
     encode_chat_prompts,
@@ -166,6 +171,12 @@ class TextGeneration(TextTask):
                 "as texts; leave them out, or name the format of the conversations"
             )
         return encode_texts(examples, reader, recipe.train.max_length)
+
+    def iter_encoded(self, examples: Table, recipe: Recipe, reader: Any, size: int) -> Iterator[EncodedDataset]:
+        """``size`` texts or conversations at a time; the warnings of conversations count those of all."""
+        if "messages" not in examples.column_names:
+            return super().iter_encoded(examples, recipe, reader, size)
+        return iter_encoded_conversations(examples, reader, recipe.train.max_length, self.loss_on, size)
 
     def score_logits(self, logits: Tensor, labels: Tensor) -> list[ExampleScore]:
         """One prediction for each token but the first; logits [n, tokens, vocabulary], labels [n, tokens]."""
