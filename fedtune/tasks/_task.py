@@ -137,6 +137,11 @@ class Task(NamedUnit):
         """Write the reader beside an exported model."""
         raise NotImplementedError
 
+    @property
+    def changes_reader(self) -> bool:
+        """Whether the settings change the model's own reader, so that an adapter needs it beside it."""
+        return self.has_new_head
+
     def save_model_extras(self, model: nn.Module, recipe: Recipe, folder: Path) -> None:
         """Write what else a user of an exported model needs, beside the model and the reader."""
 

@@ -31,6 +31,7 @@ Models: those of transformers' ``AutoModelForCausalLM``.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -56,6 +57,7 @@ from fedtune.data.encoded_prompts import (
 from fedtune.data.encoded_texts import IGNORED_LABEL, encode_texts
 from fedtune.data.token_blocks import iter_shuffled_tokens, iter_token_blocks, shuffle_rows
 from fedtune.errors import RecipeError
+from fedtune.models.end_tokens import save_end_tokens
 from fedtune.recipe.evaluation_settings import Prompt
 from fedtune.recipe.schema import Recipe
 from fedtune.tasks._scores import ExampleScore, ScoreSums, score_places
@@ -154,6 +156,17 @@ class TextGeneration(TextTask):
         if self.chat_template is not None:
             set_chat_template(tokenizer, self.chat_template)
         return tokenizer
+
+    @property
+    def changes_reader(self) -> bool:
+        """Whether the tokenizer gets a chat template."""
+        return self.chat_template is not None
+
+    def save_model_extras(self, model: nn.Module, recipe: Recipe, folder: Path) -> None:
+        """Name the sign that ends a reply as an end token, so that generation stops behind it."""
+        reader = self.load_reader(recipe)
+        if reader.chat_template and reader.is_fast and (ends := find_reply_end(reader)):
+            save_end_tokens(model, ends, folder)
 
     def read_files(self) -> Self:
         """With the text of a template's file."""
