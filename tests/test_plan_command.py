@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -15,11 +16,14 @@ from fedtune.plan.auto_techniques import (
     plan_auto_techniques,
 )
 from fedtune.plan.cache import read_entry, write_entry
+from fedtune.plan.candidates import list_candidates
 from fedtune.plan.plans import list_plans
 from fedtune.recipe.schema import Train
 from fedtune.recipe.yaml_file import parse_recipe, read_recipe
+from fedtune.tracking import Store
 from tests.plan_examples import MB, RUNTIMES, TRACES, give_traces
 from tests.profile_examples import TEXT
+from tests.store_examples import a_client_record, a_round, start
 
 
 @pytest.fixture(autouse=True)
@@ -136,3 +140,32 @@ def test_a_damaged_entry_of_the_cache_is_made_again(home: Path) -> None:
     for file in (home / "plans").iterdir():
         file.write_text("{")
     assert read_entry(["a"]) is None
+
+
+def test_a_plan_for_a_recipe_is_corrected_by_what_its_smallest_class_held(tmp_path: Path) -> None:
+    path = tmp_path / "auto.yaml"
+    devices = "[{name: phone, count: 1, memory: 300MB}, {name: laptop, count: 1, memory: 900MB}]"
+    settings = ["train.techniques=auto", "train.batch_size=4", f"devices={devices}"]
+    recipe = parse_recipe(TEXT.format(folder="model"), "tiny", settings)
+    path.write_text(recipe.model_dump_json())
+    words = ["plan", "--recipe", str(path), "--json"]
+    before = json.loads(CliRunner().invoke(cli, words, catch_exceptions=False).stdout)
+    with Store.open() as store:
+        start(store)
+        known: dict[str, Any] = {"device_class": "phone", "device_name": "dev", "predicted_anonymous": 100 * MB}
+        held = [a_client_record(client, anonymous_memory=120 * MB, **known) for client in range(3)]
+        store.commit_round("film-1a2b", a_round(1, client_records=tuple(held)))
+    after = json.loads(CliRunner().invoke(cli, words).stdout)
+    assert (before["correction"], after["correction"]) == (1.0, 1.2)
+    least = before["smallest"]["anonymous_bytes"]
+    assert after["smallest"]["anonymous_bytes"] == round(least * 1.2)
+    assert after["smallest"]["needed_bytes"] - before["smallest"]["needed_bytes"] == round(least * 1.2) - least
+    told = CliRunner().invoke(cli, words[:-1], env={"COLUMNS": "100"}).stdout
+    assert "memory: 20% more than traced, as devices of this class held in earlier runs" in told
+
+
+def test_auto_is_no_candidate_of_a_plan() -> None:
+    recipe = parse_recipe(TEXT.format(folder="model"), "tiny", ["train.techniques=auto", "data.source=csv:a.csv"])
+    found = list_candidates(recipe, None, is_own_image_model=False)
+    assert found
+    assert all(unit.name != "auto" for one in found for unit in one.techniques)

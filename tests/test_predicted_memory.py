@@ -75,6 +75,13 @@ def test_a_correction_that_cannot_be_is_refused(factor: str) -> None:
         parse_recipe(TRIVIAL, "trivial", [f"plans={{options: {options}, corrections: {{toy: {factor}}}}}"])
 
 
+def test_other_techniques_than_those_of_the_plans_are_refused() -> None:
+    with pytest.raises(RecipeError, match=r"^train\.techniques are techniques of no plan, .* remove plans"):
+        planned("train.techniques=bias")
+    with pytest.raises(RecipeError, match=r"^devices: toy are techniques of no plan"):
+        planned("devices=[{name: toy, count: 4, techniques: [bias]}]")
+
+
 def test_a_run_records_what_its_plans_predict_and_trains_as_without_them(home: Path) -> None:
     plain, run = execute(trivial()), execute(planned(), run="run-2")
     assert plain.hashes == run.hashes
@@ -190,6 +197,12 @@ def test_a_summary_has_the_largest_bytes_and_the_median_error() -> None:
     [silent] = summarise(a_planned_record(0, None), a_client_record(1))
     assert (silent.contributions, silent.anonymous_memory, silent.median_error, silent.correction) == (1, None, None, 1)
     assert summarise(a_client_record(1), replace(records[0], predicted_anonymous=None)) == []
+
+
+@pytest.mark.parametrize("plans", [None, [], 3, {}, {"corrections": None}, {"corrections": {"phone": "more"}}])
+def test_plans_of_another_form_do_not_hide_a_run(plans: Any) -> None:
+    [found] = summarise(a_planned_record(0, 110 * MB), plans=plans)
+    assert found.correction == 1.0
 
 
 def test_runs_show_tells_predictions_where_there_are_any(home: Path) -> None:

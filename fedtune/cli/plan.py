@@ -59,9 +59,8 @@ def plan(path: Path | None, overrides: tuple[str, ...], write: Path | None, **op
 
         parse_image_format(output)
     techniques = _parse_techniques(wanted, options["techniques"])
-    request = PlanRequest(
-        wanted, _find_budget(wanted, path, options["memory"]), options["time_weight"], techniques, _TRAINER
-    )
+    budget, correction = _find_budget(wanted, path, options["memory"]), _learn_correction(wanted, path)
+    request = PlanRequest(wanted, budget, options["time_weight"], techniques, _TRAINER, correction)
     report = make_plan_report(request)
     _show(wanted, report, output, as_json=options["as_json"])
     if report.recommended is None:
@@ -88,6 +87,18 @@ def _find_budget(recipe: "Recipe", path: Path | None, memory: str | None) -> int
     if path is None:
         raise click.UsageError("name a budget, such as --memory 512MB")
     return min(int(device.memory) for device in recipe.devices)
+
+
+def _learn_correction(recipe: "Recipe", path: Path | None) -> float:
+    """Return the factor that earlier runs taught about the recipe's device class with the least memory."""
+    from fedtune.plan.corrections import learn_corrections
+    from fedtune.tracking import Store
+
+    if path is None:
+        return 1.0
+    smallest = min(recipe.devices, key=lambda device: int(device.memory))
+    with Store.open() as store:
+        return learn_corrections(store.predictions.list_errors()).get(smallest.name, 1.0)
 
 
 def _parse_techniques(recipe: "Recipe", text: str | None) -> Any:

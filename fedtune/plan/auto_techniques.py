@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from fedtune.errors import RecipeError
 from fedtune.plan.plan_report import trace_settings
-from fedtune.plan.plans import Plan, choose_plan, describe_plan, list_plans
+from fedtune.plan.plans import Plan, choose_plan, correct_plan, describe_plan, list_plans
 from fedtune.plan.runtimes import measure_runtimes
 from fedtune.plan.settings_trace import SettingsTrace
 from fedtune.recipe.memory_plans import MemoryPlans, PlanOption
@@ -119,13 +119,9 @@ def _choose_for_all(
 
 def _choose_corrected(plans: Sequence[Plan], budget: int, factor: float) -> Plan | None:
     """Return the best plan that fits if processes hold ``factor`` times the predicted memory."""
-    corrected = [_correct_plan(plan, factor) for plan in plans]
+    corrected = [correct_plan(plan, factor) for plan in plans]
     best = choose_plan(corrected, budget, 1.0)
     return None if best is None else plans[corrected.index(best)]
-
-
-def _correct_plan(plan: Plan, factor: float) -> Plan:
-    return plan._replace(needed_bytes=_make_option(plan).correct_bytes(factor))
 
 
 def _explain_misfit(plans: Sequence[Plan], budgets: Mapping[str, int], corrections: Mapping[str, float]) -> str:
@@ -133,7 +129,7 @@ def _explain_misfit(plans: Sequence[Plan], budgets: Mapping[str, int], correctio
         return "train.techniques: auto finds no technique that can be planned for this model; name the techniques"
     name = min(budgets, key=lambda one: budgets[one] / corrections.get(one, 1.0))
     factor = corrections.get(name, 1.0)
-    smallest = min((_correct_plan(plan, factor) for plan in plans), key=lambda plan: plan.needed_bytes)
+    smallest = min((correct_plan(plan, factor) for plan in plans), key=lambda plan: plan.needed_bytes)
     learned = "" if factor == 1 else f", {factor - 1:.0%} more than predicted as in its earlier runs"
     return (
         f"devices: no plan fits {name} with {budgets[name] / 1e6:.0f} MB; {describe_plan(smallest)} needs "

@@ -44,7 +44,8 @@ def _list_defaults(recipe: Recipe, is_own_image_model: bool) -> list[tuple[Unit,
     named: tuple[str, ...] = _SAVERS.get(recipe.task.name, _OTHERS)
     if recipe.task.name == "image-classification" and not is_own_image_model:
         named = _IMAGES_OF_TRANSFORMERS
-    given = [] if recipe.data.source == "random" else [tuple(recipe.train.techniques)]
+    has_own = recipe.data.source != "random" and all(unit.name != "auto" for unit in recipe.train.techniques)
+    given = [tuple(recipe.train.techniques)] if has_own else []
     return [*given, *(_parse(joined) for joined in named)]
 
 

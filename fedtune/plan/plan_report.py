@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from fedtune.child_processes import environment, make_isolated_command
 from fedtune.errors import FedtuneError
 from fedtune.plan.cache import read_entry, write_entry
-from fedtune.plan.plans import Plan, choose_plan, describe_plan, keep_pareto_set, list_plans
+from fedtune.plan.plans import Plan, choose_plan, correct_plan, describe_plan, keep_pareto_set, list_plans
 from fedtune.plan.runtimes import measure_runtimes
 from fedtune.plan.settings_trace import SettingsTrace
 from fedtune.recipe.schema import Recipe, Unit
@@ -22,19 +22,24 @@ __all__ = ["PlanReport", "PlanRequest", "explain_choice", "make_plan_report", "t
 
 
 class PlanRequest(NamedTuple):
-    """What is planned. ``modules`` are what a trainer imports; ``techniques`` replaces the default lists."""
+    """What is planned. ``modules`` are what a trainer imports; ``techniques`` replaces the default lists.
+
+    ``correction`` is the factor on predicted memory that earlier contributions taught.
+    """
 
     recipe: Recipe
     budget: int
     time_weight: float = 1.0
     techniques: list[list[Unit]] | None = None
     modules: tuple[str, ...] = ("fedtune.training",)
+    correction: float = 1.0
 
 
 class PlanReport(NamedTuple):
     """The Pareto set, the recommended plan if one fits, and the plans for other budgets.
 
-    ``smallest`` needs the least memory of all. ``failed`` are settings that cannot be used, with the reason.
+    ``smallest`` needs the least memory of all. ``failed`` are settings that cannot be used, with the reason. The memory
+    of all plans includes the ``correction``.
     """
 
     budget: int
@@ -45,6 +50,7 @@ class PlanReport(NamedTuple):
     with_less: Plan | None
     smallest: Plan
     failed: dict[str, str]
+    correction: float = 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report for JSON."""
@@ -56,6 +62,7 @@ class PlanReport(NamedTuple):
             **{name: None if plan is None else plan.to_dict() for name, plan in named.items()},
             "reason": self.reason,
             "failed": self.failed,
+            "correction": self.correction,
         }
 
 
@@ -67,15 +74,15 @@ def make_plan_report(request: PlanRequest) -> PlanReport:
     if not working:
         raise FedtuneError(f"no settings can be planned: {next(iter(failed.values()))}")
     runtimes = measure_runtimes(sorted({trace.runtime for trace in working}), request.modules)
-    plans = list_plans(working, runtimes, request.recipe.train)
+    traced = list_plans(working, runtimes, request.recipe.train)
+    plans = [correct_plan(plan, request.correction) for plan in traced]
     best = keep_pareto_set(plans)
     chosen, more, less = (
         choose_plan(plans, int(request.budget * share), request.time_weight) for share in (1, 1.25, 0.75)
     )
     smallest = min(plans, key=lambda plan: plan.needed_bytes)
-    return PlanReport(
-        request.budget, best, chosen, explain_choice(chosen, smallest, request), more, less, smallest, failed
-    )
+    reason = explain_choice(chosen, smallest, request)
+    return PlanReport(request.budget, best, chosen, reason, more, less, smallest, failed, request.correction)
 
 
 def trace_settings(recipe: Recipe, techniques: Sequence[Sequence[Unit]] | None) -> list[SettingsTrace]:

@@ -7,7 +7,7 @@ from fedtune.plan.prediction import Runtime, predict_memory
 from fedtune.plan.settings_trace import BatchTrace, SettingsTrace
 from fedtune.recipe.train_settings import Train
 
-__all__ = ["Plan", "choose_plan", "describe_plan", "keep_pareto_set", "list_plans"]
+__all__ = ["Plan", "choose_plan", "correct_plan", "describe_plan", "keep_pareto_set", "list_plans"]
 
 
 class Plan(NamedTuple):
@@ -105,6 +105,13 @@ def _count_operations(trace: SettingsTrace, batch: BatchTrace) -> float:
 
 def _rank_time(plan: Plan) -> tuple[Any, ...]:
     return plan.relative_time, plan.needed_bytes, -plan.micro_batch
+
+
+def correct_plan(plan: Plan, factor: float) -> Plan:
+    """Return the plan for processes that hold ``factor`` times the predicted anonymous memory."""
+    added = round(plan.anonymous_bytes * factor) - plan.anonymous_bytes
+    more = {name: getattr(plan, name) + added for name in ("anonymous_bytes", "total_bytes", "needed_bytes")}
+    return plan._replace(**more)
 
 
 def keep_pareto_set(plans: Sequence[Plan]) -> list[Plan]:

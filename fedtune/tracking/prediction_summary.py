@@ -1,7 +1,7 @@
 """Predicted memory beside what the clients of a run held, by device class."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedtune.recipe.versions import read_stored_recipe
@@ -34,12 +34,20 @@ def summarise_predictions(run: RunRecord, rounds: Sequence[RoundRecord]) -> list
     planned = [
         one for record in rounds for one in record.client_records if one.predicted_anonymous and one.device_class
     ]
-    corrections = (read_stored_recipe(run.recipe).get("plans") or {}).get("corrections") or {}
+    corrections = _read_corrections(run)
     names = dict.fromkeys(one.device_class or "" for one in sorted(planned, key=lambda one: one.client))
     return [
-        _summarise(name, [one for one in planned if one.device_class == name], float(corrections.get(name, 1.0)))
+        _summarise(name, [one for one in planned if one.device_class == name], corrections.get(name, 1.0))
         for name in names
     ]
+
+
+def _read_corrections(run: RunRecord) -> dict[str, float]:
+    """Return the factors that are stored with the run. Those of another form, of another version, are left out."""
+    plans = read_stored_recipe(run.recipe).get("plans")
+    found = plans.get("corrections") if isinstance(plans, Mapping) else None
+    given = found.items() if isinstance(found, Mapping) else ()
+    return {str(name): float(factor) for name, factor in given if isinstance(factor, int | float)}
 
 
 def _summarise(name: str, records: Sequence[ClientRecord], correction: float) -> PredictionSummary:

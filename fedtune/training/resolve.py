@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from fedtune import data, merging, tasks, techniques
 from fedtune.errors import RecipeError
 from fedtune.recipe.memory_plans import MemoryPlans
-from fedtune.recipe.schema import DeviceClass, EvaluationSettings, Recipe, TaskUnit, Unit
+from fedtune.recipe.schema import DeviceClass, EvaluationSettings, Recipe, TaskUnit, Train, Unit
 from fedtune.recipe.unit_registry import NamedUnit
 from fedtune.recipe.validation_errors import suggest_nearest
 from fedtune.techniques import Technique
@@ -48,23 +48,35 @@ def resolve_recipe(recipe: Recipe) -> Recipe:
     merge = _written_out(pipeline.steps)
     written = TaskUnit(name=task.name, settings=task.model_dump(mode="json"))
     changes = {"task": written, "train": train, "devices": devices, "merge": merge}
-    changes |= {"plans": _resolve_plans(recipe), "evaluation": _resolve_evaluation(recipe.evaluation, task)}
+    changes |= {
+        "plans": _resolve_plans(recipe, train, devices),
+        "evaluation": _resolve_evaluation(recipe.evaluation, task),
+    }
     return recipe.model_copy(update=changes)
 
 
-def _resolve_plans(recipe: Recipe) -> MemoryPlans | None:
-    """Return the plans with their techniques written out like those of the recipe, so that they can be compared."""
+def _resolve_plans(recipe: Recipe, train: Train, devices: Sequence[DeviceClass]) -> MemoryPlans | None:
+    """Return the plans with their techniques written out like those of the recipe, so that they can be compared.
+
+    RecipeError if the recipe has other techniques: real devices would then train other tensors than the server expects.
+    """
     if recipe.plans is None:
         return None
-    options = [
-        option.model_copy(
-            update={
-                "techniques": _written_out(
-                    follow_stream(recipe, techniques.build_techniques(option.techniques, "plans"))
-                )
-            }
-        )
+    written = [
+        _written_out(follow_stream(recipe, techniques.build_techniques(option.techniques, "plans")))
         for option in recipe.plans.options
+    ]
+    own = {"train.techniques": train.techniques} | {
+        f"devices: {one.name}": one.techniques for one in devices if one.techniques
+    }
+    if strange := [where for where, units in own.items() if units not in written]:
+        raise RecipeError(
+            f"{strange[0]} are techniques of no plan, and real devices train as planned; remove plans from the recipe, "
+            "or set train.techniques to auto to plan anew"
+        )
+    options = [
+        option.model_copy(update={"techniques": units})
+        for option, units in zip(recipe.plans.options, written, strict=True)
     ]
     return recipe.plans.model_copy(update={"options": options})
 
