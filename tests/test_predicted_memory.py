@@ -14,7 +14,7 @@ from flwr.app import MetricRecord
 
 from fedtune.cli.main import cli
 from fedtune.device.client_app import app
-from fedtune.errors import RecipeError
+from fedtune.errors import RecipeError, StoreError
 from fedtune.plan.corrections import learn_corrections
 from fedtune.recipe.memory_plans import MemoryPlans, PlanOption
 from fedtune.recipe.schema import Recipe, Unit
@@ -203,6 +203,19 @@ def test_a_summary_has_the_largest_bytes_and_the_median_error() -> None:
 def test_plans_of_another_form_do_not_hide_a_run(plans: Any) -> None:
     [found] = summarise(a_planned_record(0, 110 * MB), plans=plans)
     assert found.correction == 1.0
+
+
+def test_a_run_with_plans_that_this_version_does_not_know_is_shown_and_not_resumed(home: Path) -> None:
+    recipe = json.loads(planned().model_dump_json())
+    recipe["plans"]["options"][0]["energy"] = 3
+    with Store.open() as store:
+        start(store, "later", recipe=json.dumps(recipe), name="trivial")
+    assert CliRunner().invoke(cli, ["runs", "show", "later"]).exit_code == 0
+    for words in (["simulate", "--resume", "later"], ["export", "later", "-o", str(home / "out")]):
+        done = CliRunner().invoke(cli, words)
+        assert isinstance(done.exception, RecipeError | StoreError), (done.output, done.exception)
+    with pytest.raises(RecipeError, match=r"the recipe of run later: .*energy.*; use the version of fedtune"):
+        CliRunner().invoke(cli, ["simulate", "--resume", "later"], catch_exceptions=False)
 
 
 def test_runs_show_tells_predictions_where_there_are_any(home: Path) -> None:

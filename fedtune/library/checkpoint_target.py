@@ -27,7 +27,7 @@ class CheckpointTarget(NamedTuple):
 def read_checkpoint_target(target: str, round_number: int | None, store: str | None) -> CheckpointTarget:
     """Read a run (by id, the beginning of its id, or ``latest``) or a checkpoint file."""
     from fedtune import checkpoint, paths
-    from fedtune.recipe.schema import Recipe
+    from fedtune.recipe.recorded_recipe import parse_recorded_recipe
     from fedtune.tracking import Store
     from fedtune.tracking.pruning import find_checkpointed_round
 
@@ -46,7 +46,7 @@ def read_checkpoint_target(target: str, round_number: int | None, store: str | N
     state = checkpoint.read_checkpoint(
         file or paths.get_runs_folder() / record.checkpoint.path, record.checkpoint.sha256
     )
-    return CheckpointTarget(Recipe.model_validate_json(run.recipe), state, run.id, record.number)
+    return CheckpointTarget(parse_recorded_recipe(run.recipe, run.id), state, run.id, record.number)
 
 
 def _find_checkpoint_file(target: str) -> Path | None:

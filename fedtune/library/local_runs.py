@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from fedtune.errors import FedtuneWarning
 from fedtune.library.cached_export import export_base_run
 from fedtune.plan.device_plans import describe_plans
+from fedtune.recipe.recorded_recipe import parse_recorded_recipe
 from fedtune.recipe.schema import Recipe
 from fedtune.recipe.versions import needs_translation
 from fedtune.server.planned_techniques import plan_techniques
@@ -79,7 +80,7 @@ def begin_run(store: Store, context: "RunContext", engine: str) -> LocalRun:
 
 def read_recorded_recipe(run: RunRecord) -> tuple[Recipe, bool]:
     """The recipe of a run, and whether it was recorded in version 1."""
-    return Recipe.model_validate_json(run.recipe), needs_translation(json.loads(run.recipe))
+    return parse_recorded_recipe(run.recipe, run.id), needs_translation(json.loads(run.recipe))
 
 
 def execute_run(run: LocalRun, store: str, engine: str, workers: int | None, *, enforce_memory: bool = False) -> None:

@@ -5,6 +5,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from fedtune.recipe.recorded_recipe import parse_recorded_recipe
 from fedtune.recipe.schema import Recipe
 from fedtune.tracking import RoundRecord, RunRecord, Store
 from fedtune.tracking.stream_ledger import compute_stream_figures, make_matrix
@@ -41,7 +42,7 @@ class Run:
     @property
     def recipe(self) -> Recipe:
         """The recipe that the run recorded."""
-        return Recipe.model_validate_json(self.record.recipe)
+        return parse_recorded_recipe(self.record.recipe, self.record.id)
 
     @property
     def rounds(self) -> list[RoundRecord]:
