@@ -116,7 +116,8 @@ def _loaded(
 def _load_paged(
     model: ModelSettings, location: str, task: ModelTask, config: PretrainedConfig
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    from fedtune.models.paging.load import PagedSource, load_paged_model
+    from fedtune.models.paging.load import load_paged_model
+    from fedtune.models.paging.page_layers import PagedSource
 
     tensors = _list_tensors(model, location)
     auto, dtype = _auto_class(task), getattr(torch, model.dtype)
