@@ -29,7 +29,16 @@ from fedtune.models.pretrained import load_pretrained_model
 from fedtune.recipe.schema import ModelSettings
 from fedtune.tasks import Task, get_task
 
-__all__ = ["LABELS", "ask_for_step", "find_differences", "load_blocks", "load_both", "make_batch", "save_model"]
+__all__ = [
+    "LABELS",
+    "ask_for_step",
+    "find_differences",
+    "find_task",
+    "load_blocks",
+    "load_both",
+    "make_batch",
+    "save_model",
+]
 
 LABELS = ("a", "b", "c")
 WORDS = 50
@@ -121,7 +130,8 @@ def ask_for_step(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Ten
     out = model.train()(**batch)
     out.loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return {"scores": scores, "loss": out.loss.detach(), "logits": out.logits.detach(), **gradients}
+    logits = {} if out.logits is None else {"logits": out.logits.detach()}
+    return {"scores": scores, "loss": out.loss.detach(), **logits, **gradients}
 
 
 def find_differences(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:

@@ -85,7 +85,7 @@ class BlockModel(nn.Module, ABC):
         return replaced if replaced is not None else self.compute_plain_loss
 
     @abstractmethod
-    def compute_plain_loss(self, logits: Tensor, labels: Tensor, **others: Any) -> Tensor:
+    def compute_plain_loss(self, logits: Tensor, labels: Tensor, *_: int, **others: Any) -> Tensor:
         """Return the loss of logits."""
 
     def enable_checkpointing(self, call: Callable[..., Tensor]) -> None:

@@ -166,9 +166,9 @@ class LanguageModel(BlockModel):
         """Return the head."""
         return self.lm_head
 
-    def compute_plain_loss(self, logits: Tensor, labels: Tensor, **others: Any) -> Tensor:
+    def compute_plain_loss(self, logits: Tensor, labels: Tensor, *_: int, **others: Any) -> Tensor:
         """Return the cross-entropy of each token given those before it."""
-        return compute_causal_loss(logits, labels, **others)
+        return compute_causal_loss(logits, labels, **{"vocab_size": self.config.vocab_size, **others})
 
     def forward(
         self,

@@ -215,7 +215,7 @@ class TextClassifier(BlockModel):
         """Return the embeddings of tokens."""
         return self.bert.embeddings.word_embeddings
 
-    def compute_plain_loss(self, logits: Tensor, labels: Tensor, **_: Any) -> Tensor:
+    def compute_plain_loss(self, logits: Tensor, labels: Tensor, *_: int, **__: Any) -> Tensor:
         """Return the mean loss over the examples."""
         return compute_class_loss(logits, labels, self.config.problem_type)
 

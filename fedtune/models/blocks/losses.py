@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -28,7 +29,7 @@ def compute_causal_loss(
     if num_items_in_batch is None:
         return F.cross_entropy(flat, following, ignore_index=ignore_index)
     total = F.cross_entropy(flat, following, ignore_index=ignore_index, reduction="sum")
-    return total / num_items_in_batch.to(total.device)
+    return total / torch.as_tensor(num_items_in_batch, device=total.device)
 
 
 def compute_class_loss(logits: Tensor, labels: Tensor, problem: str | None) -> Tensor:
