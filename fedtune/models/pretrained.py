@@ -128,7 +128,7 @@ def _load_paged(
 def _list_tensors(model: ModelSettings, location: str) -> dict[str, SourceTensor]:
     """Return the tensors of the model's files."""
     if (file := find_gguf_file(model.source)) is not None:
-        from fedtune.models.paging.gguf_source import list_described_tensors
+        from fedtune.models.paging.gguf_description import list_described_tensors
 
         return list_described_tensors(Path(location), file)
     single = cached_file(location, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)

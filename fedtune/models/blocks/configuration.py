@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-__all__ = ["ConfigurationReader", "UnknownBlocksError", "read_configuration"]
+__all__ = ["ConfigurationReader", "UnknownBlocksError", "read_class_names", "read_configuration"]
 
 Kind = TypeVar("Kind", bool, int, float, str)
 
@@ -45,6 +45,22 @@ def read_configuration(folder: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UnknownBlocksError("its config.json has no settings")
     return found
+
+
+def read_class_names(folder: Path) -> tuple[str, ...] | None:
+    """Return the names of a trained head's classes, empty if it has none; None if only transformers can tell."""
+    try:
+        settings = read_configuration(folder)
+    except UnknownBlocksError:
+        return None
+    if settings.get("model_type") not in _WITH_PLAIN_NAMES:
+        return None
+    named = {int(number): str(name) for number, name in (settings.get("id2label") or {}).items()}
+    names = tuple(named[number] for number in sorted(named))
+    return () if all(name == f"LABEL_{number}" for number, name in named.items()) else names
+
+
+_WITH_PLAIN_NAMES = ("bert", "llama", "mistral", "qwen2")
 
 
 class ConfigurationReader:

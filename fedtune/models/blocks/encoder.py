@@ -11,7 +11,7 @@ from fedtune.models.blocks.attention import AttentionSettings, attend, make_padd
 from fedtune.models.blocks.block_model import Block, BlockConfiguration, BlockModel, BlockOutput
 from fedtune.models.blocks.losses import compute_class_loss
 
-__all__ = ["Embeddings", "EncoderShape", "TextClassifier"]
+__all__ = ["EncoderShape", "TextClassifier"]
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,7 @@ class Embeddings(nn.Module):
         self.token_type_embeddings = nn.Embedding(shape.num_segments, width)
         self.LayerNorm = nn.LayerNorm(width, eps=shape.norm_eps)
         self.dropout = nn.Dropout(shape.dropout)
-        self._positions = config.max_position_embeddings
-        self.fill_buffers()
-
-    def fill_buffers(self) -> None:
-        """Number the positions, and let all tokens be of the first segment."""
-        positions = torch.arange(self._positions)[None]
+        positions = torch.arange(config.max_position_embeddings, device="cpu")[None]  # no file contains them
         self.register_buffer("position_ids", positions, persistent=False)
         self.register_buffer("token_type_ids", torch.zeros_like(positions), persistent=False)
 

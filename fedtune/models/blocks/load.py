@@ -16,9 +16,9 @@ from fedtune.models.blocks.block_model import BlockModel
 from fedtune.models.blocks.configuration import UnknownBlocksError, read_configuration
 from fedtune.models.blocks.decoder import LanguageModel
 from fedtune.models.blocks.decoder_configuration import DECODERS, read_decoder_shape
-from fedtune.models.blocks.encoder import Embeddings, TextClassifier
+from fedtune.models.blocks.encoder import TextClassifier
 from fedtune.models.blocks.encoder_configuration import ENCODERS, read_encoder_shape
-from fedtune.models.blocks.rotary import RotaryEmbedding
+from fedtune.models.blocks.shape_only import build_shapes_only
 from fedtune.models.head_problem import check_head_problem
 from fedtune.models.model_task import ModelTask
 from fedtune.models.new_head import warn_of_new_head
@@ -51,9 +51,8 @@ def load_block_model(
     Missing weights of a head are drawn from ``seed``.
     """
     settings = read_configuration(folder)
-    with torch.device("meta"):
+    with build_shapes_only():
         made = _build(model, settings, task, labels)
-    _fill_buffers(made)
     weights = _match_weights(made, tensors, has_new_head=task.has_new_head)
     dtype = getattr(torch, model.dtype)
     if model.paged:
@@ -84,13 +83,6 @@ def _find_problem(settings: Mapping[str, Any]) -> str | None:
         return str(settings["problem_type"])
     labels = settings.get("id2label")
     return "regression" if (len(labels) if labels else settings.get("num_labels", 2)) == 1 else None
-
-
-def _fill_buffers(made: BlockModel) -> None:
-    """Compute the buffers, which no file contains."""
-    for module in made.modules():
-        if isinstance(module, RotaryEmbedding | Embeddings):
-            module.fill_buffers()
 
 
 def _match_weights(made: BlockModel, tensors: Mapping[str, SourceTensor], *, has_new_head: bool) -> _Weights:

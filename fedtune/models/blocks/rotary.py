@@ -25,8 +25,8 @@ class RotarySettings:
     original_positions: int = 8192
 
     def compute_frequencies(self) -> Tensor:
-        """Return the angle [head_size / 2] by which a pair of numbers turns per position."""
-        exponents = torch.arange(0, self.head_size, 2, dtype=torch.float) / self.head_size
+        """Return the angle [head_size / 2] by which a pair of numbers turns per position, on the CPU."""
+        exponents = torch.arange(0, self.head_size, 2, dtype=torch.float, device="cpu") / self.head_size
         plain = 1.0 / (self.theta**exponents)
         if self.kind == "linear":
             return plain / self.factor
@@ -53,13 +53,8 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, settings: RotarySettings) -> None:
         super().__init__()
-        self._settings = settings
         self.rope_type = settings.kind
-        self.fill_buffers()
-
-    def fill_buffers(self) -> None:
-        """Compute the frequencies."""
-        frequencies = self._settings.compute_frequencies()
+        frequencies = settings.compute_frequencies()
         self.register_buffer("inv_freq", frequencies, persistent=False)
         self.register_buffer("original_inv_freq", frequencies.clone(), persistent=False)
 

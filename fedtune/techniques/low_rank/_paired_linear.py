@@ -32,12 +32,17 @@ class PairedLinear(nn.Module):
         self.base_layer = base
         self.in_features, self.out_features = base.in_features, base.out_features
         self.scaling: dict[str, float] = {}
-        self.lora_dropout, self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        self.lora_dropout: Any = {}  # no modules where there is no dropout: hundreds of them take megabytes
+        self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
 
     def add_pair(self, name: str, settings: PairSettings) -> None:
         """Add a pair: A drawn from the global generator, B zero, both in the type of W."""
         self.scaling[name] = settings.alpha / settings.rank
-        self.lora_dropout[name] = nn.Dropout(settings.dropout) if settings.dropout > 0 else nn.Identity()
+        if settings.dropout > 0:
+            self.lora_dropout = self.lora_dropout or nn.ModuleDict()
+            self.lora_dropout[name] = nn.Dropout(settings.dropout)
+        else:
+            self.lora_dropout[name] = _return_same
         right = nn.Linear(self.in_features, settings.rank, bias=False)
         left = nn.Linear(settings.rank, self.out_features, bias=False)
         nn.init.kaiming_uniform_(right.weight, a=math.sqrt(5))
@@ -68,6 +73,10 @@ class PairedLinear(nn.Module):
             x = x.to(right.get_parameter("weight").dtype)
             result = add_pair_product(self, name, x, result)
         return result.to(dtype)
+
+
+def _return_same(x: Tensor) -> Tensor:
+    return x
 
 
 def add_plain_pairs(model: nn.Module, targets: Sequence[str], names: Sequence[str], settings: PairSettings) -> None:
