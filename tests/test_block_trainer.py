@@ -205,7 +205,7 @@ def test_a_plain_tokenizer_has_the_tokens_of_transformers(
 
 
 @pytest.mark.deployed
-def test_an_idle_trainer_of_smollm2_takes_at_most_30_mb(tmp_path: Path, home: Path) -> None:
+def test_an_idle_trainer_of_smollm2_takes_at_most_32_mb(tmp_path: Path, home: Path) -> None:
     joined = "lora+gradient-checkpointing+fused-cross-entropy"
     recipe = make_recipe(tmp_path, "llama", joined, model={"source": "sample:smollm2", "paged": "bf16"})
     order, source = TrainRequest(recipe.model_dump_json(), 1, 0, "run", "[]"), f"csv:{tmp_path / 'texts.csv'}"
@@ -216,4 +216,4 @@ def test_an_idle_trainer_of_smollm2_takes_at_most_30_mb(tmp_path: Path, home: Pa
     (tmp_path / "payload").write_bytes(payload)
     found = run_alone(TRAIN, str(tmp_path / "order"), source, str(tmp_path / "payload"), str(tmp_path / "sent"))
     assert found["loaded"] == []
-    assert found["idle"] <= 30.5e6, f"{found['idle'] / 1e6:.1f} MB"
+    assert found["idle"] <= 32e6, f"{found['idle'] / 1e6:.1f} MB"
