@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedtune import models
-from fedtune.models.paging import load
+from fedtune.models.paging import page_layers
 from fedtune.models.paging.byte_readers import FileBytes, HeldBytes
 from fedtune.models.paging.paged_layers import list_paged_layers
 from fedtune.recipe.schema import ModelSettings
@@ -39,7 +39,7 @@ def load_family(name: str, folder: Path, paged: bool | str, **settings: Any) -> 
 def read_from_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Open stores in memory inside the block."""
     with monkeypatch.context() as patch:
-        patch.setattr(load, "FileBytes", HeldBytes)
+        patch.setattr(page_layers, "FileBytes", HeldBytes)
         yield
 
 

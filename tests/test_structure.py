@@ -32,6 +32,7 @@ MOST_PARAMETERS = 6
 
 MANY_PARAMETERS = {
     "_loss": "transformers calls a model's loss function with these",
+    "compute_causal_loss": "what transformers calls a model's loss function with",
     "fused_cross_entropy": "the operands and options of torch's cross entropy",
     "create_run": "one keyword for each column that is known when a run begins",
     "make_conv_norm": "the arguments of torch's convolution",

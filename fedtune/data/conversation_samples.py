@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fedtune.data.column import Values, objects
 from fedtune.data.table import Table
 from fedtune.errors import SourceError
@@ -65,6 +63,8 @@ def _add_other_replies(topic: Sequence[Mapping[str, Any]]) -> Iterator[dict[str,
 
 
 def _read_topic(file: Path) -> list[dict[str, Any]]:
+    import yaml  # imported here: only this sample needs it
+
     try:
         found = yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]
     except (OSError, yaml.YAMLError, KeyError) as error:

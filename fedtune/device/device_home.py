@@ -10,20 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    load_pem_private_key,
-)
+from typing import TYPE_CHECKING, Any
 
 from fedtune import paths
 from fedtune.device.memory_key import get_key_path
 from fedtune.errors import DeviceError, StoreError
 from fedtune.files import replace_file_atomically, write_bytes_atomically
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric import ec  # a trainer, which needs folders alone, does not import it
 
 __all__ = ["DeviceHome", "DeviceIdentity"]
 
@@ -64,16 +59,22 @@ class DeviceHome:
         """Save the device's identity."""
         write_bytes_atomically(self.folder / "identity.json", json.dumps(asdict(identity), indent=2).encode())
 
-    def create_key(self) -> ec.EllipticCurvePrivateKey:
+    def create_key(self) -> "ec.EllipticCurvePrivateKey":
         """Create the private key, which only its owner can read, and return it. It never leaves this folder."""
+        from cryptography.hazmat.primitives.asymmetric import ec
+        from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
         key = ec.generate_private_key(ec.SECP384R1())
         self.folder.mkdir(parents=True, exist_ok=True)
         with replace_file_atomically(self._key) as beside:  # creates it with mode 0600
             beside.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
         return key
 
-    def read_key(self) -> ec.EllipticCurvePrivateKey:
+    def read_key(self) -> "ec.EllipticCurvePrivateKey":
         """Return the private key; raise DeviceError if it is missing, damaged or readable by other users."""
+        from cryptography.hazmat.primitives.asymmetric import ec
+        from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
         try:
             if self._key.stat().st_mode & 0o077:
                 raise DeviceError(f"{self._key} can be read by other users; chmod 600 it")

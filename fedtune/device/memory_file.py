@@ -11,8 +11,6 @@ import os
 from collections.abc import Mapping
 
 import safetensors.torch
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -40,6 +38,8 @@ def encode_memory(tensors: Mapping[str, Tensor], mark: str, key: bytes | None) -
     plain = safetensors.torch.save(whole, {"fedtune": f"{mark} {hash_tensors(whole)}"})
     if key is None:
         return plain
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM  # only trainers with an encrypted memory need it
+
     nonce = os.urandom(_NONCE)
     return _ENCRYPTED + nonce + AESGCM(key).encrypt(nonce, plain, mark.encode())
 
@@ -64,6 +64,9 @@ def decode_memory(content: bytes, mark: str, key: bytes | None) -> dict[str, Ten
 def _decrypt(content: bytes, mark: str, key: bytes) -> bytes:
     if not content.startswith(_ENCRYPTED):
         raise StoreError("is not encrypted, but the recipe asks for that")
+    from cryptography.exceptions import InvalidTag
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
     sealed = content[len(_ENCRYPTED) :]
     try:
         return AESGCM(key).decrypt(sealed[:_NONCE], sealed[_NONCE:], mark.encode())

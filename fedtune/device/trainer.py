@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedtune.device.device_home import DeviceHome
 from fedtune.device.held_base import leave_others
+from fedtune.device.idle_memory import release_idle_memory
 from fedtune.device.limited_round import keep_within_budget
 from fedtune.device.local_data import LocalData, summarise_local_data
 from fedtune.device.local_round import read_payload, run_local_round
@@ -25,6 +26,7 @@ from fedtune.device.problems import problem_of
 from fedtune.device.trainer_channel import STATE, Frame, TrainerChannel
 from fedtune.errors import ClientUpdateError, FedtuneError, MemoryBudgetError, NoTaskError, StoreError
 from fedtune.memory.allocator import fix_mmap_threshold
+from fedtune.models.blocks.preference import prefer_plain_blocks
 from fedtune.plan.device_plans import describe_device_plan, limit_micro_batch
 from fedtune.training import RunContext
 from fedtune.wire.client_update import TrainRequest
@@ -35,6 +37,7 @@ __all__ = ["main"]
 def main(descriptor: int, source: str, budget: int, halvings: int) -> None:
     """Reply to requests until the other end of the socket is closed."""
     fix_mmap_threshold()
+    prefer_plain_blocks()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     channel, trainer = TrainerChannel(socket.socket(fileno=descriptor)), Trainer(source, budget, halvings)
     while True:
@@ -70,6 +73,7 @@ class Trainer:
 
     def _train(self, request: TrainRequest, payload: bytes | Path, fits: Callable[[], None]) -> Frame:
         context, rows = self._supply.get_context(request)
+        release_idle_memory(context)
         state = _state(payload, context, request.client)  # before memory is estimated
         if self._looked is not context:
             fitting = choose_micro_batch_size(context, rows, request.round, self._budget, self._halvings)
@@ -84,6 +88,7 @@ class Trainer:
         self._micro = report.micro_batch_size or self._micro  # it may have been halved
         plan = describe_device_plan(context.recipe, request.client, self._budget)
         told = {"report": report.to_fields(), "holding": summarise_local_data(context, rows), "plan": plan}
+        release_idle_memory(context)
         return Frame({"kind": "trained", **told}, deltas)
 
 

@@ -123,7 +123,7 @@ class StorageMeter(TorchDispatchMode):
             counted = made and key not in self._not_ours
             in_backward = torch._C._current_graph_task_id() != -1
             self._live[key] = _Storage(next(self._numbers), 0, counted, in_backward)
-            weakref.finalize(storage, self._drop, key).atexit = False
+            weakref.finalize(storage, _drop, weakref.ref(self), key).atexit = False  # it may outlive the meter
         self._measure(storage)
         return self._live[key]
 
@@ -198,3 +198,9 @@ def _watch_resizes(meet: Callable[[UntypedStorage, bool], object]) -> Iterator[N
         yield
     finally:
         UntypedStorage.resize_ = plain  # type: ignore[method-assign]
+
+
+def _drop(meter: "weakref.ref[StorageMeter]", key: int) -> None:
+    """Tell a meter that is still there that a storage was freed."""
+    if (found := meter()) is not None:
+        found._drop(key)

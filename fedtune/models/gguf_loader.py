@@ -4,15 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedtune.errors import SourceError
 from fedtune.files import hash_file
-from fedtune.models.transformers_logging import silence_transformers
+from fedtune.models.blocks.preference import avoids_transformers
+from fedtune.models.transformers_child import run_in_child
 from fedtune.paths import get_cache_folder
 from fedtune.sample_packages import make_folder_once
 
-__all__ = ["dequantise_gguf"]
+__all__ = ["dequantise_gguf", "write_dequantised"]
 
 
 def dequantise_gguf(file: Path) -> Path:
@@ -26,6 +26,16 @@ def dequantise_gguf(file: Path) -> Path:
 
 
 def _dequantise(file: Path, into: Path) -> None:
+    if not (avoids_transformers() and run_in_child("dequantise-gguf", str(file), into)):
+        write_dequantised(file, into)
+
+
+def write_dequantised(file: Path, into: Path) -> None:
+    """Write the weights and the tokenizer into a folder; SourceError for a file that is not read."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # imported here: what is in the cache is read without
+
+    from fedtune.models.transformers_logging import silence_transformers
+
     try:
         with silence_transformers():
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)

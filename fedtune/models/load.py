@@ -12,6 +12,9 @@ from torch import nn
 
 from fedtune.errors import ModelError
 from fedtune.models import image_model_files
+from fedtune.models.blocks.choice import find_block_model
+from fedtune.models.blocks.configuration import read_class_names
+from fedtune.models.blocks.preference import avoids_transformers, prefers_plain_blocks
 from fedtune.models.classifier import ImageClassifier
 from fedtune.models.model_task import ModelTask
 from fedtune.models.position_interpolation import refuse_interpolation
@@ -31,13 +34,19 @@ __all__ = [
 
 
 def load_model(
-    model: ModelSettings, task: ModelTask, labels: Sequence[str], *, seed: int, quantisation: object | None = None
+    model: ModelSettings,
+    task: ModelTask,
+    labels: Sequence[str],
+    *,
+    seed: int,
+    quantisation: object | None = None,
+    blocks_problem: str | None = None,
 ) -> nn.Module:
     """Load the model on the CPU in ``model.dtype``.
 
     A new head is drawn from ``seed`` alone, so two loads are equal bit for bit. ``quantisation`` is a transformers
-    quantisation config. Raises SourceError when the source cannot be read, ModelError when the model does not fit the
-    task.
+    quantisation config. A process that prefers plain blocks gets a model of them; ``blocks_problem`` says why it
+    cannot be one. Raises SourceError when the source cannot be read, ModelError when the model does not fit the task.
     """
     location = locate_model(model)
     if image_model_files.is_fedtune_image_model(location):
@@ -46,6 +55,10 @@ def load_model(
         if quantisation is not None:
             image_model_files.refuse_four_bits(model, Path(location))
         return image_model_files.load_image_model(model, Path(location), task, labels, seed=seed)
+    if prefers_plain_blocks():
+        found = find_block_model(model, location, task, labels, seed=seed, problem=blocks_problem)
+        if found is not None:
+            return found
     from fedtune.models import pretrained
 
     return pretrained.load_pretrained_model(model, location, task, labels, seed=seed, quantisation=quantisation)
@@ -61,16 +74,27 @@ def class_names(model: ModelSettings) -> tuple[str, ...]:
     location = locate_model(model)
     if image_model_files.is_fedtune_image_model(location):
         return ()
+    if prefers_plain_blocks() and (names := read_class_names(Path(location))) is not None:
+        return names
     from fedtune.models import pretrained
 
     return pretrained.class_names(model, location)
 
 
 def load_tokenizer(model: ModelSettings) -> Any:
-    """Load the model's tokenizer, a transformers ``PreTrainedTokenizerBase`` with a padding token."""
+    """Load the model's tokenizer, a transformers ``PreTrainedTokenizerBase`` with a padding token.
+
+    A process that prefers plain blocks, and has not imported transformers, gets a ``PlainTokenizer``.
+    """
+    location = locate_model(model)
+    if avoids_transformers() and Path(location).is_dir():
+        from fedtune.models.plain_tokenizer import find_plain_tokenizer
+
+        if (found := find_plain_tokenizer(Path(location))) is not None:
+            return found
     from fedtune.models import pretrained
 
-    return pretrained.load_pretrained_tokenizer(model, locate_model(model))
+    return pretrained.load_pretrained_tokenizer(model, location)
 
 
 def load_feature_extractor(model: ModelSettings) -> Any:

@@ -116,7 +116,8 @@ def _loaded(
 def _load_paged(
     model: ModelSettings, location: str, task: ModelTask, config: PretrainedConfig
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    from fedtune.models.paging.load import PagedSource, load_paged_model
+    from fedtune.models.paging.load import load_paged_model
+    from fedtune.models.paging.page_layers import PagedSource
 
     tensors = _list_tensors(model, location)
     auto, dtype = _auto_class(task), getattr(torch, model.dtype)
@@ -127,7 +128,7 @@ def _load_paged(
 def _list_tensors(model: ModelSettings, location: str) -> dict[str, SourceTensor]:
     """Return the tensors of the model's files."""
     if (file := find_gguf_file(model.source)) is not None:
-        from fedtune.models.paging.gguf_source import list_described_tensors
+        from fedtune.models.paging.gguf_description import list_described_tensors
 
         return list_described_tensors(Path(location), file)
     single = cached_file(location, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from fedtune.errors import FedtuneError, SourceError
 from fedtune.models import sample_models
+from fedtune.models.gguf_loader import dequantise_gguf
 from fedtune.models.made_text_models import make_masked_minilm_folder, make_untrained_t5_folder
+from fedtune.models.paging.gguf_description import describe_gguf
 from fedtune.models.sample_audio_model import make_spectrogram_transformer_folder
 from fedtune.paths import get_cache_folder
 from fedtune.recipe.plug_ins import PlugIn, find_plug_in, find_plug_ins
@@ -40,8 +42,6 @@ def locate_model(model: ModelSettings) -> str:
     file = find_gguf_file(model.source) if model.paged else None
     if file is None:
         return resolve_model_source(model.source)
-    from fedtune.models.paging.gguf_source import describe_gguf  # imported here: only GGUF files need transformers
-
     return str(describe_gguf(file))
 
 
@@ -122,8 +122,6 @@ def _find_file(name: str, key: str) -> Path:
 
 
 def _from_gguf(file: Path) -> Path:
-    from fedtune.models.gguf_loader import dequantise_gguf  # imported here: only GGUF files need transformers
-
     return dequantise_gguf(file)
 
 

@@ -16,8 +16,6 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from cryptography.hazmat.primitives.ciphers import Cipher
-from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -38,6 +36,9 @@ class NormalStream:
 
     def draw_normals(self, start: int, count: int) -> NDArray[np.float64]:
         """Return numbers ``start`` to ``start + count`` of the stream. Each uses one of the cipher's 2^32 blocks."""
+        from cryptography.hazmat.primitives.ciphers import Cipher  # only runs with noise need it
+        from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
+
         stream = Cipher(ChaCha20(self._key, start.to_bytes(4, "little") + bytes(12)), mode=None).encryptor()
         words = np.frombuffer(stream.update(bytes(count * _BLOCK)), dtype="<u8")
         uniform = ((words >> np.uint64(11)) + 0.5) * 2.0**-53  # the midpoints of 2^53 equal intervals of (0, 1)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
-from transformers.loss.loss_utils import ForCausalLMLoss
+
+from fedtune.models.blocks.losses import compute_causal_loss
 
 __all__ = [
     "FilteredLoss",
@@ -42,7 +42,7 @@ class FilteredLoss:
 
     choose_dropped: Callable[[Tensor], Tensor]
     least_share: float
-    base: Callable[..., Tensor] = ForCausalLMLoss
+    base: Callable[..., Tensor] = compute_causal_loss
     find_projection: ProjectionFinder = _are_logits
     is_active: bool = False
     labels: Tensor | None = None
@@ -85,7 +85,7 @@ def compute_error_norms(rows: Tensor, labels: Tensor, counted: Tensor, projectio
     return torch.cat(found)
 
 
-def filter_loss(model: PreTrainedModel, choose_dropped: Callable[[Tensor], Tensor], least_share: float) -> FilteredLoss:
+def filter_loss(model: Any, choose_dropped: Callable[[Tensor], Tensor], least_share: float) -> FilteredLoss:
     """Put a rule before the model's loss, whoever computes it."""
     find_projection = getattr(model.get_output_embeddings(), "find_projection", _are_logits)
     loss = FilteredLoss(choose_dropped, least_share, model.loss_function, find_projection)

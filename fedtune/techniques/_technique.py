@@ -56,6 +56,9 @@ class Technique(NamedUnit):
     paged_base_problem: ClassVar[str | None] = "was not made for a base whose weights are in a file"
     """Why it cannot be combined with ``model.paged``; None if it neither trains nor reads the matrices of the base."""
 
+    fits_plain_blocks: ClassVar[bool] = False
+    """Whether it works on the models of ``fedtune.models.blocks``, which are not transformers' classes."""
+
     def find_conflict(self, other: "Technique") -> str | None:
         """Why both cannot be combined with their settings, as the end of a sentence; None if they can."""
         return self.conflicts_with.get(other.name)

@@ -30,6 +30,7 @@ class Bias(Technique):
     """Train bias terms and a classifier's head."""
 
     name: ClassVar[str] = "bias"
+    fits_plain_blocks: ClassVar[bool] = True
     paged_base_problem: ClassVar[str | None] = None
     allows_kv_cache: ClassVar[bool] = True
     conflicts_with: ClassVar[Mapping[str, str]] = {

@@ -30,7 +30,6 @@ from typing import Any, ClassVar, Self
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from fedtune.accelerator import find_device, fork_random_state
 from fedtune.errors import ModelError
@@ -47,6 +46,7 @@ class ErrorNormTruncation(Technique):
     """Drop tokens whose prediction is confidently something else."""
 
     name: ClassVar[str] = "error-norm-truncation"
+    fits_plain_blocks: ClassVar[bool] = True
     paged_base_problem: ClassVar[str | None] = None
     has_exact_gradients: ClassVar[bool] = False
     selects_trainable_tensors: ClassVar[bool] = False
@@ -64,7 +64,7 @@ class ErrorNormTruncation(Technique):
 
     def rewrite_model(self, model: nn.Module, task: Task, seed: int) -> None:
         """Put the rule before the model's loss; ModelError for a model that computes its loss otherwise."""
-        if not isinstance(model, PreTrainedModel) or task.auto_class != "AutoModelForCausalLM":
+        if not hasattr(model, "get_output_embeddings") or task.auto_class != "AutoModelForCausalLM":
             raise ModelError(f"{type(model).__name__} is no causal language model; remove error-norm-truncation")
         if type(task).compute_loss is not Task.compute_loss:
             raise ModelError(f"{task.name} has a loss of its own, not one for each token; remove error-norm-truncation")

@@ -29,6 +29,7 @@ from fedtune.training.model_checks import check_model_privacy
 from fedtune.training.model_state import get_model_state, named_tensors
 from fedtune.training.packing_checks import check_packing
 from fedtune.training.paging_checks import check_paging
+from fedtune.training.plain_blocks import find_blocks_problem
 from fedtune.training.readable import require_readable
 
 __all__ = ["RunContext", "clear_run_context", "get_run_context", "prepare_model", "set_run_context"]
@@ -56,6 +57,7 @@ def prepare_model(
         labels,
         seed=derive_seed(recipe.seed, "head"),
         quantisation=quantised[0] if quantised else None,
+        blocks_problem=find_blocks_problem(recipe, chosen),
     )
     for method in continual.list_methods(recipe):
         method.rewrite_model(model, task, recipe)
@@ -169,6 +171,10 @@ class RunContext:
     def reader(self) -> Any:
         """The tokenizer or preprocessor that turns examples into inputs."""
         return tasks.load_reader(self.recipe)
+
+    def drop_reader(self) -> None:
+        """Free the reader. It is loaded again when it is needed."""
+        self.__dict__.pop("reader", None)
 
     @property
     def evaluated_model(self) -> EvaluatedModel:

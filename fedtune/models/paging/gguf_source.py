@@ -22,16 +22,13 @@ from transformers.modeling_gguf_pytorch_utils import (
 from transformers.models.auto.auto_factory import _get_model_class
 
 from fedtune.errors import SourceError
-from fedtune.files import hash_file
+from fedtune.models.paging.gguf_description import MATRICES, SMALL
 from fedtune.models.paging.row_formats import find_gguf_format
-from fedtune.models.paging.source_tensors import SourceTensor, list_safetensors, reverse_rope_pairs
+from fedtune.models.paging.source_tensors import SourceTensor, reverse_rope_pairs
 from fedtune.models.transformers_logging import silence_transformers
-from fedtune.paths import get_cache_folder
-from fedtune.sample_packages import make_folder_once
 
-__all__ = ["describe_gguf", "list_described_tensors"]
+__all__ = ["write_description"]
 
-_MATRICES, _SMALL = "matrices.json", "small.safetensors"
 _UNREADABLE = (
     AttributeError,
     IndexError,
@@ -48,25 +45,8 @@ _ALIKE = (TensorProcessor, LlamaTensorProcessor)
 """How transformers changes the tensors of an architecture: not at all, or by the order of rows."""
 
 
-def describe_gguf(file: Path) -> Path:
-    """Return the folder with the configuration, the tokenizer, the small tensors and the places of the matrices."""
-    with file.open("rb") as opened:
-        if opened.read(4) != b"GGUF":
-            raise SourceError(f"{file} is not a GGUF file; check model.source")
-    folder = get_cache_folder() / "gguf" / f"{hash_file(file)}-blocks"
-    make_folder_once(folder, lambda beside: _describe(file, beside), f"the description of {file.name}")
-    return folder
-
-
-def list_described_tensors(folder: Path, file: Path) -> dict[str, SourceTensor]:
-    """Return the tensors of a described GGUF file, by transformers' names."""
-    found = list_safetensors([folder / _SMALL])
-    for name, (offset, shape, form, heads) in json.loads((folder / _MATRICES).read_bytes()).items():
-        found[name] = SourceTensor(file, offset, tuple(shape), form, heads)
-    return found
-
-
-def _describe(file: Path, into: Path) -> None:
+def write_description(file: Path, into: Path) -> None:
+    """Write the description of a file into a folder; SourceError for a file that is not read."""
     try:
         with silence_transformers():
             config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
@@ -77,8 +57,8 @@ def _describe(file: Path, into: Path) -> None:
             GenerationConfig.from_model_config(config).save_pretrained(into)
     except _UNREADABLE as error:
         raise SourceError(f"{file} cannot be read as a language model: {error}; use a safetensors release") from error
-    (into / _MATRICES).write_text(json.dumps(matrices), encoding="utf-8")
-    save_file(small, into / _SMALL)
+    (into / MATRICES).write_text(json.dumps(matrices), encoding="utf-8")
+    save_file(small, into / SMALL)
 
 
 def _read_tensors(file: Path, config: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -5,42 +5,23 @@ and every check are those of a model in memory. Matrices of plain linear layers 
 other tensors, such as norms and biases, are read.
 """
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import WeightConverter
 from transformers.models.auto.auto_factory import _get_model_class
 
-from fedtune.errors import FedtuneWarning, ModelError
-from fedtune.models.paging.byte_readers import FileBytes
-from fedtune.models.paging.paged_layers import PagedEmbedding, PagedLinear, make_placeholder, refuse_saving_placeholders
-from fedtune.models.paging.paged_matrix import PagedMatrix
-from fedtune.models.paging.row_formats import QUANTISED
+from fedtune.errors import ModelError
+from fedtune.models.paging.page_layers import PagedSource, is_plain_layer, page_layers, warn_of_memory
+from fedtune.models.paging.paged_layers import PagedEmbedding, PagedLinear, make_placeholder
 from fedtune.models.paging.source_tensors import SourceTensor
-from fedtune.models.paging.store import make_store, open_store
 from fedtune.models.read_past import read_past
 
-__all__ = ["PagedSource", "load_paged_model"]
-
-_MUCH = 0.05
-"""The share of the weights from which on a warning says that they are in memory."""
-
-
-class PagedSource(NamedTuple):
-    """A source as the recipe names it, its folder, the tensors of its files, and the row format that is asked for.
-
-    ``form`` is True for the format of the source.
-    """
-
-    name: str
-    location: str
-    tensors: Mapping[str, SourceTensor]
-    form: str | bool
+__all__ = ["load_paged_model"]
 
 
 def load_paged_model(
@@ -56,7 +37,7 @@ def load_paged_model(
     In int8 and nf4, embeddings and the output layer stay as they are in the source. A classifier's head is trained, so
     it is in memory.
     """
-    named, location, tensors, form = source
+    named, location, tensors, _ = source
     stand_ins = _StandIns(tensors)
     model, info = _get_model_class(config, auto_class._model_mapping).from_pretrained(
         None,
@@ -73,15 +54,8 @@ def load_paged_model(
     model.config.name_or_path = model.name_or_path = location
     _load_generation_config(model, location)
     layers = _list_pageable(model, stand_ins, f"{model.base_model_prefix}." if has_new_head else "")
-    forms = _choose_forms(model, layers, tensors, form)
-    matrices = open_store(make_store(tensors, forms), dtype, FileBytes) if forms else {}
-    for name, key in layers.items():
-        model.set_submodule(name, _make_paged(model.get_submodule(name), matrices[key]))
-    if layers:
-        refuse_saving_placeholders(model)
-    _warn_of_memory(
-        named, _read_rest(model, stand_ins), sum(tensors[name].rows * tensors[name].width for name in forms)
-    )
+    page_layers(model, layers, source, dtype)
+    warn_of_memory(source, layers.values(), _read_rest(model, stand_ins))
     return model, info
 
 
@@ -136,7 +110,7 @@ def _list_pageable(model: PreTrainedModel, stand_ins: _StandIns, prefix: str) ->
             if (
                 key is not None
                 and last == "weight"
-                and _is_plain(layer)
+                and is_plain_layer(layer)
                 and name not in direct
                 and name.startswith(prefix)
             ):
@@ -144,36 +118,6 @@ def _list_pageable(model: PreTrainedModel, stand_ins: _StandIns, prefix: str) ->
             elif key is not None:
                 others.add(key)
     return {name: key for name, key in found.items() if key not in others}
-
-
-def _is_plain(layer: nn.Module) -> bool:
-    return type(layer) is nn.Linear or (type(layer) is nn.Embedding and layer.max_norm is None)
-
-
-def _choose_forms(
-    model: PreTrainedModel, layers: Mapping[str, str], tensors: Mapping[str, SourceTensor], form: str | bool
-) -> dict[str, str]:
-    """The row format of each tensor in the order of the layers, in which they are read."""
-    output = model.get_output_embeddings()
-    whole = {
-        key
-        for name, key in layers.items()
-        if form is True or (form in QUANTISED and _is_end(model.get_submodule(name), output))
-    }
-    return {key: tensors[key].form if key in whole else str(form) for key in layers.values()}
-
-
-def _is_end(layer: nn.Module, output: nn.Module | None) -> bool:
-    return isinstance(layer, nn.Embedding) or layer is output
-
-
-def _make_paged(plain: nn.Module, matrix: PagedMatrix) -> nn.Module:
-    if isinstance(plain, nn.Embedding):
-        made: nn.Module = PagedEmbedding(matrix, plain.padding_idx)
-    else:
-        assert isinstance(plain, nn.Linear)
-        made = PagedLinear(matrix, plain.bias)
-    return made.train(plain.training)
 
 
 def _read_rest(model: PreTrainedModel, stand_ins: _StandIns) -> dict[str, int]:
@@ -189,19 +133,6 @@ def _read_rest(model: PreTrainedModel, stand_ins: _StandIns) -> dict[str, int]:
         parameter.data = read[key]
         sizes[name] = parameter.numel()
     return sizes
-
-
-def _warn_of_memory(source: str, sizes: Mapping[str, int], paged: int) -> None:
-    """Warn if much of the model is in memory after all."""
-    held = sum(sizes.values())
-    if held > _MUCH * (held + paged):
-        largest = max(sizes, key=lambda name: sizes[name])
-        warnings.warn(
-            f"{source}: model.paged leaves {held / (held + paged):.0%} of the matrices in memory, such as {largest}, "
-            "because their layers are no plain linear layers or embeddings",
-            FedtuneWarning,
-            stacklevel=2,
-        )
 
 
 def _load_generation_config(model: PreTrainedModel, location: str) -> None:

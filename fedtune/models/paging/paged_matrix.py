@@ -11,7 +11,7 @@ from torch import Tensor
 from fedtune.models.paging.byte_readers import ByteReader
 from fedtune.models.paging.row_formats import ROW_FORMATS, decode_rows
 
-__all__ = ["LARGEST_PIECE", "PagedMatrix"]
+__all__ = ["LARGEST_PIECE", "PagedMatrix", "release_buffers"]
 
 LARGEST_PIECE = 48 << 20
 """Bytes of numbers that exist at a time. Smaller matrices are read whole, so that a product is one call."""
@@ -100,6 +100,11 @@ def _list_runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
 
 
 _buffers = threading.local()
+
+
+def release_buffers() -> None:
+    """Let go of the thread's buffers. The next read makes them again."""
+    _buffers.__dict__.clear()
 
 
 def _get_buffer(purpose: str, count: int, dtype: torch.dtype) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from fedtune.errors import ModelError
+from fedtune.models.blocks.block_model import BlockModel
 from fedtune.models.classifier import ImageClassifier
 from fedtune.models.recomputation import recompute_in_backward
 from fedtune.tasks import Task
@@ -27,13 +28,14 @@ class GradientCheckpointing(Technique):
     """Recompute blocks in the backward pass."""
 
     name: ClassVar[str] = "gradient-checkpointing"
+    fits_plain_blocks: ClassVar[bool] = True
     paged_base_problem: ClassVar[str | None] = None
     selects_trainable_tensors: ClassVar[bool] = False
     allows_kv_cache: ClassVar[bool] = True
 
     def rewrite_model(self, model: nn.Module, task: Task, seed: int) -> None:
         """Enable the model's own non-reentrant checkpointing."""
-        if isinstance(model, ImageClassifier) and model.supports_gradient_checkpointing:
+        if isinstance(model, ImageClassifier | BlockModel) and model.supports_gradient_checkpointing:
             model.enable_checkpointing(recompute_in_backward)
             return
         if not getattr(model, "supports_gradient_checkpointing", False):

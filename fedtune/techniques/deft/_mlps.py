@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers.activations import ACT2CLS
-from transformers.pytorch_utils import Conv1D
 
 from fedtune.errors import ModelError
+from fedtune.loaded_classes import is_loaded_instance
+from fedtune.models.blocks.activations import ACTIVATIONS
+from fedtune.models.blocks.block_model import BlockModel
+from fedtune.techniques.low_rank._paired_linear import is_pair_layer
 
 __all__ = ["MlpLayers", "find_mlps"]
 
@@ -47,14 +48,16 @@ def _stacks(model: nn.Module) -> Iterator[str]:
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     for name in lists:
         nested = any(name.startswith(f"{other}.") for other in lists)
-        if not nested and any(isinstance(module, _activations()) for module in model.get_submodule(name).modules()):
+        modules = model.get_submodule(name).modules()
+        if not nested and any(isinstance(module, _activations(model)) for module in modules):
             yield name
 
 
 def _in_stack(model: nn.Module, stack: str) -> Iterator[MlpLayers]:
     for index, block in model.get_submodule(stack).named_children():
         name = f"{stack}.{index}"
-        active = [f"{name}.{inner}" for inner, module in block.named_modules() if isinstance(module, _activations())]
+        kinds = _activations(model)
+        active = [f"{name}.{inner}" for inner, module in block.named_modules() if isinstance(module, kinds)]
         mlps = [mlp for activation in active if (mlp := _find_mlp_around(model, stack, name, activation)) is not None]
         if not mlps:
             raise ModelError(
@@ -93,17 +96,30 @@ def _match_projections(layers: Iterator[tuple[str, tuple[int, int]]]) -> tuple[l
 def _list_linear_layers(model: nn.Module, scope: str) -> Iterator[tuple[str, tuple[int, int]]]:
     """Name and (in, out) of the linear layers below ``scope``, those with an adapter counted once."""
     whole = ""
+    module: Any
     for inner, module in model.get_submodule(scope).named_modules(prefix=scope):
         if whole and inner.startswith(f"{whole}."):
             continue
-        if isinstance(module, nn.Linear | LoraLayer):
+        if isinstance(module, nn.Linear) or is_pair_layer(module):
             whole = inner
             yield inner, (int(module.in_features), int(module.out_features))
-        elif isinstance(module, Conv1D):
+        elif is_loaded_instance(module, "transformers.pytorch_utils", "Conv1D"):
             yield inner, (int(module.weight.shape[0]), int(module.weight.shape[1]))
 
 
+def _activations(model: nn.Module) -> tuple[type[nn.Module], ...]:
+    """The classes of activation functions in a model."""
+    return _list_plain_activations() if isinstance(model, BlockModel) else _list_transformers_activations()
+
+
 @cache
-def _activations() -> tuple[type[nn.Module], ...]:
+def _list_plain_activations() -> tuple[type[nn.Module], ...]:
+    return tuple({type(make()) for make in ACTIVATIONS.values()})
+
+
+@cache
+def _list_transformers_activations() -> tuple[type[nn.Module], ...]:
+    from transformers.activations import ACT2CLS  # loaded, or about to be
+
     classes: list[Any] = [made[0] if isinstance(made, tuple) else made for made in ACT2CLS.values()]
     return tuple(classes)

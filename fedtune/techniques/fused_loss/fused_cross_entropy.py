@@ -20,6 +20,7 @@ has loss 0, not nan.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -28,12 +29,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
-from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.utils.generic import ModelOutput
 
 from fedtune.accelerator import find_device, fork_random_state
 from fedtune.errors import ModelError
+from fedtune.models.blocks.losses import compute_causal_loss
 from fedtune.models.paging.paged_layers import PagedLinear
 from fedtune.models.paging.streamed_loss import HeadRows, streamed_cross_entropy
 from fedtune.tasks import Task
@@ -48,6 +47,7 @@ class FusedCrossEntropy(Technique):
     """Compute output layer and cross-entropy together, one chunk of tokens at a time."""
 
     name: ClassVar[str] = "fused-cross-entropy"
+    fits_plain_blocks: ClassVar[bool] = True
     paged_base_problem: ClassVar[str | None] = None
     selects_trainable_tensors: ClassVar[bool] = False
     allows_kv_cache: ClassVar[bool] = True
@@ -173,7 +173,8 @@ def _make_deferred_head(plain: nn.Linear, chunk: int) -> DeferredHead:
 
 def _plain_head(model: nn.Module) -> tuple[str, nn.Linear]:
     """Name and layer of a causal language model's output embeddings."""
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    able: Any = model
+    head = able.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None:
         raise ModelError(
             f"{type(model).__name__} has no head over a vocabulary; remove the technique fused-cross-entropy"
@@ -199,20 +200,20 @@ def _try_step(model: nn.Module) -> None:
         model.train(mode)
 
 
-def _begin_forward(model: PreTrainedModel, _: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def _begin_forward(model: Any, _: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Before the model's forward pass: is this a training step whose loss is asked for?"""
     head = model.get_output_embeddings()
     head.is_deferred = model.training and kwargs.get("labels") is not None
 
 
-def _end_forward(model: PreTrainedModel, _: tuple[Any, ...], output: Any) -> Any:
+def _end_forward(model: Any, _: tuple[Any, ...], output: Any) -> Any:
     """After it: hidden states are not handed out under the name of logits."""
     head = model.get_output_embeddings()
     late, passed = head.is_deferred, head.hidden_states
     head.is_deferred, head.hidden_states = False, None
     if output is not None and passed is not None:
         raise _misfit(model)
-    return type(output)(**{**output, "logits": None}) if late and isinstance(output, ModelOutput) else None
+    return replace(output, logits=None) if late and is_dataclass(output) else None  # type: ignore[type-var]
 
 
 def _loss(
@@ -228,7 +229,7 @@ def _loss(
 ) -> Tensor:
     """What transformers calls for the loss of a causal language model; late, it is given the hidden states."""
     if logits is not head.hidden_states:
-        return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **others)
+        return compute_causal_loss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **others)
     following = F.pad(labels, (0, 1), value=ignore_index)[..., 1:] if shift_labels is None else shift_labels
     return head.compute_loss(following.flatten(), ignore_index, num_items_in_batch)
 

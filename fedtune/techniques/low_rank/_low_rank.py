@@ -6,29 +6,27 @@ products: sum_i w_i (B_i A) = (sum_i w_i B_i) A. If both are trained, use a step
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Linear4bit
-from peft import LoraConfig, PeftConfig
-from peft.tuners.lora import LoraLayer
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from transformers.pytorch_utils import Conv1D
 
 from fedtune.errors import FedtuneWarning, ModelError
+from fedtune.loaded_classes import find_loaded_class, is_loaded_instance
+from fedtune.models.blocks.block_model import BlockModel
 from fedtune.models.paging.paged_layers import PagedLinear
 from fedtune.models.read_past import read_past
 from fedtune.tasks import Task
 from fedtune.techniques._technique import Technique, list_head_parameters, unfreeze_parameters
-from fedtune.techniques.low_rank._pair_injection import add_pairs
-from fedtune.techniques.low_rank._pair_sum import sum_in_fewer_passes
+from fedtune.techniques.low_rank._paired_linear import PairSettings, add_plain_pairs, is_pair_layer
 from fedtune.techniques.low_rank._untargeted_matrices import describe_untargeted_matrices, needs_conv_shapes
 from fedtune.wire.client_update import LowRankPair, UpdateKind
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftConfig
 
 __all__ = ["LowRankTechnique", "dequantise_linear", "find_target_modules", "list_factors", "list_lora_layers"]
 
@@ -51,24 +49,23 @@ class LowRankTechnique(Technique):
         """Attach A (random, from ``seed``) and B (zero) to the linear layers; train them and a classifier's head."""
         head = _head(model, task)
         targets = find_target_modules(model, head, self.target_modules)
-        config = LoraConfig(
-            r=self.rank,
-            lora_alpha=self.alpha,
-            lora_dropout=self.dropout,
-            target_modules=targets,
-            fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),
-        )
         if self.target_modules == "all-linear" and (left := describe_untargeted_matrices(model, targets, head)):
             warnings.warn(f"{self.name} {left}", FedtuneWarning, stacklevel=2)
         _keep_four_bit_layout(model)
-        with _keep_gradients_on(model), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            add_pairs(model, config, self.list_pair_names())
-        for _, layer in list_lora_layers(model):
-            _copy_conv_shape(layer)
-            sum_in_fewer_passes(layer)
+        self._add_pairs(model, targets, seed)
         unfreeze_parameters(model, [*list_factors(model, "A"), *list_factors(model, "B"), *head])
         self._freeze(model, "A", self.trained_factors == "b-only")
+
+    def _add_pairs(self, model: nn.Module, targets: list[str], seed: int) -> None:
+        settings = PairSettings(self.rank, self.alpha, self.dropout)
+        if isinstance(model, BlockModel):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                add_plain_pairs(model, targets, self.list_pair_names(), settings)
+            return
+        from fedtune.techniques.low_rank._pair_injection import inject_pairs  # it needs PEFT
+
+        inject_pairs(model, targets, self.list_pair_names(), settings, seed)
 
     def list_pair_names(self) -> list[str]:
         """Names of the pairs that each layer gets."""
@@ -103,7 +100,7 @@ class LowRankTechnique(Technique):
         """Base weights change if they are shared."""
         return self.trained_factors != "both-and-base"
 
-    def make_peft_config(self, model: nn.Module, task: Task) -> PeftConfig | None:
+    def make_peft_config(self, model: nn.Module, task: Task) -> "PeftConfig | None":
         """The configuration of the layers, with the head as a module that is saved whole.
 
         None for a model that reads the shape of a convolution, because PEFT's layers do not have it, and for several
@@ -124,9 +121,9 @@ class LowRankTechnique(Technique):
         for name in names:
             owner, _, last = name.rpartition(".")
             layer: Any = model.get_submodule(owner)
-            base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+            base = layer.get_base_layer() if is_pair_layer(layer) else layer
             value = base.get_parameter(last).detach()
-            added = isinstance(layer, LoraLayer) and last == "weight"
+            added = is_pair_layer(layer) and last == "weight"
             found[name] = value + _sum_products(layer) if added else value.clone()
         return found
 
@@ -139,7 +136,7 @@ class LowRankTechnique(Technique):
                 plain.weight += _sum_products(layer).to(plain.weight.dtype)
             model.set_submodule(name, _restore_class(plain, base))
         for name, layer in list(model.named_modules()):
-            if isinstance(layer, Linear4bit):
+            if _is_four_bit(layer):
                 model.set_submodule(name, _restore_class(dequantise_linear(layer), layer))
         vars(model).pop("peft_config", None)  # PEFT would take the model for one with an adapter
 
@@ -165,54 +162,51 @@ def dequantise_linear(layer: nn.Module) -> nn.Module:
     """A four-bit or paged layer as a plain one with the same function; any other layer itself."""
     if isinstance(layer, PagedLinear):
         return layer.make_plain()
-    if not isinstance(layer, Linear4bit):
-        return layer
+    return _expand_four_bits(layer) if _is_four_bit(layer) else layer
+
+
+def _expand_four_bits(layer: Any) -> nn.Linear:
+    from bitsandbytes.functional import dequantize_4bit  # loaded, because the layer is
+
     plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
     plain.weight = nn.Parameter(dequantize_4bit(layer.weight.data, layer.weight.quant_state), requires_grad=False)
     plain.bias = layer.bias
     return plain
 
 
+def _is_four_bit(layer: nn.Module) -> bool:
+    return is_loaded_instance(layer, "bitsandbytes.nn", "Linear4bit")
+
+
+def _is_transposed(layer: nn.Module) -> bool:
+    """Whether a layer is one of GPT-2's, which hold their weights transposed."""
+    return is_loaded_instance(layer, *_CONV1D)
+
+
+_CONV1D = "transformers.pytorch_utils", "Conv1D"
+
+
 def _restore_class(plain: nn.Module, four_bit: nn.Module) -> nn.Module:
     """A layer of the class that was quantised: GPT-2's hold their weights transposed."""
-    if not isinstance(plain, nn.Linear) or getattr(four_bit, "source_cls", None) is not Conv1D:
+    conv1d: Any = find_loaded_class(*_CONV1D)
+    if not isinstance(plain, nn.Linear) or getattr(four_bit, "source_cls", None) is not conv1d or conv1d is None:
         return plain
-    made = Conv1D(plain.out_features, plain.in_features)
+    made: nn.Module = conv1d(plain.out_features, plain.in_features)
     made.weight = nn.Parameter(plain.weight.detach().T.contiguous(), requires_grad=False)
     if plain.bias is not None:
         made.bias = plain.bias
     return made
 
 
-def _copy_conv_shape(layer: LoraLayer) -> None:
-    """Some models ask a convolution for its shape before they run it, to pad its input."""
-    base = layer.get_base_layer()
-    if isinstance(base, nn.Conv2d):
-        for name in ("kernel_size", "stride", "padding", "dilation", "groups"):
-            setattr(layer, name, getattr(base, name))
-
-
 def _keep_four_bit_layout(model: nn.Module) -> None:
     """No scoring pass may repack the weights for processors with AVX512-BF16: no gradient passes such layers."""
     for layer in model.modules():
-        if isinstance(layer, Linear4bit):
-            layer.support_avx512bf16_for_cpu = False
-
-
-@contextmanager
-def _keep_gradients_on(model: nn.Module) -> Iterator[None]:
-    """PEFT switches off every gradient but its own; what other techniques switched on before, stays on."""
-    on = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    yield
-    for parameter in on:
-        parameter.requires_grad_(True)
+        if _is_four_bit(layer):
+            vars(layer)["support_avx512bf16_for_cpu"] = False
 
 
 def _head(model: nn.Module, task: Task) -> list[str]:
     return list_head_parameters(model) if task.has_new_head else []
-
-
-_PLAIN = (nn.Linear.forward, nn.Conv2d.forward, Conv1D.forward, Linear4bit.forward)
 
 
 def _is_linear(layer: nn.Module) -> bool:
@@ -220,11 +214,17 @@ def _is_linear(layer: nn.Module) -> bool:
 
     Layers of fedtune store less for the backward pass, but compute the same as plain ones.
     """
-    plain = type(layer).forward in _PLAIN or type(layer).__module__.startswith("fedtune.")
+    plain = type(layer).forward in _list_plain_forwards() or type(layer).__module__.startswith("fedtune.")
     if not plain or isinstance(layer, NonDynamicallyQuantizableLinear):
         return False
     pointwise = isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.groups == 1
-    return pointwise or isinstance(layer, nn.Linear | Conv1D)
+    return pointwise or isinstance(layer, nn.Linear) or _is_transposed(layer)
+
+
+def _list_plain_forwards() -> list[Any]:
+    """The forward functions of plain layers."""
+    others = [find_loaded_class(*one) for one in (_CONV1D, ("bitsandbytes.nn", "Linear4bit"))]
+    return [kind.forward for kind in (nn.Linear, nn.Conv2d, *others) if kind is not None]
 
 
 def _output_embeddings(model: nn.Module) -> str | None:
@@ -233,18 +233,18 @@ def _output_embeddings(model: nn.Module) -> str | None:
     return next((name for name, layer in model.named_modules() if layer is output), None) if output else None
 
 
-def list_lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
+def list_lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
     """Return the layers with pairs, by name."""
-    return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer)]
+    return [(name, layer) for name, layer in model.named_modules() if is_pair_layer(layer)]
 
 
-def _pair(name: str, layer: LoraLayer, pair: str, shared_base: bool) -> LowRankPair:
+def _pair(name: str, layer: Any, pair: str, shared_base: bool) -> LowRankPair:
     left, right = (f"{name}.lora_{factor}.{pair}.weight" for factor in "BA")
     base = f"{name}.base_layer.weight" if shared_base else None
-    return LowRankPair(left, right, float(layer.scaling[pair]), base, isinstance(layer.get_base_layer(), Conv1D))
+    return LowRankPair(left, right, float(layer.scaling[pair]), base, _is_transposed(layer.get_base_layer()))
 
 
-def _sum_products(layer: LoraLayer) -> Any:
+def _sum_products(layer: Any) -> Any:
     """The scaled products of all pairs of a layer."""
     first, *others = (layer.get_delta_weight(pair) for pair in layer.lora_A)
     return sum(others, first)

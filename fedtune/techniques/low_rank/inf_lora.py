@@ -36,6 +36,7 @@ class InfLora(TaskPairTechnique):
     """A pair for each task, with a fixed A off the inputs of earlier tasks."""
 
     name: ClassVar[str] = "inf-lora"
+    fits_plain_blocks: ClassVar[bool] = True
     paged_base_problem: ClassVar[str | None] = None
     trained_factors: ClassVar[str] = "b-only"  # type: ignore[misc]
     allows_kv_cache: ClassVar[bool] = True

@@ -34,6 +34,7 @@ class OLora(TaskPairTechnique):
     """A pair for each task, whose A is kept orthogonal to those of other tasks."""
 
     name: ClassVar[str] = "o-lora"
+    fits_plain_blocks: ClassVar[bool] = True
     paged_base_problem: ClassVar[str | None] = None
     trained_factors: ClassVar[str] = "alternate"  # type: ignore[misc]
     allows_kv_cache: ClassVar[bool] = True

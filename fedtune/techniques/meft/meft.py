@@ -64,6 +64,7 @@ class Meft(Technique):
     """Couple the blocks reversibly; train adapters and a classifier's head."""
 
     name: ClassVar[str] = "meft"
+    fits_plain_blocks: ClassVar[bool] = True
     paged_base_problem: ClassVar[str | None] = None
     unsupported_devices: ClassVar[Mapping[str, str]] = {"mps": "which has no double precision"}
     conflicts_with: ClassVar[Mapping[str, str]] = {

@@ -73,6 +73,7 @@ class ActivationPruning(Technique):
     """Store only the largest entries of the inputs of layers."""
 
     name: ClassVar[str] = "activation-pruning"
+    fits_plain_blocks: ClassVar[bool] = True
     has_exact_gradients: ClassVar[bool] = False
     selects_trainable_tensors: ClassVar[bool] = False
 

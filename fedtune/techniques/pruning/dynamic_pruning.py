@@ -57,6 +57,7 @@ class DynamicPruning(Technique):
     """Train all weights under a mask that changes."""
 
     name: ClassVar[str] = "dynamic-pruning"
+    fits_plain_blocks: ClassVar[bool] = True
     has_exact_gradients: ClassVar[bool] = False
     unsupported_devices: ClassVar[Mapping[str, str]] = {"mps": "which has no double precision"}
     conflicts_with: ClassVar[Mapping[str, str]] = {
