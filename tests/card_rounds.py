@@ -41,6 +41,7 @@ CASES = {
     "gradient-checkpointing+lora": "a Llama",
     "head-only": "a BERT classifier",
     "last-blocks": "a MobileNetV2",
+    "int8-activations+lora": "a BERT classifier",
     "lora": "a BERT classifier",
     "meft": "a Llama",
     "mobiletl": "a MobileNetV2",

@@ -26,6 +26,7 @@ from tests.profile_examples import a_case, a_recipe, tiny_bert
 LABELS = ("a", "b", "c")
 LAYERS = 6
 ENCODER = ("full", "lora", "lora+gradient-checkpointing", "lora+selective-checkpointing", "meft", "bias", "full+deft")
+IN_OTHER_FORMS = ("full+int8-activations", "full+division", "lora+int8-activations")
 DECODER = (
     "lora+gradient-checkpointing+fused-cross-entropy",
     "meft+fused-cross-entropy",
@@ -33,8 +34,12 @@ DECODER = (
     "full+activation-pruning",
     "lora+chunked-mlp",
     "full+error-norm-truncation",
+    "full+int8-activations",
 )
-IMAGES = ("full", "mobiletl", "tinytl", "bias", "full+activation-pruning", "dynamic-pruning", "last-blocks")
+IMAGES = (
+    *("full", "mobiletl", "tinytl", "bias", "full+activation-pruning", "dynamic-pruning", "last-blocks"),
+    *("full+int8-activations", "full+division"),
+)
 
 
 def a_decoder(folder: Path) -> Path:
@@ -76,7 +81,7 @@ def compare(recipe: Recipe, labels: tuple[str, ...], *, slack: float = 0.0) -> M
     return found
 
 
-@pytest.mark.parametrize("joined", ENCODER)
+@pytest.mark.parametrize("joined", [*ENCODER, *IN_OTHER_FORMS])
 def test_a_traced_encoder_holds_the_bytes_of_the_real_one(joined: str, tmp_path: Path) -> None:
     compare(with_techniques(a_recipe(tiny_bert(tmp_path)), joined), LABELS)
 
