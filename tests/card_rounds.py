@@ -32,6 +32,7 @@ CASES = {
     "batch-norm-statistics+lora": "a ResNet",
     "bias": "a BERT classifier",
     "chunked-mlp+lora": "a Llama",
+    "compact": "a Llama",
     "deft+lora": "a Llama",
     "dynamic-pruning": "a ResNet",
     "dynamic-pruning+activation-pruning": "a ResNet",

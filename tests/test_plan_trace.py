@@ -26,7 +26,14 @@ from tests.profile_examples import a_case, a_recipe, tiny_bert
 LABELS = ("a", "b", "c")
 LAYERS = 6
 ENCODER = ("full", "lora", "lora+gradient-checkpointing", "lora+selective-checkpointing", "meft", "bias", "full+deft")
-IN_OTHER_FORMS = ("full+int8-activations", "full+division", "lora+int8-activations", "full+offload", "lora+offload")
+IN_OTHER_FORMS = (
+    "full+int8-activations",
+    "full+division",
+    "lora+int8-activations",
+    "full+offload",
+    "lora+offload",
+    "compact",
+)
 DECODER = (
     "lora+gradient-checkpointing+fused-cross-entropy",
     "meft+fused-cross-entropy",
@@ -36,6 +43,7 @@ DECODER = (
     "full+error-norm-truncation",
     "full+int8-activations",
     "full+offload",
+    "compact",
 )
 IMAGES = (
     *("full", "mobiletl", "tinytl", "bias", "full+activation-pruning", "dynamic-pruning", "last-blocks"),

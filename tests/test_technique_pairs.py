@@ -21,6 +21,7 @@ from fedtune.recipe import unit_registry
 from fedtune.recipe.schema import ModelSettings, Unit
 from fedtune.techniques import Technique, begin_round, begin_step
 from fedtune.techniques.compressed._layer_inputs import RECOMPUTED
+from fedtune.techniques.compressed.compact import Compact
 from fedtune.techniques.low_rank._task_pairs import CONFLICTS
 from fedtune.training import (
     ClientRound,
@@ -37,6 +38,7 @@ from tests.tiny import a_training_recipe, few_texts
 SETTINGS: dict[str, dict[str, Any]] = {
     "activation-pruning": {"prune": 0.0},  # all else has other gradients, which its own tests are about
     "chunked-mlp": {"chunk_size": 5},
+    "compact": {"reduction": 2},
     "division": {"min_bytes": 1 << 30},  # with these two as well
     "int8-activations": {"min_bytes": 1 << 30},
     "dynamic-pruning": {"density": 0.9, "every": 1},
@@ -79,6 +81,7 @@ CLASHES = {
         for name in ("division", "int8-activations")
         for other, reason in RECOMPUTED.items()
     },
+    **{"+".join(sorted(("compact", name))): reason for name, reason in Compact.conflicts_with.items()},
     "division+int8-activations": "both change the form of the same inputs",
     "chunked-mlp+deft": "densities are measured over all tokens of a step at once",
     "bias+head-only": "the head is already trained with the biases",

@@ -31,6 +31,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 TEXTS_ONLY = {
     "chunked-mlp",
+    "compact",
     "error-norm-truncation",
     "shifted-attention",
     "gradient-checkpointing",
