@@ -101,6 +101,12 @@ def test_a_decoder_traced_at_a_few_blocks_holds_the_bytes_of_the_whole(joined: s
     compare(with_techniques(recipe, joined), (), slack=0.03)
 
 
+def test_dropped_tokens_are_planned_at_full_depth(tmp_path: Path) -> None:
+    recipe = a_recipe(a_decoder(tmp_path), "task=text-generation")
+    found = compare(with_techniques(recipe, "token-drop+lora", group_size=2), (), slack=0.03)
+    assert found.traced_blocks in (None, LAYERS)
+
+
 def test_a_deep_model_with_cuts_is_planned(tmp_path: Path) -> None:
     recipe = with_techniques(a_recipe(a_decoder(tmp_path), "task=text-generation"), "meft", value_bits=47)
     compare(recipe, ())

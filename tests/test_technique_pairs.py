@@ -52,6 +52,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "qlora": {"rank": 2},
     "selective-checkpointing": {"terms": 8},
     "shifted-attention": {"group_size": 4},
+    "token-drop": {"kept_fraction": 1.0},
 }
 """What differs from the default, so that a tiny model shows it."""
 
@@ -82,6 +83,9 @@ CLASHES = {
         for other, reason in RECOMPUTED.items()
     },
     **{"+".join(sorted(("compact", name))): reason for name, reason in Compact.conflicts_with.items()},
+    "deft+token-drop": "densities are measured over all tokens of a step at once",
+    "meft+token-drop": "reversible blocks do not run on a part of the tokens",
+    "shifted-attention+token-drop": "both decide which tokens attend to each other",
     "division+int8-activations": "both change the form of the same inputs",
     "chunked-mlp+deft": "densities are measured over all tokens of a step at once",
     "bias+head-only": "the head is already trained with the biases",
@@ -136,6 +140,8 @@ MISFITS = {
     ): "BertForSequenceClassification has no head over a vocabulary; remove the technique fused-",
     ("bert", "chunked-mlp"): "the blocks of BertForSequenceClassification hold no MLP as a module of its own",
     ("opt", "chunked-mlp"): "the blocks of OPTForCausalLM hold no MLP as a module of its own",
+    ("bert", "token-drop"): "BertForSequenceClassification has no blocks of Llama's kind",
+    ("opt", "token-drop"): "OPTForCausalLM has no blocks of Llama's kind",
     ("bert", "shifted-attention"): "BertForSequenceClassification is no causal language model",
     ("bert", "error-norm-truncation"): "BertForSequenceClassification is no causal language model",
     ("opt", "head-only"): "trains a new head, but text-generation has none",

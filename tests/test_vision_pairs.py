@@ -34,6 +34,7 @@ TEXTS_ONLY = {
     "compact",
     "error-norm-truncation",
     "shifted-attention",
+    "token-drop",
     "gradient-checkpointing",
     "deft",
     "fused-cross-entropy",
