@@ -33,6 +33,7 @@ IN_OTHER_FORMS = (
     "full+offload",
     "lora+offload",
     "compact",
+    "badam",
 )
 DECODER = (
     "lora+gradient-checkpointing+fused-cross-entropy",
@@ -44,6 +45,7 @@ DECODER = (
     "full+int8-activations",
     "full+offload",
     "compact",
+    "badam",
 )
 IMAGES = (
     *("full", "mobiletl", "tinytl", "bias", "full+activation-pruning", "dynamic-pruning", "last-blocks"),

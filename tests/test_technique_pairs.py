@@ -20,6 +20,7 @@ from fedtune.errors import ModelError, RecipeError
 from fedtune.recipe import unit_registry
 from fedtune.recipe.schema import ModelSettings, Unit
 from fedtune.techniques import Technique, begin_round, begin_step
+from fedtune.techniques.badam import Badam
 from fedtune.techniques.compressed._layer_inputs import RECOMPUTED
 from fedtune.techniques.compressed.compact import Compact
 from fedtune.techniques.low_rank._task_pairs import CONFLICTS
@@ -86,6 +87,7 @@ CLASHES = {
     "deft+token-drop": "densities are measured over all tokens of a step at once",
     "meft+token-drop": "reversible blocks do not run on a part of the tokens",
     "shifted-attention+token-drop": "both decide which tokens attend to each other",
+    **{"+".join(sorted(("badam", name))): reason for name, reason in Badam.conflicts_with.items()},
     "division+int8-activations": "both change the form of the same inputs",
     "chunked-mlp+deft": "densities are measured over all tokens of a step at once",
     "bias+head-only": "the head is already trained with the biases",

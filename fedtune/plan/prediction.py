@@ -13,7 +13,14 @@ from fedtune.plan.settings_trace import BatchTrace, SettingsTrace
 
 __all__ = ["HOT_BYTES", "OPTIMISER_VALUES", "Prediction", "Runtime", "predict_memory"]
 
-OPTIMISER_VALUES = {"sgd": 0.0, "adamw": 2.0, "adamw_8bit": 0.5, "paged_adamw_8bit": 0.5, "lion_8bit": 0.25}
+OPTIMISER_VALUES = {
+    "sgd": 0.0,
+    "lomo": 0.0,
+    "adamw": 2.0,  # lomo frees gradients early, which is not counted
+    "adamw_8bit": 0.5,
+    "paged_adamw_8bit": 0.5,
+    "lion_8bit": 0.25,
+}
 """Values of four bytes that an optimiser holds for each trained value."""
 
 HOT_BYTES = 64 << 20

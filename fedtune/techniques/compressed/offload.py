@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 from fedtune.errors import ModelError
 from fedtune.tasks import Task
+from fedtune.techniques._block_sequence import find_blocks
 from fedtune.techniques._codecs.activation_file import ActivationFile
 from fedtune.techniques._technique import Technique
-from fedtune.techniques.compressed._block_sequence import find_blocks
 from fedtune.techniques.compressed._offloaded_blocks import StorageKeeper, attach_keeper, detach_keepers
 
 __all__ = ["Offload"]
