@@ -16,12 +16,12 @@ __all__ = ["HOT_BYTES", "OPTIMISER_VALUES", "Prediction", "Runtime", "predict_me
 OPTIMISER_VALUES = {
     "sgd": 0.0,
     "lomo": 0.0,
-    "adamw": 2.0,  # lomo frees gradients early, which is not counted
+    "adamw": 2.0,
     "adamw_8bit": 0.5,
     "paged_adamw_8bit": 0.5,
     "lion_8bit": 0.25,
 }
-"""Values of four bytes that an optimiser holds for each trained value."""
+"""Values of four bytes that an optimiser holds for each trained value. lomo frees gradients early: not counted."""
 
 HOT_BYTES = 64 << 20
 """The pages of libraries that a step runs again and again. The system may drop the other pages of files."""

@@ -27,8 +27,8 @@ def check_backward_updates(recipe: Recipe, chosen: Sequence[Technique]) -> None:
     if changing or recipe.stream is not None:
         what = changing[0].name if changing else "a stream"
         raise RecipeError(
-            f"train.optimiser: lomo updates weights during the backward pass, and {what} may change gradients after it; "
-            "take sgd"
+            f"train.optimiser: lomo updates weights during the backward pass, and {what} may change gradients after "
+            "it; take sgd"
         )
 
 
