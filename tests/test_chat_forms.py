@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from transformers import AutoTokenizer, GenerationConfig
 
 from fedtune import tasks
 from fedtune.cli.data import data as command
 from fedtune.cli.main import main
 from fedtune.data import Table
+from fedtune.data.chat_formats import CHAT_FORMATS
 from fedtune.errors import DataError, ModelError, RecipeError
 from fedtune.export import export_model
 from fedtune.recipe.schema import Recipe
@@ -181,6 +183,17 @@ def test_a_template_file_travels_in_the_recipe_and_with_the_model(home: Path, tm
     encode(recipe)
     export_model(recipe, {}, tmp_path / "out", None, "card\n")
     assert (tmp_path / "out" / "chat_template.jinja").read_text(encoding="utf-8") == TEMPLATES["chatml"].plain
+
+
+def test_an_exported_model_stops_behind_a_reply(home: Path, tmp_path: Path) -> None:
+    recipe = task_recipe(CASE, tmp_path, "train.techniques=lora", rows=60)
+    for form in ("model", "adapter"):
+        export_model(recipe, {}, tmp_path / f"as-{form}", form, "card\n")
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / f"as-{form}")
+        assert tokenizer.chat_template == CHAT_FORMATS["chatml"]  # the base has none
+    ends = GenerationConfig.from_pretrained(tmp_path / "as-model").eos_token_id
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in ends
+    assert set(ends) - {tokenizer.convert_tokens_to_ids("<|im_end|>")} <= {tokenizer.eos_token_id, 2}
 
 
 def test_conversations_calibrate_as_they_are_rendered(home: Path, tmp_path: Path) -> None:

@@ -12,10 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedtune import data, tasks
 from fedtune.data import splits
+from fedtune.data.column import Values
 from fedtune.data.encoded_texts import EncodedTexts, pad_rows
 from fedtune.data.token_files import StoredTexts, write_token_files
 from fedtune.device.memory_budget import estimate_memory
-from fedtune.errors import DataError, FedtuneError, RecipeError
+from fedtune.errors import DataError, FedtuneError, FedtuneWarning, RecipeError
 from fedtune.paths import get_cache_folder
 from fedtune.recipe.schema import Recipe
 from fedtune.recipe.yaml_file import parse_recipe
@@ -113,6 +114,38 @@ def test_targets_of_conversations_are_those_in_memory(home: Path, tmp_path: Path
     found, wanted = (one.make_batch(range(len(stored))) for one in (stored, held))
     assert (wanted["labels"] == -100).any(1).all()
     assert all(torch.equal(found[name], one) for name, one in wanted.items())
+
+
+def test_conversations_on_the_disk_are_read_in_slices_and_counted_whole(home: Path, tmp_path: Path) -> None:
+    recipe(tmp_path)  # writes the model
+    rows = [
+        {"prompt": f"red cat n{row % 60}", "completion": " ".join(["runs"] * (1 + row % 20)), "tools": None}
+        for row in range(900)
+    ]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    task = "task={text-generation: {format: prompt-completion, chat_template: plain}}"
+    said, batches = {}, {}
+    for kind in ("memory", "disk"):
+        with pytest.warns(FedtuneWarning, match="longer than train.max_length 16 and are cut") as found:
+            train = context(recipe(tmp_path, task, f"data.tokens={kind}")).train
+        said[kind] = sorted({str(one.message) for one in found if "longer than" in str(one.message)})
+        batches[kind] = train.make_batch(range(len(train)))
+    assert said["disk"] == said["memory"]
+    assert len(batches["disk"]["labels"]) > 2 * _token_cache._SLICE
+    assert all(torch.equal(batches["disk"][name], one) for name, one in batches["memory"].items())
+    examples = tasks.load_data(recipe(tmp_path, task, "data.tokens=disk")).train
+    assert not isinstance(examples.columns["messages"], Values)  # nothing is kept
+
+
+def test_a_wrong_conversation_on_the_disk_is_named_by_its_row(home: Path, tmp_path: Path) -> None:
+    recipe(tmp_path)
+    rows = [{"prompt": f"red cat n{row}", "completion": "runs" if row != 41 else None} for row in range(60)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    task = "task={text-generation: {format: prompt-completion, chat_template: plain}}"
+    for kind in ("memory", "disk"):
+        with pytest.raises(DataError, match=r"data\.jsonl: row 42 has no value in column 'completion'; fill it"):
+            context(recipe(tmp_path, task, f"data.tokens={kind}"))
+    assert not (get_cache_folder() / "tokens").exists()
 
 
 def test_a_packed_federation_weighs_its_clients_by_texts(home: Path, tmp_path: Path) -> None:

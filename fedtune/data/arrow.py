@@ -1,7 +1,7 @@
 """A column backed by the Arrow chunks of ``datasets``, which may be memory-mapped from disk."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, final
 
@@ -10,8 +10,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fedtune.data.column import Column, Rows
+from fedtune.data.mapped_pages import MappedPages
 
 __all__ = ["Arrow"]
+
+_TOGETHER = 1000
+"""Values that are read at a time."""
 
 
 @final
@@ -55,6 +59,13 @@ class Arrow(Column):
         """Return all values as a list."""
         found: list[Any] = self.select_chunks().to_pylist()
         return found
+
+    def iter_values(self) -> Iterator[Any]:
+        """Yield all values a few at a time; pages of a mapped file are dropped behind them."""
+        pages = MappedPages()
+        for start in range(0, len(self), _TOGETHER):
+            yield from self.take(np.arange(start, min(start + _TOGETHER, len(self)))).values()
+            pages.drop_read()
 
     def structures(self) -> list[Any]:
         """``datasets`` stores as JSON what has another type in other rows."""

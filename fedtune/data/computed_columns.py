@@ -15,6 +15,7 @@ from fedtune.data.arrow import Arrow
 from fedtune.data.column import Column, Values
 from fedtune.data.expression_types import WrongTypeError, get_kind, normalise_chunks
 from fedtune.data.expression_values import compute_expression
+from fedtune.data.mapped_pages import MappedPages
 from fedtune.data.table import Classes, Kind, Table
 from fedtune.errors import DataError
 from fedtune.files import replace_file_atomically
@@ -103,9 +104,11 @@ def _compute(table: Table, expression: _Expression) -> Iterator[tuple[int, pa.Ar
     _require_columns(table, expression)
     parsed = parse_expression(expression.text)
     columns = {name: _as_chunks(table, name, expression) for name in list_columns(expression.text)}
+    pages = MappedPages()
     for start in range(0, max(1, len(table)), _TOGETHER):
         part = {name: _take_slice(column, start) for name, column in columns.items()}
         yield start, _compute_part(parsed, part, min(_TOGETHER, len(table) - start), expression)
+        pages.drop_read()
 
 
 def _compute_part(parsed: ast.expr, part: Mapping[str, pa.Array], count: int, expression: _Expression) -> pa.Array:

@@ -2,10 +2,14 @@
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
+
+import numpy as np
 
 from fedtune.data.column import Column, Values, objects
 from fedtune.data.conversation_forms import CONVERSATION_FORMS
+from fedtune.data.rows_on_demand import RowsOnDemand
 from fedtune.data.table import Table
 from fedtune.errors import DataError
 from fedtune.recipe.data_settings import ColumnSettings
@@ -20,18 +24,30 @@ _SPEAKERS = {"human": "user", "gpt": "assistant"} | {role: role for role in ROLE
 
 
 def read_conversations(table: Table, form: str, columns: ColumnSettings, source: str) -> dict[str, Column]:
-    """The canonical column ``messages``, and ``tools``, None where there are none; DataError names a wrong row."""
+    """The canonical column ``messages``, and ``tools``, None where there are none; DataError names a wrong row.
+
+    Of files that stay on the disk, a row is read and checked each time it is used.
+    """
     names = [getattr(columns, key) for key in CONVERSATION_FORMS[form]]
     if form == "instruction" and columns.input in table.column_names:
         names.append(columns.input)
-    cells = [table.column(name).structures() for name in names]
-    messages = [
-        _read_row(form, dict(zip(names, row, strict=True)), f"{source}: row {number}")
-        for number, row in enumerate(zip(*cells, strict=True), 1)
-    ]
-    tools = table.column(columns.tools).structures() if columns.tools in table.column_names else [None] * len(table)
-    described = (_read_tools(row, f"{source}: row {number}") for number, row in enumerate(tools, 1))
-    return {"messages": Values(objects(messages)), "tools": Values(objects(described))}
+    cells = {name: table.column(name) for name in names}
+    messages = RowsOnDemand(cells, partial(_read_row, form), source, np.arange(len(table)))
+    return {
+        "messages": Values(objects(messages.values())) if table.origin is None else messages,
+        "tools": _read_tool_column(table, columns.tools, source),
+    }
+
+
+def _read_tool_column(table: Table, name: str, source: str) -> Column:
+    if name not in table.column_names:
+        return Values(np.broadcast_to(np.array(None, object), len(table)))
+    tools = RowsOnDemand({name: table.column(name)}, partial(_read_tool_row, name), source, np.arange(len(table)))
+    return Values(objects(tools.values())) if table.origin is None else tools
+
+
+def _read_tool_row(name: str, row: Mapping[str, Any], where: str) -> list[Any] | None:
+    return _read_tools(row[name], where)
 
 
 def _read_row(form: str, row: Mapping[str, Any], where: str) -> Conversation:

@@ -3,7 +3,7 @@
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -18,7 +18,7 @@ from fedtune.errors import DataError, FedtuneWarning
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["LossOn", "encode_conversations", "iter_conversation_tokens"]
+__all__ = ["LossOn", "encode_conversations", "iter_conversation_tokens", "iter_encoded_conversations"]
 
 LossOn = Literal["assistant", "completion", "all"]
 _CUTS = {
@@ -39,6 +39,24 @@ class _Example:
     cuts: tuple[str, ...] = ()
 
 
+@dataclass
+class _Tally:
+    """How many conversations were encoded, what was cut from them, and how many replies are no targets."""
+
+    examples: int = 0
+    long: int = 0
+    turns: int = 0
+    lost: int = 0
+    cuts: Counter[str] = field(default_factory=Counter)
+
+    def add(self, examples: Sequence[_Example]) -> None:
+        self.examples += len(examples)
+        self.long += sum(bool(one.cuts) for one in examples)
+        self.turns += sum(one.turns for one in examples)
+        self.lost += sum(one.lost for one in examples)
+        self.cuts.update(cut for one in examples for cut in one.cuts)
+
+
 def encode_conversations(
     table: Table, tokenizer: "PreTrainedTokenizerBase", max_length: int, loss_on: LossOn
 ) -> EncodedTexts:
@@ -48,25 +66,40 @@ def encode_conversations(
     DataError where a conversation has no target or the template refuses it; ModelError for a template that cannot be
     used.
     """
-    renderer = ChatRenderer(tokenizer)
-    rows = zip(table["messages"], table["tools"], strict=True)
-    examples = [_encode(renderer, messages, tools, max_length, loss_on) for messages, tools in rows]
-    _warn_of_cuts(examples, max_length)
-    _warn_of_lost_turns(examples)
+    [found] = iter_encoded_conversations(table, tokenizer, max_length, loss_on, max(1, len(table)))
+    return found
+
+
+def iter_encoded_conversations(
+    table: Table, tokenizer: "PreTrainedTokenizerBase", max_length: int, loss_on: LossOn, size: int
+) -> Iterator[EncodedTexts]:
+    """Encode ``size`` conversations at a time as ``encode_conversations`` does. The warnings count those of all."""
+    renderer, tally = ChatRenderer(tokenizer), _Tally()
+    for start in range(0, max(1, len(table)), size):
+        part = table.select(range(start, min(start + size, len(table))))
+        rows = zip(part["messages"], part["tools"], strict=True)
+        examples = [_encode(renderer, messages, tools, max_length, loss_on) for messages, tools in rows]
+        tally.add(examples)
+        yield _collect(examples, int(tokenizer.pad_token_id), part.domains)
+    _warn_of_cuts(tally, max_length)
+    _warn_of_lost_turns(tally)
     if loss_on != "all" and not teaches_to_stop(renderer):
         _warn(
             "the chat template has no sign among the targets that ends a reply, so the model does not learn to stop; "
             "choose a template with one"
         )
+
+
+def _collect(examples: Sequence[_Example], padding: int, domains: list[str] | None) -> EncodedTexts:
     labels = [
         [token if target else IGNORED_LABEL for token, target in zip(one.ids, one.targets, strict=True)]
         for one in examples
     ]
     return EncodedTexts(
-        pad_rows([one.ids for one in examples], int(tokenizer.pad_token_id)),
+        pad_rows([one.ids for one in examples], padding),
         torch.tensor([len(one.ids) for one in examples]),
         pad_rows(labels, IGNORED_LABEL).long(),
-        table.domains,
+        domains,
         labels_per_token=True,
     )
 
@@ -75,7 +108,7 @@ def iter_conversation_tokens(
     table: Table, tokenizer: "PreTrainedTokenizerBase", order: Sequence[int]
 ) -> Iterator[list[int]]:
     """Token ids of whole conversations in an order."""
-    renderer, messages, tools = ChatRenderer(tokenizer), table["messages"], table["tools"]
+    renderer, messages, tools = ChatRenderer(tokenizer), table.column("messages"), table.column("tools")
     for row in order:
         yield renderer.encode(messages[row], tools[row]).ids
 
@@ -142,23 +175,21 @@ def _cut_tokens(example: _Example, max_length: int, cuts: list[str]) -> _Example
     return _Example(example.ids[part], example.targets[part], example.turns, example.lost, (*cuts, kind))
 
 
-def _warn_of_cuts(examples: Sequence[_Example], max_length: int) -> None:
-    counts = Counter(cut for one in examples for cut in one.cuts)
-    if not counts:
+def _warn_of_cuts(tally: _Tally, max_length: int) -> None:
+    if not tally.long:
         return
-    told = ", ".join(f"{counts[cut]} {words}" for cut, words in _CUTS.items() if counts[cut])
-    long = sum(bool(one.cuts) for one in examples)
+    told = ", ".join(f"{tally.cuts[cut]} {words}" for cut, words in _CUTS.items() if tally.cuts[cut])
     _warn(
-        f"{long} of {len(examples)} conversations are longer than train.max_length {max_length} and are cut: {told}; "
-        "each keeps a target"
+        f"{tally.long} of {tally.examples} conversations are longer than train.max_length {max_length} and are cut: "
+        f"{told}; each keeps a target"
     )
 
 
-def _warn_of_lost_turns(examples: Sequence[_Example]) -> None:
-    if lost := sum(one.lost for one in examples):
+def _warn_of_lost_turns(tally: _Tally) -> None:
+    if tally.lost:
         _warn(
-            f"{lost} of {sum(one.turns for one in examples)} replies are not trained on, because the chat template "
-            "writes them otherwise once another turn follows; a template with {% generation %} marks them all"
+            f"{tally.lost} of {tally.turns} replies are not trained on, because the chat template writes them "
+            "otherwise once another turn follows; a template with {% generation %} marks them all"
         )
 
 

@@ -60,12 +60,14 @@ def _list_buffers(model: nn.Module, saved: Sequence[str]) -> dict[str, Tensor]:
 
 
 def save_peft_adapter(adapter: PeftAdapter, model: nn.Module, recipe: Recipe, folder: Path) -> None:
-    """Write the adapter; for a classifier also the model's configuration and its preprocessing."""
+    """Write the adapter; for a classifier also the model's configuration. The reader follows if the task changes it."""
     adapter.config.save_pretrained(folder)
     named = {f"base_model.model.{name.replace('.default.', '.')}": tensor for name, tensor in adapter.tensors.items()}
     safetensors.torch.save_file(named, folder / "adapter_model.safetensors")
-    if tasks.get_task(recipe.task).has_new_head:
+    task = tasks.get_task(recipe.task)
+    if task.has_new_head:
         models.save_config(model, folder)
+    if task.changes_reader:
         save_preprocessing(recipe, folder)
 
 

@@ -4,7 +4,6 @@ Peak resident memory never falls, so a second case in the same process would rep
 """
 
 import multiprocessing
-import signal
 from dataclasses import replace
 from multiprocessing.connection import Connection
 
@@ -12,6 +11,7 @@ import torch
 
 from fedtune.accelerator import is_out_of_memory
 from fedtune.errors import FedtuneError
+from fedtune.interrupts import start_without_interrupts
 from fedtune.memory.allocator import fix_mmap_threshold
 from fedtune.profiling.measure_step import profile_step
 from fedtune.profiling.profile_cases import ProfileCase
@@ -25,11 +25,8 @@ def profile_in_subprocess(case: ProfileCase) -> ProfileResult:
     context = multiprocessing.get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)
     process = context.Process(target=_send_result, args=(sending, case), daemon=True)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # only this process handles Ctrl-C
-    try:
+    with start_without_interrupts():
         process.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     sending.close()
     try:
         row: ProfileResult = receiving.recv()

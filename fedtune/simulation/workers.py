@@ -4,14 +4,12 @@ The pool shares the base model in shared memory. A worker copies only the tensor
 """
 
 import os
-import signal
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -23,6 +21,7 @@ from fedtune.device.client_app import app as client_app
 from fedtune.errors import RunError
 from fedtune.file_limit import raise_file_limit
 from fedtune.flower.message_identity import set_node_identity
+from fedtune.interrupts import start_without_interrupts
 from fedtune.training import RunContext, set_run_context
 
 __all__ = ["ClientWorkers", "ProcessPoolWorkers", "SequentialWorkers"]
@@ -122,7 +121,7 @@ class ProcessPoolWorkers(ClientWorkers):
         return [(self._futures.pop(future), _result(future)) for future in done]
 
     def _hand_over(self, message: Message, context: Context) -> Future[tuple[Message, Context]]:
-        with _interrupts_held_back():
+        with start_without_interrupts():
             try:
                 return self._executor.submit(_answer, self._app, message, context)
             except BrokenProcessPool:
@@ -151,16 +150,6 @@ def _let_go_of_half_written_messages(executor: ProcessPoolExecutor) -> None:
     queue: Any = vars(executor).get("_call_queue")
     if queue is not None:
         queue._reader.close()
-
-
-@contextmanager
-def _interrupts_held_back() -> Iterator[None]:
-    """Delay Ctrl-C until the end of the block. Processes started inside ignore it and leave it to this process."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _result(future: Future[tuple[Message, Context]]) -> ClientResult:

@@ -137,6 +137,11 @@ class Task(NamedUnit):
         """Write the reader beside an exported model."""
         raise NotImplementedError
 
+    @property
+    def changes_reader(self) -> bool:
+        """Whether the settings change the model's own reader, so that an adapter needs it beside it."""
+        return self.has_new_head
+
     def save_model_extras(self, model: nn.Module, recipe: Recipe, folder: Path) -> None:
         """Write what else a user of an exported model needs, beside the model and the reader."""
 
@@ -151,6 +156,11 @@ class Task(NamedUnit):
     def encode_examples(self, examples: Table, recipe: Recipe, reader: Any) -> EncodedDataset:
         """Examples as tensors; ModelError where the reader cannot be used for the task."""
         raise NotImplementedError
+
+    def iter_encoded(self, examples: Table, recipe: Recipe, reader: Any, size: int) -> Iterator[EncodedDataset]:
+        """Encode ``size`` examples at a time, as ``encode_examples`` does."""
+        for start in range(0, len(examples), size):
+            yield self.encode_examples(examples.select(range(start, min(start + size, len(examples)))), recipe, reader)
 
     def decode_example(self, batch: Mapping[str, Tensor], reader: Any, names: Sequence[str]) -> list[Segment]:
         """The text of the one example in a batch, and what of it is a target; nothing for a task without text."""

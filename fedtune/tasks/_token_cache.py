@@ -8,6 +8,7 @@ from typing import Any
 
 from fedtune.data import Table
 from fedtune.data.encoded_texts import EncodedTexts
+from fedtune.data.mapped_pages import MappedPages
 from fedtune.data.token_files import StoredTexts, write_token_files
 from fedtune.errors import RecipeError
 from fedtune.files import hash_file
@@ -34,12 +35,11 @@ def encode_on_disk(task: Task, examples: Table, recipe: Recipe, reader: Any) -> 
 
 
 def _iter_slices(task: Task, examples: Table, recipe: Recipe, reader: Any) -> Iterator[EncodedTexts]:
-    together = len(examples) if "messages" in examples.column_names else _SLICE  # one warning counts what is cut
-    for start in range(0, len(examples), together):
-        part = examples.select(range(start, min(start + together, len(examples))))
-        made = task.encode_examples(part, recipe, reader)
+    pages = MappedPages()
+    for made in task.iter_encoded(examples, recipe, reader, _SLICE):
         assert isinstance(made, EncodedTexts)
         yield made
+        pages.drop_read()
 
 
 def _make_key(task: Task, examples: Table, recipe: Recipe, reader: Any) -> str:

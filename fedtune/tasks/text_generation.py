@@ -31,6 +31,7 @@ Models: those of transformers' ``AutoModelForCausalLM``.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -40,7 +41,12 @@ from torch import Tensor, nn
 from fedtune.data import EncodedDataset, Table
 from fedtune.data.chat_formats import read_chat_template, set_chat_template
 from fedtune.data.conversation_forms import ANY_FORM
-from fedtune.data.encoded_conversations import LossOn, encode_conversations, iter_conversation_tokens
+from fedtune.data.encoded_conversations import (
+    LossOn,
+    encode_conversations,
+    iter_conversation_tokens,
+    iter_encoded_conversations,
+)
 from fedtune.data.encoded_prompts import (
     EncodedPrompts,
     encode_chat_prompts,
@@ -51,6 +57,7 @@ from fedtune.data.encoded_prompts import (
 from fedtune.data.encoded_texts import IGNORED_LABEL, encode_texts
 from fedtune.data.token_blocks import iter_shuffled_tokens, iter_token_blocks, shuffle_rows
 from fedtune.errors import RecipeError
+from fedtune.models.end_tokens import save_end_tokens
 from fedtune.recipe.evaluation_settings import Prompt
 from fedtune.recipe.schema import Recipe
 from fedtune.tasks._scores import ExampleScore, ScoreSums, score_places
@@ -150,6 +157,17 @@ class TextGeneration(TextTask):
             set_chat_template(tokenizer, self.chat_template)
         return tokenizer
 
+    @property
+    def changes_reader(self) -> bool:
+        """Whether the tokenizer gets a chat template."""
+        return self.chat_template is not None
+
+    def save_model_extras(self, model: nn.Module, recipe: Recipe, folder: Path) -> None:
+        """Name the sign that ends a reply as an end token, so that generation stops behind it."""
+        reader = self.load_reader(recipe)
+        if reader.chat_template and reader.is_fast and (ends := find_reply_end(reader)):
+            save_end_tokens(model, ends, folder)
+
     def read_files(self) -> Self:
         """With the text of a template's file."""
         if self.chat_template is None or not self.chat_template.startswith("file:"):
@@ -166,6 +184,12 @@ class TextGeneration(TextTask):
                 "as texts; leave them out, or name the format of the conversations"
             )
         return encode_texts(examples, reader, recipe.train.max_length)
+
+    def iter_encoded(self, examples: Table, recipe: Recipe, reader: Any, size: int) -> Iterator[EncodedDataset]:
+        """``size`` texts or conversations at a time; the warnings of conversations count those of all."""
+        if "messages" not in examples.column_names:
+            return super().iter_encoded(examples, recipe, reader, size)
+        return iter_encoded_conversations(examples, reader, recipe.train.max_length, self.loss_on, size)
 
     def score_logits(self, logits: Tensor, labels: Tensor) -> list[ExampleScore]:
         """One prediction for each token but the first; logits [n, tokens, vocabulary], labels [n, tokens]."""

@@ -12,6 +12,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
 from fedtune import paths
 from fedtune.errors import StoreError
+from fedtune.interrupts import hold_interrupts
 
 __all__ = [
     "get_default_url",
@@ -106,15 +107,20 @@ def _begin_sqlite(connection: Connection) -> None:
 
 @contextmanager
 def reader(engine: Engine) -> Iterator[Connection]:
-    """Open one consistent view of the database, which does not block writers."""
-    with translate_database_errors(engine.url), engine.connect() as connection:
+    """Open one consistent view of the database, which does not block writers. Ctrl-C waits for its end."""
+    with hold_interrupts(), translate_database_errors(engine.url), engine.connect() as connection:
         yield connection
 
 
 @contextmanager
 def writer(engine: Engine) -> Iterator[Connection]:
-    """Open one transaction, which waits for other writers and is committed whole or not at all."""
-    with translate_database_errors(engine.url), engine.execution_options(**{_BEGIN: "IMMEDIATE"}).begin() as connection:
+    """Open one transaction, which waits for other writers and is committed whole or not at all.
+
+    Ctrl-C waits for its end. An interrupted transaction would stay open while KeyboardInterrupt is handled, so that the
+    end of the run could not be recorded.
+    """
+    immediate = engine.execution_options(**{_BEGIN: "IMMEDIATE"})
+    with hold_interrupts(), translate_database_errors(engine.url), immediate.begin() as connection:
         yield connection
 
 
