@@ -98,3 +98,10 @@ def test_when_memory_ends_a_step_is_not_begun_again(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("fedtune.training.training_step._add_gradients", fail)
     with pytest.raises(MemoryBudgetError, match="batch_size to 2"):
         a_round("bert", "full", "lomo")
+
+
+@pytest.mark.parametrize("joined", ["int8-activations+full", "offload+full", "compact", "division+full"])
+def test_tensors_kept_in_another_form_do_not_mind_moving_weights(joined: str) -> None:
+    wanted, found = (a_round("bert", joined, optimiser) for optimiser in ("sgd", "lomo"))
+    assert all(torch.equal(found.delta[name], wanted.delta[name]) for name in wanted.delta)
+    assert any(delta.any() for delta in wanted.delta.values())

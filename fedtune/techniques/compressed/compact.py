@@ -13,7 +13,8 @@ from the seed and the round and is not sent. Down, all trained weights.
 Error: for one draw, the gradient G P Pᵀ has a cosine of 1 / sqrt(1 + n / r) with G: .45 for a reduction of 4. It is
 unbiased; only the mean over many draws is close to G. A round explores r directions of each input.
 Use when: all weights should move, and the inputs of linear layers fill the memory.
-Avoid when: rounds are few, since each explores one subspace. ``lora`` learns its subspace, and keeps less.
+Avoid when: rounds are few, since each explores one subspace. ``lora`` learns its subspace, and keeps less. A server
+optimiser with momentum would carry it from one subspace into another.
 Source: Shamshoum et al., "CompAct: Compressed Activations for Memory-Efficient LLM Training" (arXiv 2410.15352),
 section 3, algorithm 1. Deviations: P changes every round instead of every T steps, with fresh optimiser state. Layers
 of the same width share P, so that query, key and value keep one z. The scale of GaLore is one. The wire form is ours.
