@@ -22,6 +22,7 @@ CLAIMS = (
     "meft_depth",
     "meft_quality",
     "smollm2_step",
+    "keep_less",
     "paged",
     "noisy_labels",
     "large_text",

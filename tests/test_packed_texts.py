@@ -146,6 +146,8 @@ def gradients(joined: str, batch: dict[str, Tensor], **settings: Any) -> dict[st
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "activation-pruning": {"prune": 0.0},
+    "division": {"min_bytes": 1 << 30},
+    "int8-activations": {"min_bytes": 1 << 30},
     "lora": {"dropout": 0.0},
     "meft": {"dropout": 0.0},
 }

@@ -58,6 +58,14 @@ def test_gradients_have_the_bits_of_the_model_in_memory(name: str, techniques: s
     assert same(step(name, tmp_path / "base", techniques, True), wanted)
 
 
+def test_activations_in_a_file_have_them_too(tmp_path: Path) -> None:
+    wanted = step("llama", tmp_path / "base", "lora", True)
+    model = load_family("llama", tmp_path / "base", True)
+    shared("offload+lora", model, LLAMA.task, min_bytes=1)
+    assert same(take_step(LLAMA, model), wanted)
+    assert vars(model)["offload"].file.written_bytes > 10000
+
+
 @pytest.mark.parametrize("techniques", ["lora+fused-cross-entropy", "lora+gradient-checkpointing", "meft"])
 @pytest.mark.parametrize("form", ["bf16", "int8", "nf4"])
 def test_gradients_have_the_bits_of_the_same_store_in_memory(

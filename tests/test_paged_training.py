@@ -31,6 +31,10 @@ def test_rounds_of_a_paged_model_have_the_hashes_and_scores_of_one_in_memory(hom
     plain = execute(words(tmp_path), run="plain")
     paged = execute(words(tmp_path, "model.paged=true"), run="paged")
     assert paged.hashes == plain.hashes
+    own = ("train.optimiser=adamw_8bit", "federation.rounds=1")
+    eight_bits = [execute(words(tmp_path, *own, f"model.paged={one}"), run=f"8-{one}") for one in ("true", "false")]
+    assert eight_bits[0].hashes == eight_bits[1].hashes
+    assert eight_bits[0].hashes[1] != plain.hashes[1]
     assert len(set(paged.hashes)) == 3
     assert [record.metrics for record in paged.rounds] == [record.metrics for record in plain.rounds]
 

@@ -26,6 +26,15 @@ from tests.profile_examples import a_case, a_recipe, tiny_bert
 LABELS = ("a", "b", "c")
 LAYERS = 6
 ENCODER = ("full", "lora", "lora+gradient-checkpointing", "lora+selective-checkpointing", "meft", "bias", "full+deft")
+IN_OTHER_FORMS = (
+    "full+int8-activations",
+    "full+division",
+    "lora+int8-activations",
+    "full+offload",
+    "lora+offload",
+    "compact",
+    "badam",
+)
 DECODER = (
     "lora+gradient-checkpointing+fused-cross-entropy",
     "meft+fused-cross-entropy",
@@ -33,8 +42,15 @@ DECODER = (
     "full+activation-pruning",
     "lora+chunked-mlp",
     "full+error-norm-truncation",
+    "full+int8-activations",
+    "full+offload",
+    "compact",
+    "badam",
 )
-IMAGES = ("full", "mobiletl", "tinytl", "bias", "full+activation-pruning", "dynamic-pruning", "last-blocks")
+IMAGES = (
+    *("full", "mobiletl", "tinytl", "bias", "full+activation-pruning", "dynamic-pruning", "last-blocks"),
+    *("full+int8-activations", "full+division", "full+offload"),
+)
 
 
 def a_decoder(folder: Path) -> Path:
@@ -76,7 +92,7 @@ def compare(recipe: Recipe, labels: tuple[str, ...], *, slack: float = 0.0) -> M
     return found
 
 
-@pytest.mark.parametrize("joined", ENCODER)
+@pytest.mark.parametrize("joined", [*ENCODER, *IN_OTHER_FORMS])
 def test_a_traced_encoder_holds_the_bytes_of_the_real_one(joined: str, tmp_path: Path) -> None:
     compare(with_techniques(a_recipe(tiny_bert(tmp_path)), joined), LABELS)
 
@@ -85,6 +101,12 @@ def test_a_traced_encoder_holds_the_bytes_of_the_real_one(joined: str, tmp_path:
 def test_a_decoder_traced_at_a_few_blocks_holds_the_bytes_of_the_whole(joined: str, tmp_path: Path) -> None:
     recipe = a_recipe(a_decoder(tmp_path), "task=text-generation")
     compare(with_techniques(recipe, joined), (), slack=0.03)
+
+
+def test_dropped_tokens_are_planned_at_full_depth(tmp_path: Path) -> None:
+    recipe = a_recipe(a_decoder(tmp_path), "task=text-generation")
+    found = compare(with_techniques(recipe, "token-drop+lora", group_size=2), (), slack=0.03)
+    assert found.traced_blocks in (None, LAYERS)
 
 
 def test_a_deep_model_with_cuts_is_planned(tmp_path: Path) -> None:

@@ -20,6 +20,9 @@ from fedtune.errors import ModelError, RecipeError
 from fedtune.recipe import unit_registry
 from fedtune.recipe.schema import ModelSettings, Unit
 from fedtune.techniques import Technique, begin_round, begin_step
+from fedtune.techniques.badam import Badam
+from fedtune.techniques.compressed._layer_inputs import RECOMPUTED
+from fedtune.techniques.compressed.compact import Compact
 from fedtune.techniques.low_rank._task_pairs import CONFLICTS
 from fedtune.training import (
     ClientRound,
@@ -36,6 +39,9 @@ from tests.tiny import a_training_recipe, few_texts
 SETTINGS: dict[str, dict[str, Any]] = {
     "activation-pruning": {"prune": 0.0},  # all else has other gradients, which its own tests are about
     "chunked-mlp": {"chunk_size": 5},
+    "compact": {"reduction": 2},
+    "division": {"min_bytes": 1 << 30},  # with these two as well
+    "int8-activations": {"min_bytes": 1 << 30},
     "dynamic-pruning": {"density": 0.9, "every": 1},
     "error-norm-truncation": {"threshold": 0.99},
     "fused-cross-entropy": {"chunk": 5},
@@ -43,9 +49,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "inf-lora": {"rank": 2},
     "meft": {"rank": 2},
     "o-lora": {"rank": 2},
+    "offload": {"min_bytes": 256},
     "qlora": {"rank": 2},
     "selective-checkpointing": {"terms": 8},
     "shifted-attention": {"group_size": 4},
+    "token-drop": {"kept_fraction": 1.0},
 }
 """What differs from the default, so that a tiny model shows it."""
 
@@ -70,6 +78,17 @@ CLASHES = {
         "+".join(sorted((name, "dynamic-pruning"))): "all weights are trained under masks"
         for name in ("bias", "head-only", "full", "last-blocks", "mobiletl", "batch-norm", "tinytl")
     },
+    **{
+        "+".join(sorted((name, other))): reason
+        for name in ("division", "int8-activations")
+        for other, reason in RECOMPUTED.items()
+    },
+    **{"+".join(sorted(("compact", name))): reason for name, reason in Compact.conflicts_with.items()},
+    "deft+token-drop": "densities are measured over all tokens of a step at once",
+    "meft+token-drop": "reversible blocks do not run on a part of the tokens",
+    "shifted-attention+token-drop": "both decide which tokens attend to each other",
+    **{"+".join(sorted(("badam", name))): reason for name, reason in Badam.conflicts_with.items()},
+    "division+int8-activations": "both change the form of the same inputs",
     "chunked-mlp+deft": "densities are measured over all tokens of a step at once",
     "bias+head-only": "the head is already trained with the biases",
     "bias+full": "full trains biases among all the rest",
@@ -82,6 +101,9 @@ CLASHES = {
     "gradient-checkpointing+meft": "reversible blocks already store no activations",
     "gradient-checkpointing+mobiletl": "statistics would count each batch twice",
     "gradient-checkpointing+selective-checkpointing": "both decide which activations the same blocks store",
+    "gradient-checkpointing+offload": "recomputed blocks keep no activations that could be written to a file",
+    "meft+offload": "reversible blocks keep no activations that could be written to a file",
+    "offload+selective-checkpointing": "it decides which activations the same blocks store",
     "full+head-only": "full trains the head among all the rest",
     "head-only+last-blocks": "the head is already trained with the blocks",
     "head-only+lora": "the head is already trained with the low-rank pairs",
@@ -120,6 +142,8 @@ MISFITS = {
     ): "BertForSequenceClassification has no head over a vocabulary; remove the technique fused-",
     ("bert", "chunked-mlp"): "the blocks of BertForSequenceClassification hold no MLP as a module of its own",
     ("opt", "chunked-mlp"): "the blocks of OPTForCausalLM hold no MLP as a module of its own",
+    ("bert", "token-drop"): "BertForSequenceClassification has no blocks of Llama's kind",
+    ("opt", "token-drop"): "OPTForCausalLM has no blocks of Llama's kind",
     ("bert", "shifted-attention"): "BertForSequenceClassification is no causal language model",
     ("bert", "error-norm-truncation"): "BertForSequenceClassification is no causal language model",
     ("opt", "head-only"): "trains a new head, but text-generation has none",
@@ -279,6 +303,21 @@ def test_a_pair_trains_a_round_in_either_order_as_its_pickled_copy_does(bench: B
 def test_eight_bit_optimisers_train_pairs_too(bench: Bench, joined: str) -> None:
     model, names, chosen = bench.chosen("opt", joined)
     assert moved(a_round("opt", model, names, chosen, "adamw_8bit"))
+
+
+@pytest.mark.parametrize(
+    "joined", ["activation-pruning+deft", "deft+activation-pruning", "division+deft", "deft+division"]
+)
+def test_activation_functions_of_one_bit_keep_the_hooks_of_others(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, joined: str
+) -> None:
+    monkeypatch.setitem(SETTINGS, "activation-pruning", {"pruned_fraction": 0.0, "value_precision": "half"})
+    model, names, chosen = bench.chosen("opt", joined)
+    stored = [made for made in (technique.make_reference() for technique in chosen) if made is not None]
+    twin, _ = bench.prepared("opt", stored)
+    found, wanted = gradients("opt", model, names, chosen), gradients("opt", twin, names, stored)
+    scale = max(gradient.abs().max() for gradient in wanted.values())
+    assert all((found[name] - wanted[name]).abs().max() < 2e-3 * scale for name in wanted)
 
 
 def test_meft_fused_head_deft_and_a_four_bit_base_train_together(bench: Bench) -> None:

@@ -31,8 +31,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 TEXTS_ONLY = {
     "chunked-mlp",
+    "compact",
     "error-norm-truncation",
     "shifted-attention",
+    "token-drop",
     "gradient-checkpointing",
     "deft",
     "fused-cross-entropy",

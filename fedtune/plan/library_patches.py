@@ -14,12 +14,15 @@ __all__ = ["patch_libraries"]
 @contextmanager
 def patch_libraries() -> Iterator[None]:
     """Let models be built and run from tensors without data inside the block."""
+    from fedtune.techniques._codecs.activation_file import ActivationFile
     from fedtune.techniques.mobile import _output_cache
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(nn.Module, "_apply", _apply))
         stack.enter_context(patch.object(_output_cache, "_hash_tensors", _name_nothing))
         stack.enter_context(patch.object(_output_cache.OutputCache, "write_output", _write_nothing))
+        stack.enter_context(patch.object(ActivationFile, "write", _reserve_slot))
+        stack.enter_context(patch.object(ActivationFile, "read", _read_slot))
         for patcher in _patch_transformers():
             stack.enter_context(patcher)
         yield
@@ -56,6 +59,16 @@ def _change_parameter(parameter: nn.Parameter, function: Callable[[Tensor], Tens
 
 def _name_nothing(*_: Any) -> str:
     return "planned"
+
+
+def _reserve_slot(_: Any, flat: Tensor) -> Any:
+    from fedtune.techniques._codecs.activation_file import Slot
+
+    return Slot(0, len(flat), -1)
+
+
+def _read_slot(_: Any, slot: Any) -> Tensor:
+    return torch.empty(slot.size, dtype=torch.uint8)
 
 
 def _write_nothing(*_: Any) -> None:

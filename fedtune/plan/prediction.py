@@ -13,8 +13,15 @@ from fedtune.plan.settings_trace import BatchTrace, SettingsTrace
 
 __all__ = ["HOT_BYTES", "OPTIMISER_VALUES", "Prediction", "Runtime", "predict_memory"]
 
-OPTIMISER_VALUES = {"sgd": 0.0, "adamw": 2.0, "adamw_8bit": 0.5, "paged_adamw_8bit": 0.5, "lion_8bit": 0.25}
-"""Values of four bytes that an optimiser holds for each trained value."""
+OPTIMISER_VALUES = {
+    "sgd": 0.0,
+    "lomo": 0.0,
+    "adamw": 2.0,
+    "adamw_8bit": 0.5,
+    "paged_adamw_8bit": 0.5,
+    "lion_8bit": 0.25,
+}
+"""Values of four bytes that an optimiser holds for each trained value. lomo frees gradients early: not counted."""
 
 HOT_BYTES = 64 << 20
 """The pages of libraries that a step runs again and again. The system may drop the other pages of files."""

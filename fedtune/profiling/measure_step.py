@@ -35,6 +35,7 @@ from fedtune.training import (
     set_train_mode,
     use_cpu_threads,
 )
+from fedtune.training.backward_updates import update_in_backward
 from fedtune.training.master_weights import make_stepper, masters_of
 from fedtune.training.start import Start
 from fedtune.wire.client_update import decode_tensors, pack
@@ -119,7 +120,8 @@ def _measure_seconds(
     for _ in range(1 + _TIMED):
         started = time.perf_counter()
         begin_step(techniques, model, batch, 0.0)
-        compute_step_loss(task, model, batch).backward()
+        with update_in_backward(optimiser, parameters, settings.lr, active=settings.optimiser == "lomo"):
+            compute_step_loss(task, model, batch).backward()
         apply_optimiser_step(
             model, techniques, optimiser, parameters, settings, StepInfo(round_number, 0, 1, settings.lr, settings.lr)
         )

@@ -41,7 +41,7 @@ def split_joined(value: Any) -> Any:
 
 ComputeDevice = Literal["auto", "cpu", "cuda", "mps"]
 
-Optimiser = Literal["adamw", "sgd", "adamw_8bit", "paged_adamw_8bit", "lion_8bit"]
+Optimiser = Literal["adamw", "sgd", "lomo", "adamw_8bit", "paged_adamw_8bit", "lion_8bit"]
 
 
 def _accept_optimizer(value: Any) -> Any:
@@ -55,7 +55,7 @@ class Train(SettingsModel):
     """Settings of the local training of one client in one round."""
 
     techniques: list[Unit] = Field([Unit(name="full")], min_length=1)
-    optimiser: Optimiser = "adamw"
+    optimiser: Optimiser = Field("adamw", description="lomo: sgd that updates weights during the backward pass")
     lr: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     lr_schedule: Literal["constant", "linear", "cosine"] = Field(
@@ -65,7 +65,7 @@ class Train(SettingsModel):
     momentum: float = Field(0.0, ge=0, lt=1, description="momentum of sgd; reset to zero in every round")
     nesterov: bool = Field(False, description="use Nesterov momentum in sgd")
     max_grad_norm: float | None = Field(
-        1.0, gt=0, description="gradients are clipped to this norm; default with sgd: no clipping"
+        1.0, gt=0, description="gradients are clipped to this norm; default with sgd and lomo: none"
     )
     batch_size: int = Field(16, ge=1)
     max_length: int = Field(128, ge=2, description="number of tokens that texts are truncated to")
@@ -99,7 +99,9 @@ class Train(SettingsModel):
     @classmethod
     def _plain_sgd_is_not_clipped(cls, value: Any) -> Any:
         value = _accept_optimizer(value)
-        plain = isinstance(value, Mapping) and value.get("optimiser") == "sgd" and "max_grad_norm" not in value
+        plain = (
+            isinstance(value, Mapping) and value.get("optimiser") in ("sgd", "lomo") and "max_grad_norm" not in value
+        )
         return {**value, "max_grad_norm": None} if plain else value
 
     @model_validator(mode="after")
@@ -108,6 +110,12 @@ class Train(SettingsModel):
             raise ValueError(f"momentum and nesterov are settings of sgd, but optimiser is {self.optimiser}; drop them")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs a momentum, e.g. momentum: 0.9")
+        return self
+
+    @model_validator(mode="after")
+    def _lomo_sees_one_gradient_at_a_time(self) -> Self:
+        if self.optimiser == "lomo" and self.max_grad_norm is not None:
+            raise ValueError("lomo updates weights before all gradients are known, so drop max_grad_norm, or take sgd")
         return self
 
     @model_validator(mode="after")

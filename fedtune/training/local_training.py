@@ -31,6 +31,7 @@ from fedtune.techniques import (
     compute_extra_payload,
     list_trainable_tensors,
 )
+from fedtune.training.backward_updates import refuse_smaller_batch, update_in_backward
 from fedtune.training.batches import batches, total_steps
 from fedtune.training.client_round import ClientRound
 from fedtune.training.cpu_threads import use_cpu_threads
@@ -250,6 +251,7 @@ def _run_steps(client: ClientRound, rows: IntArray, masters: Mapping[str, nn.Par
     data = make_training_rows(client.examples, rows, settings, client.derive_seed)
     steps = total_steps(len(data.rows), recipe)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    refuse_smaller_batch(recipe, client.micro_batch_size)
     model.zero_grad()  # a client that failed earlier may have left gradients
     optimiser = make_stepper(settings, model, masters)
     set_train_mode(model)
@@ -259,9 +261,10 @@ def _run_steps(client: ClientRound, rows: IntArray, masters: Mapping[str, nn.Par
     order = batches(data.rows, settings.batch_size, steps, client.derive_seed("order"), lengths)
     for step, chosen in enumerate(order):
         progress = ((client.number - 1) + step / steps) / recipe.federation.rounds
-        result = run_step(client, data.at_step(step), chosen, progress, size, metered=step == 0)
-        size = result.micro_batch_size
         lr = settings.lr * compute_lr_factor(settings, compute_lr_progress(client, step, steps))
+        with update_in_backward(optimiser, parameters, lr, active=settings.optimiser == "lomo"):
+            result = run_step(client, data.at_step(step), chosen, progress, size, metered=step == 0)
+        size = result.micro_batch_size
         info = StepInfo(client.number, step, steps, settings.lr, lr)
         if result.losses:
             for one in client.method_rounds:

@@ -47,10 +47,11 @@ class _Mastered:
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """Take one step with the given learning rate."""
-        for parameter, master in self._pairs:
+        moved = [(parameter, master) for parameter, master in self._pairs if parameter.grad is not None]
+        for parameter, master in moved:
             master.grad = None if parameter.grad is None else parameter.grad.float()
             parameter.grad = None
         self._inner.step(lr)
-        for parameter, master in self._pairs:
+        for parameter, master in moved:
             master.grad = None
             parameter.copy_(master)

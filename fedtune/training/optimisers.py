@@ -35,7 +35,7 @@ def make_optimiser(settings: Train, parameters: Sequence[Parameter]) -> LocalOpt
     """Return a new optimiser over the trained parameters."""
     if settings.optimiser == "adamw":
         return _AdamW(parameters, settings.weight_decay)
-    if settings.optimiser == "sgd":
+    if settings.optimiser in ("sgd", "lomo"):
         return _Sgd(parameters, settings)
     kind = pkgutil.resolve_name(_BITSANDBYTES[settings.optimiser])
     return BitsandbytesOptimiser(kind(parameters, lr=settings.lr, weight_decay=settings.weight_decay))

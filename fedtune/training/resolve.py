@@ -9,6 +9,7 @@ from fedtune.recipe.schema import DeviceClass, EvaluationSettings, Recipe, TaskU
 from fedtune.recipe.unit_registry import NamedUnit
 from fedtune.recipe.validation_errors import suggest_nearest
 from fedtune.techniques import Technique
+from fedtune.training.backward_updates import check_backward_updates
 from fedtune.training.metrics import check_metrics
 from fedtune.training.model_checks import check_privacy_settings
 from fedtune.training.model_counts import check_model_counts
@@ -35,6 +36,7 @@ def resolve_recipe(recipe: Recipe) -> Recipe:
     _check_fit(chosen, pipeline.combine)
     _check_own(chosen, pipeline, recipe.evaluation)
     check_privacy_settings(recipe, pipeline)
+    check_backward_updates(recipe, [*chosen, *_of_classes(recipe.devices)])
     check_model_counts(recipe, pipeline)
     check_metrics(recipe)
     data.check_partition(recipe)

@@ -19,6 +19,7 @@ from fedtune.data import EncodedDataset
 from fedtune.errors import FedtuneWarning, MemoryBudgetError
 from fedtune.memory import StorageMeter
 from fedtune.techniques import begin_step
+from fedtune.training.backward_updates import refuse_smaller_batch
 from fedtune.training.client_round import ClientRound
 from fedtune.training.micro_batches import can_split_batch, compute_loss_weights, split_into_micro_batches
 from fedtune.training.step_loss import capture_logits, compute_step_loss
@@ -83,6 +84,7 @@ def _halve(client: ClientRound, size: int, device: torch.device) -> int:
             "train.max_length, or add gradient-checkpointing",
             code="memory-short",
         )
+    refuse_smaller_batch(client.recipe, size // 2)
     warnings.warn(
         f"client {client.client}: {device} ran out of memory in round {client.number}; it continues in micro-batches "
         f"of {size // 2}",

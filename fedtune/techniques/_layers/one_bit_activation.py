@@ -13,9 +13,16 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fedtune.techniques._layers.bit_packing import pack_bits, unpack_bits
-from fedtune.techniques._layers.layer_replacement import ReplacementLayer
+from fedtune.techniques._layers.layer_replacement import ForwardOverride, ReplacementLayer
 
-__all__ = ["EXACT_GRADIENTS", "SIGN_GRADIENTS", "GradientRule", "OneBitActivation", "make_one_bit_activation"]
+__all__ = [
+    "EXACT_GRADIENTS",
+    "SIGN_GRADIENTS",
+    "GradientRule",
+    "OneBitActivation",
+    "make_one_bit_activation",
+    "mask_activations",
+]
 
 
 class GradientRule(NamedTuple):
@@ -71,6 +78,26 @@ def make_one_bit_activation(activation: nn.Module, rules: Mapping[type[nn.Module
     """An activation with the rule of its kind; one without a rule as it is."""
     rule = rules.get(type(activation))
     return activation if rule is None else OneBitActivation(activation, rule)
+
+
+class _MaskedForward(ForwardOverride):
+    """Runs an activation with its rule. The module stays, with the hooks that others add to it."""
+
+    def __init__(self, rule: GradientRule) -> None:
+        self.rule = rule
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Of any shape; the function itself is not approximated."""
+        out: Tensor = _Masked.apply(x, self.rule)
+        return out
+
+
+def mask_activations(model: nn.Module) -> None:
+    """Let ReLU and ReLU6 store bits. Otherwise they would store all of what the next layer stores in another form."""
+    inner = {layer.activation for layer in model.modules() if isinstance(layer, OneBitActivation)}
+    for layer in model.modules():
+        if type(layer) in EXACT_GRADIENTS and layer not in inner and "forward" not in vars(layer):
+            _MaskedForward(EXACT_GRADIENTS[type(layer)]).install(layer)
 
 
 class _Masked(torch.autograd.Function):

@@ -41,7 +41,6 @@ which reads a few numbers per token.
 """
 
 from collections.abc import Mapping
-from functools import partial
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -49,8 +48,8 @@ from torch import Tensor, nn
 
 from fedtune.errors import ModelError
 from fedtune.tasks import Task
-from fedtune.techniques._layers.layer_replacement import replace_layer, restore_plain_layers
-from fedtune.techniques._layers.one_bit_activation import EXACT_GRADIENTS, OneBitActivation, make_one_bit_activation
+from fedtune.techniques._layers.layer_replacement import restore_plain_layers
+from fedtune.techniques._layers.one_bit_activation import mask_activations
 from fedtune.techniques._technique import Technique, unfreeze_parameters
 from fedtune.techniques.pruning._pruned_input_layers import (
     InputStorage,
@@ -107,7 +106,7 @@ class ActivationPruning(Technique):
                 f"activation-pruning's standardise_weights rescales {frozen}, which is frozen; train it or unset it"
             )
         if self.pruned_fraction or self.value_precision == "half":
-            _mask_activations(model)
+            mask_activations(model)
         rule = PruningRule(self.pruned_fraction, self.value_precision == "half", self.centre_features)
         linear = InputStorage(rule, self.granularity != "tensor", _latest(model))
         if not attach_input_pruning(model, linear, self._convolutions(model)) and not self.standardise_weights:
@@ -143,11 +142,3 @@ class ActivationPruning(Technique):
 def _latest(model: nn.Module) -> RecentInputs:
     found: RecentInputs = vars(model)["activation_pruning"]
     return found
-
-
-def _mask_activations(model: nn.Module) -> None:
-    """Let ReLU and ReLU6 store bits. Otherwise they would store all of what the next layer stores pruned."""
-    inner = {layer.activation for layer in model.modules() if isinstance(layer, OneBitActivation)}
-    for name, layer in list(model.named_modules()):
-        if type(layer) in EXACT_GRADIENTS and layer not in inner and "forward" not in vars(layer):
-            replace_layer(model, name, partial(make_one_bit_activation, rules=EXACT_GRADIENTS))

@@ -1,0 +1,1 @@
+"""Techniques that keep activations in another form: in fewer bits, or in a file."""

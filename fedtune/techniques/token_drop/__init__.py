@@ -1,0 +1,1 @@
+"""Token drop: blocks run on the blocks of tokens that attend to each other most."""
