@@ -23,13 +23,11 @@ from fedtune.memory.allocator import fix_mmap_threshold
 from fedtune.memory.heap import release_freed
 from fedtune.memory.process_memory import MemoryWatch, peak_rss, read_resident_memory
 
-LORA, MEFT = "lora+gradient-checkpointing+fused-cross-entropy", "meft+fused-cross-entropy"
+LORA = "lora+gradient-checkpointing+fused-cross-entropy"
 CASES: tuple[tuple[str | bool, str, bool], ...] = (
     ("bf16", LORA, False),
     ("bf16", LORA, True),
     (True, LORA, True),
-    (True, MEFT, False),
-    (True, MEFT, True),
 )
 
 

@@ -8,7 +8,7 @@ import torch
 from fedtune.errors import SourceError
 from fedtune.files import hash_file
 from fedtune.models.blocks.preference import avoids_transformers
-from fedtune.models.transformers_child import run_in_child
+from fedtune.models.child_work import run_in_child
 from fedtune.paths import get_cache_folder
 from fedtune.sample_packages import make_folder_once
 

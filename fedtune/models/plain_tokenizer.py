@@ -15,15 +15,13 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from fedtune.files import hash_file
-from fedtune.models.transformers_child import run_in_child
+from fedtune.models.child_work import run_in_child
+from fedtune.models.tokenizer_copy import BACKEND, COPIED, SETTINGS
 from fedtune.paths import get_cache_folder
 from fedtune.sample_packages import make_folder_once
 
-__all__ = ["PlainTokenizer", "find_plain_tokenizer", "write_tokenizer"]
+__all__ = ["PlainTokenizer", "find_plain_tokenizer"]
 
-_BACKEND, _SETTINGS = "tokenizer.json", "settings.json"
-_COPIED = ("pad_token_id", "eos_token_id", "unk_token_id", "all_special_ids", "truncation_side", "split_special_tokens",
-           "model_input_names")  # fmt: skip
 _WEIGHTS = {".safetensors", ".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth"}
 
 
@@ -37,9 +35,9 @@ class PlainTokenizer:
 
     def __init__(self, folder: Path, source: Path) -> None:
         self._source = source
-        self._backend = Tokenizer.from_file(str(folder / _BACKEND))
-        self._settings: dict[str, Any] = json.loads((folder / _SETTINGS).read_bytes())
-        for name in _COPIED:
+        self._backend = Tokenizer.from_file(str(folder / BACKEND))
+        self._settings: dict[str, Any] = json.loads((folder / SETTINGS).read_bytes())
+        for name in COPIED:
             setattr(self, name, self._settings[name])
         self._backend.encode_special_tokens = self._settings["split_special_tokens"]
         self._backend.no_padding()
@@ -93,30 +91,11 @@ def find_plain_tokenizer(source: Path) -> PlainTokenizer | None:
     """Return the tokenizer of a model's folder; None if only transformers can read it."""
     folder = get_cache_folder() / "tokenizers" / _digest(source)
     make_folder_once(folder, lambda beside: _fill(source, beside), "the tokenizer")
-    return PlainTokenizer(folder, source) if (folder / _SETTINGS).is_file() else None
+    return PlainTokenizer(folder, source) if (folder / SETTINGS).is_file() else None
 
 
 def _fill(source: Path, beside: Path) -> None:
     run_in_child("write-tokenizer", str(source), beside)  # whoever finds an empty folder gets the error, if it is one
-
-
-def write_tokenizer(full: Any, folder: Path) -> None:
-    """Write the backend and the settings of a tokenizer that encodes by its backend alone."""
-    if not _is_plain(full):
-        return
-    (folder / _BACKEND).write_text(full.backend_tokenizer.to_str(), encoding="utf-8")
-    (folder / _SETTINGS).write_text(json.dumps({name: getattr(full, name) for name in _COPIED}), encoding="utf-8")
-
-
-def _is_plain(full: Any) -> bool:
-    """Whether a tokenizer's class encodes as those of fast tokenizers do, and tells its tokens' types likewise."""
-    from transformers import PreTrainedTokenizerFast
-
-    steps = ("__call__", "_encode_plus", "_convert_encoding", "set_truncation_and_padding", "__len__",
-             "num_special_tokens_to_add")  # fmt: skip
-    return isinstance(full, PreTrainedTokenizerFast) and all(
-        getattr(type(full), step) is getattr(PreTrainedTokenizerFast, step) for step in steps
-    )
 
 
 def _digest(source: Path) -> str:

@@ -3,24 +3,11 @@
 ``python -P -m fedtune.models.transformers_child WORK SOURCE FOLDER`` fills a folder of the cache.
 """
 
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from fedtune.child_processes import environment, make_isolated_command
-
-__all__ = ["main", "run_in_child"]
-
-
-def run_in_child(work: str, source: str, folder: Path) -> bool:
-    """Fill a folder in a child process; return whether it could. Otherwise the folder is left empty."""
-    command = make_isolated_command("fedtune.models.transformers_child", work, source, str(folder))
-    done = subprocess.run(command, env=environment(), stdin=subprocess.DEVNULL, capture_output=True, check=False)
-    if done.returncode:
-        for file in folder.iterdir():
-            file.unlink()
-    return done.returncode == 0
+__all__ = ["main"]
 
 
 def main(work: str, source: str, folder: Path) -> None:
@@ -41,8 +28,8 @@ def _dequantise_gguf(source: str, folder: Path) -> None:
 
 
 def _write_tokenizer(source: str, folder: Path) -> None:
-    from fedtune.models.plain_tokenizer import write_tokenizer
     from fedtune.models.pretrained import load_pretrained_tokenizer
+    from fedtune.models.tokenizer_copy import write_tokenizer
     from fedtune.recipe.schema import ModelSettings
 
     write_tokenizer(load_pretrained_tokenizer(ModelSettings(source=f"path:{source}"), source), folder)

@@ -41,8 +41,7 @@ def prepare_model(
     """Return the model with its techniques applied, the techniques, and the names of the shared tensors.
 
     It is built on the CPU, so that the same numbers are drawn everywhere, and moved to ``device``, by default
-    ``train.device``. Where there is no such device it stays, as on a server whose devices have one. ``require_device``
-    refuses before.
+    ``train.device``. Where there is none it stays, as on a server. ``require_device`` refuses before.
     """
     chosen = techniques.build_techniques(recipe.train.techniques)
     quantised = [found for found in (technique.make_quantisation_config() for technique in chosen) if found is not None]
@@ -171,10 +170,6 @@ class RunContext:
     def reader(self) -> Any:
         """The tokenizer or preprocessor that turns examples into inputs."""
         return tasks.load_reader(self.recipe)
-
-    def drop_reader(self) -> None:
-        """Free the reader. It is loaded again when it is needed."""
-        self.__dict__.pop("reader", None)
 
     @property
     def evaluated_model(self) -> EvaluatedModel:

@@ -21,7 +21,7 @@ from fedtune.recipe.schema import ModelSettings
 
 __all__ = ["PROVEN_VERSIONS", "find_block_model"]
 
-PROVEN_VERSIONS = ("5.24.",)
+PROVEN_VERSIONS = ("5.23.", "5.24.")
 """Versions of transformers whose bits the blocks have. Tests compare them with the installed one."""
 
 

@@ -9,14 +9,13 @@ from pathlib import Path
 from fedtune.errors import SourceError
 from fedtune.files import hash_file
 from fedtune.models.blocks.preference import avoids_transformers
+from fedtune.models.child_work import run_in_child
+from fedtune.models.paging.gguf_description_files import MATRICES, SMALL
 from fedtune.models.paging.source_tensors import SourceTensor, list_safetensors
-from fedtune.models.transformers_child import run_in_child
 from fedtune.paths import get_cache_folder
 from fedtune.sample_packages import make_folder_once
 
-__all__ = ["MATRICES", "SMALL", "describe_gguf", "list_described_tensors"]
-
-MATRICES, SMALL = "matrices.json", "small.safetensors"
+__all__ = ["describe_gguf", "list_described_tensors"]
 
 
 def describe_gguf(file: Path) -> Path:

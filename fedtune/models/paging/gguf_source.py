@@ -22,7 +22,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 from transformers.models.auto.auto_factory import _get_model_class
 
 from fedtune.errors import SourceError
-from fedtune.models.paging.gguf_description import MATRICES, SMALL
+from fedtune.models.paging.gguf_description_files import MATRICES, SMALL
 from fedtune.models.paging.row_formats import find_gguf_format
 from fedtune.models.paging.source_tensors import SourceTensor, reverse_rope_pairs
 from fedtune.models.transformers_logging import silence_transformers
