@@ -12,7 +12,7 @@ from fedtune.tracking import Store
 from tests.federations import execute, words
 from tests.servers import FEDTUNE, ended, joined, serving
 
-pytestmark = pytest.mark.deployed
+pytestmark = [pytest.mark.deployed, pytest.mark.timeout(900)]
 
 DEVICES = [{"name": "laptop", "count": 1, "memory": "3GB"}, {"name": "phone", "count": 2, "memory": "2GB"}]
 
@@ -24,7 +24,7 @@ def test_planned_devices_have_the_bits_of_a_simulation_and_one_that_is_too_small
     home.mkdir()
     settings = json.loads(words(tmp_path).model_dump_json()) | {"devices": DEVICES}
     settings["train"] |= {"techniques": "auto", "local_steps": 1}
-    settings["federation"] |= {"rounds": 2, "quorum": 2}
+    settings["federation"] |= {"rounds": 1, "quorum": 2}
     (tmp_path / "auto.yaml").write_text(yaml.safe_dump(settings))
     with serving(home) as server, joined(server, tmp_path, "partition:0", "partition:1", "partition:2") as devices:
         for device, memory in zip(devices, (3 * 10**9, 2 * 10**9, 10**8), strict=True):
@@ -45,7 +45,7 @@ def test_planned_devices_have_the_bits_of_a_simulation_and_one_that_is_too_small
     assert "plan: lora" in devices[0].log
     with Store.open() as store:
         stored = Recipe.model_validate_json(store.run(found["id"]).recipe)
-        assert len(store.predictions.list_errors()["laptop"]) == 2
+        assert len(store.predictions.list_errors()["laptop"]) == 1
     assert stored.plans is not None
     simulated = execute(stored, run="simulated")
     assert simulated.hashes[0] == found["rounds"][0]["checkpoint"]["sha256"]
