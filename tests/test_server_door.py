@@ -71,17 +71,18 @@ def test_an_enrolled_device_is_activated_and_seen_as_connected(server: Server, e
     assert device["online"]
 
 
-@pytest.mark.parametrize("path", ["pull-messages", "push-messages"])
-def test_an_empty_header_of_what_a_device_holds_is_answered(server: Server, enrolled: Knocker, path: str) -> None:
+def test_an_empty_header_of_what_a_device_holds_is_answered(server: Server) -> None:
     """A device that holds no message yet sends it; whatever its body is, it is no fault of the server's."""
     headers = {STORED_MESSAGE_HEADER: "", "Content-Type": "application/protobuf"}
-    with enrolled.fleet() as fleet:
-        told = fleet.ActivateNode(ActivateNodeRequest(public_key=enrolled.pem, heartbeat_interval=30))
+    knocker = Knocker(server)
+    knocker.enroll(server.token("holds-nothing"))
+    with knocker.fleet() as fleet:
+        told = fleet.ActivateNode(ActivateNodeRequest(public_key=knocker.pem, heartbeat_interval=30))
     node = Node(node_id=told.node_id)
-    request = PullMessagesRequest(node=node) if path.startswith("pull") else PushMessagesRequest(node=node)
-    for content in (request.SerializeToString(), b"\xff"):
-        answer = enrolled.signed(f"/v1/fleet/{path}", content=content, headers=headers)
-        assert answer.status_code < 500, answer.text
+    for path, request in (("pull", PullMessagesRequest(node=node)), ("push", PushMessagesRequest(node=node))):
+        for content in (request.SerializeToString(), b"\xff"):
+            answer = knocker.signed(f"/v1/fleet/{path}-messages", content=content, headers=headers)
+            assert answer.status_code < 500, answer.text
     assert server.process.poll() is None
     assert "Traceback" not in server.log.read_text()
 
