@@ -256,7 +256,9 @@ class Answers:
         assert method == "GET"
         self.asked.append(path)
         number = len(self.asked) - 1
-        records = [{"number": one, "status": "completed", "client_records": [], "seconds": 1.0} for one in (0, 1, 2)]
+        records: list[dict[str, Any]] = [
+            {"number": one, "status": "completed", "client_records": [], "seconds": 1.0} for one in (0, 1, 2)
+        ]
         return {
             "id": self.run,
             "status": "completed" if number == 3 else "running",

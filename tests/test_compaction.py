@@ -95,7 +95,7 @@ def test_the_superlinks_own_database_shrinks_before_its_process_starts(
         seen.append(path.stat().st_size)
         raise OSError("no process is started here")
 
-    monkeypatch.setattr(superlinks.subprocess, "Popen", refuse)
+    monkeypatch.setattr("fedtune.flower.superlink.subprocess.Popen", refuse)
     link = superlinks.SuperLink(tmp_path)
     with pytest.raises(OSError, match="no process"):
         link.start()
