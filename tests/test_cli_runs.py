@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from fedtune.cli.follow_run import follow_run
 from fedtune.cli.runs import runs
 from fedtune.errors import StoreError
 from fedtune.tracking import Store, claim_run, rows
@@ -73,6 +74,8 @@ def test_show_tells_rounds_domains_and_devices() -> None:
     lines = [line.split() for line in printed("show", "film").splitlines()]
     assert ["2", "completed", "0.7500", "1.5066", "3/3", "15.0", "GB", "4.5", "s"] in lines
     assert ["tweets", "validation", "0.5000", "0.8000"] in lines
+    peak = ["peak", "5.0", "GB", "activation", "memory,", "7.0", "GB", "process"]
+    assert peak in lines
     assert ["tablet", "1", "3/3", "306", "6.0", "GB", "5.0", "GB", "7.0", "GB"] in lines
     assert [round_["number"] for round_ in parsed("show", "film")["rounds"]] == [0, 1, 2, 3]
 
@@ -172,6 +175,7 @@ def test_every_command_explains_itself_and_speaks_json(command: str) -> None:
 
 LIST = """
 import sys
+from fedtune.cli.follow_run import follow_run
 from fedtune.cli.runs import runs
 runs(["list"], standalone_mode=False)
 print(*sorted({name.partition(".")[0] for name in sys.modules}), file=sys.stderr)
@@ -240,3 +244,40 @@ def test_rounds_after_a_number_are_all_that_is_read(monkeypatch: pytest.MonkeyPa
         read.clear()
         assert store.rounds("long-1a2b", after=5) == []
         assert not read
+
+
+class Answers:
+    """An operator's connection to a server whose run ends with its third answer; ``asked`` are the paths."""
+
+    def __init__(self, run: str) -> None:
+        self.run, self.asked = run, list[str]()
+
+    def request_json(self, method: str, path: str) -> dict[str, Any]:
+        assert method == "GET"
+        self.asked.append(path)
+        number = len(self.asked) - 1
+        records: list[dict[str, Any]] = [
+            {"number": one, "status": "completed", "client_records": [], "seconds": 1.0} for one in (0, 1, 2)
+        ]
+        return {
+            "id": self.run,
+            "status": "completed" if number == 3 else "running",
+            "reason": "",
+            "rounds_planned": 2,
+            "recipe": {},
+            "metrics": [],
+            "rounds": [[records[0]], [], records[1:], []][number],
+        }
+
+
+def test_whoever_watches_asks_for_the_rounds_after_the_last_one_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("fedtune.cli.follow_run._POLL_SECONDS", 0.0)
+    answers: Any = Answers("film-1a2b")
+    follow_run(answers, "latest")
+    queries = [path.partition("?")[2] for path in answers.asked]
+    assert queries == ["after=-1", "after=0", "after=0", "after=2"]
+    assert answers.asked[1].startswith("runs/film-1a2b?"), "another may be the latest by then"
+    shown = capsys.readouterr().out
+    assert [line.split()[1] for line in shown.splitlines()] == ["0/2", "1/2", "2/2", "film-1a2b"]

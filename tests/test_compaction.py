@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fedtune.flower import superlink as superlinks
 from fedtune.tracking import Store
 from fedtune.tracking.compaction import shrink_database, trim_log
 from tests.store_examples import fill
@@ -80,3 +81,36 @@ def test_the_store_gives_back_what_a_deleted_run_took(home: Path) -> None:
         store.compact()
     assert path.stat().st_size < MEGABYTE
     assert not path.with_name("store.sqlite-wal").exists() or path.with_name("store.sqlite-wal").stat().st_size == 0
+
+
+def test_the_superlinks_own_database_shrinks_before_its_process_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "superlink.sqlite"
+    insert(path, 8)
+    delete(path)
+    seen: list[int] = []
+
+    def refuse(*_: object, **__: object) -> None:
+        seen.append(path.stat().st_size)
+        raise OSError("no process is started here")
+
+    monkeypatch.setattr("fedtune.flower.superlink.subprocess.Popen", refuse)
+    link = superlinks.SuperLink(tmp_path)
+    with pytest.raises(OSError, match="no process"):
+        link.start()
+    link.close()
+    assert len(seen) == 1
+    assert seen[0] < MEGABYTE
+
+
+def test_the_log_of_the_superlinks_database_is_trimmed(tmp_path: Path) -> None:
+    link, log = superlinks.SuperLink(tmp_path), tmp_path / "superlink.sqlite-wal"
+    with closing(sqlite3.connect(tmp_path / "superlink.sqlite")) as user:
+        user.execute("PRAGMA journal_mode = WAL")
+        user.execute("SELECT count(*) FROM sqlite_master").fetchall()
+        insert(tmp_path / "superlink.sqlite", 24)
+        assert log.stat().st_size > 20 * MEGABYTE
+        link.trim()
+        assert log.stat().st_size == 0
+    link.close()

@@ -1,5 +1,6 @@
-"""Every command in the documentation, the recipes and the help texts parses."""
+"""Every command in the documentation, the recipes, the help texts and the sentences of the program parses."""
 
+import ast
 import re
 import shlex
 from collections.abc import Iterator
@@ -22,6 +23,29 @@ PAGES = [
 LINE = re.compile(r"^ *(?:\$ |#\s+(?:[A-Z][\w ]*:\s+)?)?(?:FEDTUNE_HOME=\S+ )?(fedtune [a-z].*)$", re.MULTILINE)
 IN_TEXT = re.compile(r"(?<!`)`(fedtune [a-z]+[^`.]*)`(?!`)")
 BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+SOURCES = sorted((ROOT / "fedtune").rglob("*.py"))
+SAID = re.compile(r"\bfedtune ([a-z][\w-]*(?: [^\s;,:?()\"`]+)*)")
+"""A command in a sentence, up to the next punctuation that no command has."""
+PROSE = {
+    "again",
+    "authority",
+    "cannot",
+    "does",
+    "executes",
+    "is",
+    "knows",
+    "memory",
+    "on",
+    "or",
+    "speaks",
+    "that",
+    "understand",
+    "with",
+    "wrote",
+}
+"""Words after the name of the program where a sentence is about the program itself."""
+HOLE = "5"
+"""What stands for a value that a sentence is given when it is said: a run, a name or a number."""
 PLACEHOLDERS = {"RUN", "RECIPE", "N", "NAME", "FILE", "TOKEN", "DEVICE", "SERVER", "CONFIG", "[RUN]"}
 
 
@@ -58,8 +82,43 @@ def check_words(words: list[str]) -> None:
         assert found is not None, f"{name} has no command {words[0]}"
         command, name, words = found, words[0], words[1:]
     if words and not isinstance(command, click.Group):
-        with suppress(click.MissingParameter):  # a sentence may name an option without the command's arguments
+        # a sentence may name an option without the command's arguments, and --help
+        with suppress(click.MissingParameter, click.exceptions.Exit):
             command.make_context(name, list(words))
+
+
+def list_sentences(source: str) -> Iterator[str]:
+    """The string constants of a module with a hole for each value, without docstrings and pieces of other strings."""
+    if not re.search(r"(?<!from )fedtune [a-z]", source):
+        return
+    tree = ast.parse(source)
+    pieces = {id(piece) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for piece in node.values}
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if id(node) in pieces | docstrings:
+            continue
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+        elif isinstance(node, ast.JoinedStr):
+            yield "".join(str(one.value) if isinstance(one, ast.Constant) else HOLE for one in node.values)
+
+
+def find_said(source: str) -> list[list[str]]:
+    """The words of each command in the sentences of a module, up to the first that is prose."""
+    found = [said.rstrip(".").split() for text in list_sentences(source) for said in SAID.findall(text)]
+    return [cut_prose(words) for words in found if words[0] not in PROSE]
+
+
+def cut_prose(words: list[str]) -> list[str]:
+    """The command's own words, and of what follows options and what is no word of a sentence."""
+    command: click.Command | None = cli
+    path: list[str] = []
+    while isinstance(command, click.Group) and len(path) < len(words):
+        path.append(words[len(path)])
+        command = command.get_command(click.Context(command), path[-1])
+    rest = words[len(path) :]
+    prose = (number for number, word in enumerate(rest) if word.rstrip(".").isalpha() and not word.isupper())
+    return [*path, *(word.rstrip(".") for word in rest[: next(prose, len(rest))])]
 
 
 def test_what_is_found_and_what_is_refused() -> None:
@@ -71,6 +130,39 @@ def test_what_is_found_and_what_is_refused() -> None:
         check_words(["evaluate", "latest", "--part", "test"])
     with pytest.raises(click.UsageError):
         check_words(["evaluate", "latest", "--splitt", "test"])
+
+
+def test_what_is_found_in_sentences_and_what_is_refused() -> None:
+    source = """
+def show(run):
+    '''Docs of fedtune nothing.'''
+    raise ValueError(f"no such round; see: fedtune runs show {run} "
+                     "--last 3, or ask")
+    print("fedtune server sits here", "fedtune runs", "fedtune knows", 'type fedtune runs destroy X --now.')
+"""
+    shown, server, group, wrong = find_said(source)
+    assert shown == ["runs", "show", HOLE, "--last", "3"]
+    assert (server, group) == (["server", "sits"], ["runs"])
+    assert wrong == ["runs", "destroy", "X", "--now"]
+    check_words(shown)
+    check_words(group)
+    for bad in (server, wrong):
+        with pytest.raises(AssertionError):
+            check_words(bad)
+
+
+def test_every_command_that_a_sentence_of_the_program_names_exists() -> None:
+    said = [(path, words) for path in SOURCES for words in find_said(path.read_text(encoding="utf-8"))]
+    assert len(said) > 50
+    wrong: list[str] = []
+    for path, words in said:
+        try:
+            check_words(words)
+        except click.BadOptionUsage:
+            pass  # its value is a word of the sentence
+        except (AssertionError, click.UsageError) as error:
+            wrong.append(f"{path.relative_to(ROOT)}: fedtune {' '.join(words)}: {error}")
+    assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

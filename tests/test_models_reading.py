@@ -184,14 +184,23 @@ def of_the_zoo(architecture: str, folder: Path) -> tuple[Any, Task]:
     return models.load_model(ModelSettings(source=f"path:{folder}"), task, labels, seed=0), task
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # by the first import of peft
 @pytest.mark.parametrize(
-    ("architecture", "kind"), [("mixtral", "experts"), ("qwen2-moe", "experts"), ("regnet", "convolutions")]
+    ("technique", "architecture", "kind"),
+    [
+        ("lora", "mixtral", "experts"),
+        ("qlora", "mixtral", "experts"),
+        ("lora", "qwen2-moe", "experts"),
+        ("lora", "regnet", "convolutions"),
+    ],
 )
-def test_lora_says_what_it_passes_over(architecture: str, kind: str, tmp_path: Path) -> None:
+def test_lora_says_what_it_passes_over(technique: str, architecture: str, kind: str, tmp_path: Path) -> None:
     model, task = of_the_zoo(architecture, tmp_path)
-    said = rf"lora puts no pair beside \d+% of the weights of {type(model).__name__}, which stay frozen: .*{kind}"
+    said = (
+        rf"^{technique} puts no pair beside \d+% of the weights of {type(model).__name__}, which stay frozen: .*{kind}"
+    )
     with pytest.warns(UserWarning, match=said):
-        shared("lora", model, task)
+        shared(technique, model, task)
 
 
 def test_lora_is_silent_where_all_that_counts_has_a_pair(tmp_path: Path) -> None:

@@ -236,19 +236,19 @@ def test_every_setting_of_a_server_stands_in_its_example_with_its_default(home: 
             assert yaml.safe_load(line)[name] == field.default
 
 
-def test_the_list_names_what_an_ordinary_index_has_and_fedtune_from_the_wheel_beside_it(
-    home: Path, tmp_path: Path
-) -> None:
+def test_the_list_names_the_index_of_its_torch_and_fedtune_from_the_wheel_beside_it(home: Path, tmp_path: Path) -> None:
     packaged(tmp_path, "partition:0")
     lines = [line for line in (tmp_path / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
+    assert lines[0] == "--extra-index-url https://download.pytorch.org/whl/cpu", "of this line pip takes no marker"
+    assert not [line for line in lines[1:] if line.startswith("-")]
+    assert "INDEX" not in (tmp_path / "Dockerfile").read_text(), "the list has it"
     wheel = f"./fedtune-{version('fedtune')}-py3-none-any.whl"
     assert wheel in lines
     assert (tmp_path / wheel).exists()
     number = version("torch").partition("+")[0]
     assert not [line for line in lines if line.startswith("fedtune==")]
-    assert [line for line in lines if "+" in line] == [
-        line for line in lines if line.startswith(f"torch=={number}+cpu;")
-    ]
+    local = [line for line in lines if "+" in line]
+    assert local == [line for line in lines if line.startswith(f"torch=={number}+cpu;")]
     chosen = {place: [line for line in lines if line.startswith("torch==") and holds(line, *place)] for place in PLACES}
     assert {place: [line.partition(";")[0] for line in chosen[place]] for place in PLACES} == {
         ("linux", "x86_64"): [f"torch=={number}+cpu"],

@@ -4,16 +4,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from flwr.app import Message
+from flwr.app import Error, Message
 from flwr.clientapp import ClientApp
 
 from fedtune.errors import StoreError
 from fedtune.recipe.schema import ClientSelection, Recipe
 from fedtune.server.quarantine import REFUSALS, Quarantine
+from fedtune.server.replies import read_error
 from fedtune.server.selection import is_device_eligible
 from fedtune.server.server_app import run_to_completion
 from fedtune.tracking import Store
-from tests.federations import Ended, begin, outcome, silent, spoilt, trivial
+from fedtune.wire.error_codes import REFUSED, TRAINING_FAILED
+from tests.federations import Ended, Spoil, begin, outcome, silent, spoilt, trivial
 from tests.test_norm_bound import HUGE
 from tests.ticking import TickingGrid, seat
 
@@ -104,3 +106,31 @@ def test_a_released_device_is_on_probation_until_an_update_counts(home: Path) ->
 def test_a_device_that_is_not_enrolled_cannot_be_released(home: Path) -> None:
     with Store.open() as store, pytest.raises(StoreError, match="there is no device 'nobody'"):
         store.access.release_device("nobody")
+
+
+def answer_with(code: int) -> Spoil:
+    """A reply that the guarded grid replaced by an error, as it does where a reply breaks the protocol."""
+
+    def answer(message: Message, reply: Message) -> Message:
+        return Message(Error(code, "[it] confirmed\x1b its train request before it fetched it"), reply_to=message)
+
+    return answer
+
+
+def test_a_reply_that_the_grid_refused_is_a_rejected_one_whose_reason_is_cleaned() -> None:
+    for code, status in ((REFUSED, "rejected"), (TRAINING_FAILED, "error")):
+        found, reason = read_error(Error(code, "it said\x1b[31m so\u202e"))
+        assert (found, reason.isprintable()) == (status, True)
+
+
+@pytest.mark.parametrize(("code", "asked_for"), [(REFUSED, REFUSALS), (TRAINING_FAILED, 5)])
+def test_what_the_grid_refuses_counts_for_the_quarantine_and_an_error_does_not(
+    home: Path, code: int, asked_for: int
+) -> None:
+    with Store.open() as store:
+        enrolled(store)
+        recipe = trivial("federation.rounds=5", "train.local_steps=1")
+        ended = deployed(store, recipe, spoilt(answer_with(code), {1}))
+        quarantined = [one.name for one in store.access.list_devices() if one.quarantine_reason]
+    assert sum(1 in clients for clients in asked(ended)) == asked_for
+    assert quarantined == (["dev-1"] if code == REFUSED else [])

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from click.testing import CliRunner
 from flwr.proto.control_pb2 import ListNodesRequest, StartRunRequest
-from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, RegisterNodeFleetRequest
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, PushMessagesRequest, RegisterNodeFleetRequest
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.control import ControlHttpClient
 from flwr.supernode.fleet_http_client import FleetHttpClient
@@ -27,6 +27,7 @@ from fedtune.flower.control_client import ControlClient
 from fedtune.server import certificate_authority
 from fedtune.server.server_home import open_server_home
 from fedtune.server.server_process import run_server
+from fedtune.wire.error_codes import STORED_MESSAGE_HEADER
 from tests.servers import Knocker, Server, serving
 
 pytestmark = pytest.mark.slow
@@ -68,6 +69,22 @@ def test_an_enrolled_device_is_activated_and_seen_as_connected(server: Server, e
     with server.operator() as connection:
         [device] = [one for one in connection.request_json("GET", "devices")["devices"] if one["name"] == "one"]
     assert device["online"]
+
+
+def test_an_empty_header_of_what_a_device_holds_is_answered(server: Server) -> None:
+    """A device that holds no message yet sends it; whatever its body is, it is no fault of the server's."""
+    headers = {STORED_MESSAGE_HEADER: "", "Content-Type": "application/protobuf"}
+    knocker = Knocker(server)
+    knocker.enroll(server.token("holds-nothing"))
+    with knocker.fleet() as fleet:
+        told = fleet.ActivateNode(ActivateNodeRequest(public_key=knocker.pem, heartbeat_interval=30))
+    node = Node(node_id=told.node_id)
+    for path, request in (("pull", PullMessagesRequest(node=node)), ("push", PushMessagesRequest(node=node))):
+        for content in (request.SerializeToString(), b"\xff"):
+            answer = knocker.signed(f"/v1/fleet/{path}-messages", content=content, headers=headers)
+            assert answer.status_code < 500, answer.text
+    assert server.process.poll() is None
+    assert "Traceback" not in server.log.read_text()
 
 
 def test_a_profile_is_kept_when_it_is_signed_and_refused_when_not(server: Server, enrolled: Knocker) -> None:
@@ -189,6 +206,7 @@ def test_plain_http_and_an_authority_nobody_trusts_are_refused_and_told(server: 
         httpx.get(f"{server.url}/fedtune/ca", verify=ssl.create_default_context())
     assert server.refused("the TLS connection failed: HTTP_REQUEST")
     assert server.refused("the TLS connection failed: TLSV1_ALERT_UNKNOWN_CA")
+    assert {line.actor for line in server.audit() if "TLS connection failed" in line.message} == {"127.0.0.1"}
 
 
 def test_a_body_beyond_the_limit_is_refused(server: Server, enrolled: Knocker) -> None:

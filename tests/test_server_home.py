@@ -3,6 +3,7 @@
 import json
 import socket
 import ssl
+import sys
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
@@ -123,6 +124,14 @@ def test_old_names_of_settings_are_read_and_one_line_says_so(home: Path, capsys:
 def test_a_name_that_is_none_is_refused(home: Path) -> None:
     with pytest.raises(ServerError, match="neither a host name nor an address"):
         create_server_home(["a" * 300], "127.0.0.1:8443")
+
+
+def test_up_says_that_it_starts_before_it_imports_what_it_needs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch and Flower take seconds to import; the module that imports them is missing here."""
+    monkeypatch.setitem(sys.modules, "fedtune.server.server_process", None)
+    done = CliRunner().invoke(cli, ["server", "up"])
+    assert isinstance(done.exception, ImportError)
+    assert done.stderr == "fedtune server: starting; press Ctrl-C to stop it\n"
 
 
 def test_no_server_is_told_with_the_mend(home: Path) -> None:

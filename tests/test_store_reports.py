@@ -1,8 +1,10 @@
 """What is read out of recorded runs: figures, documents and tables, against values worked out by hand."""
 
+import ast
 import csv
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -28,6 +30,7 @@ from fedtune.tracking.run_summary import (
 from fedtune.tracking.table_export import export_runs
 from tests.store_examples import a_client_record, a_metric, a_round, fill
 
+ROOT = Path(__file__).parents[1]
 Recorded = list[tuple[RunRecord, list[RoundRecord]]]
 
 
@@ -169,6 +172,50 @@ def test_every_key_of_a_document_is_documented(recorded: Recorded) -> None:
     last = found["rounds"][-1]
     for keys in (found, found["metrics"][0], found["checkpoint"], last, last["client_records"][0]):
         assert [key for key in keys if f"`{key}`" not in described] == []
+
+
+def list_splits() -> set[str]:
+    """The values that the package's code gives to ``split`` of a metric, as it is written."""
+    found: set[str] = set()
+    for path in sorted((ROOT / "fedtune").rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        if "MetricRecord(" in text:
+            tree = ast.parse(text)
+            found |= {value for call in ast.walk(tree) if isinstance(call, ast.Call) for value in splits_of(call, text)}
+    return found
+
+
+def splits_of(call: ast.Call, text: str) -> Iterator[str]:
+    name = call.func.id if isinstance(call.func, ast.Name) else ""
+    if name in ("_scores", "_score_stream"):
+        yield ast.literal_eval(call.args[3])
+    for keyword in call.keywords if name == "MetricRecord" else ():
+        value = keyword.value
+        if keyword.arg == "split" and isinstance(value, ast.Constant):
+            yield str(value.value)
+        elif keyword.arg == "split" and isinstance(value, ast.Name) and value.id != "called":
+            [line] = re.findall(rf'^{value.id}(?:, \w+)* = "([\w-]+)"', text, re.MULTILINE)
+            yield line
+
+
+def test_every_split_that_is_recorded_is_documented() -> None:
+    described = (ROOT / "docs" / "runs-schema.md").read_text(encoding="utf-8")
+    rows = described.partition("| `split` | meaning |\n|---|---|\n")[2].partition("\n\n")[0].splitlines()
+    listed = {name for row in rows for name in re.findall("`([a-z-]+)`", row.split("|")[1])}
+    known = {
+        "validation",
+        "test",
+        "test-before",
+        "border",
+        "local",
+        "drift",
+        "merge",
+        "privacy",
+        "updates",
+        "simulation",
+    }
+    assert list_splits() == known
+    assert known - listed == set()
 
 
 def test_json_has_null_where_a_number_is_not_one() -> None:

@@ -19,11 +19,11 @@ from fedtune.flower.fleet_client import FleetClient, make_reply_metadata
 from fedtune.wire.client_update import ClientReport, decode_tensors, pack
 from tests.attacks.scene import Attack, Scene
 from tests.federations import trivial
-from tests.servers import ended
+from tests.servers import Knocker, ended
 
-__all__ = ["ATTACKS"]
+__all__ = ["ATTACKS", "PATIENCE", "claimed", "make_fleet", "stopped"]
 
-_PATIENCE = 240.0
+PATIENCE = 240.0
 _LARGE = 6_000_000
 _RECIPE = ("devices=[{name: any, count: 1, memory: 64MB}]", "federation.selection={devices: [hostile]}")
 
@@ -35,18 +35,19 @@ def _order(scene: Scene) -> PullMessagesResponse:
         node = Node(node_id=scene.node)
         fleet.SendNodeHeartbeat(SendNodeHeartbeatRequest(node=node, heartbeat_interval=60))
         run = connection.request_json("POST", "runs", {"recipe": recipe})["run"]
-        scene.left_open.append(lambda: _stopped(scene, run))
-        end = time.monotonic() + _PATIENCE
+        scene.left_open.append(lambda: stopped(scene, run))
+        end = time.monotonic() + PATIENCE
         while time.monotonic() < end:
             fleet.SendNodeHeartbeat(SendNodeHeartbeatRequest(node=node, heartbeat_interval=60))
             told = fleet.PullMessages(PullMessagesRequest(node=node))
             if told.messages_list:
                 return told
             time.sleep(0.5)
-    raise AssertionError(f"no order of run {run} came in {_PATIENCE:.0f} s")
+    raise AssertionError(f"no order of run {run} came in {PATIENCE:.0f} s")
 
 
-def _stopped(scene: Scene, run: str) -> None:
+def stopped(scene: Scene, run: str) -> None:
+    """Stop a run, if it has not ended."""
     with scene.server.operator() as connection, suppress(ServerError):  # it may have ended by itself
         connection.request_json("POST", f"runs/{run}/stop")
 
@@ -84,20 +85,19 @@ def _large_answer(scene: Scene) -> str:
 
 def _destructive(scene: Scene) -> str:
     """In its first round it claims 10**18 examples, in its second it sends deltas that are not finite."""
-    address = scene.server.url.removeprefix("https://")
-    fleet = FleetClient(address, scene.server.place.ca_file.read_text(), scene.hostile.private, scene.node, time.time)
+    fleet = make_fleet(scene, scene.hostile, scene.node)
     recipe = trivial(*_RECIPE).model_dump(mode="json")
     fleet.send_heartbeat()
     with scene.server.operator() as connection:
         run = connection.request_json("POST", "runs", {"recipe": recipe})["run"]
-    scene.left_open.append(lambda: _stopped(scene, run))
+    scene.left_open.append(lambda: stopped(scene, run))
     for examples, value in ((10**18, 0.0), (3, float("inf"))):
-        claim = _claimed(fleet)
+        claim = claimed(fleet)
         task = fleet.download_message(claim)
         deltas = {name: torch.full_like(tensor, value) for name, tensor in decode_tensors(task.payload).items()}
         report = ClientReport(examples, loss=1.0, seconds=1.0, activation_memory=1, peak_memory=1)
         fleet.push_update(claim, pack(deltas), report.to_fields(), 1.0)
-    found = ended(scene.server, run, _PATIENCE)
+    found = ended(scene.server, run, PATIENCE)
     fleet.close()
     told = [sent for record in found["rounds"] for sent in record["client_records"]]
     assert [sent["status"] for sent in told] == ["rejected", "rejected"], told
@@ -105,15 +105,22 @@ def _destructive(scene: Scene) -> str:
     return "; ".join(sent["reason"] for sent in told)
 
 
-def _claimed(fleet: FleetClient) -> bytes:
-    end = time.monotonic() + _PATIENCE
+def make_fleet(scene: Scene, knocker: Knocker, node: int) -> FleetClient:
+    """A device's own client, with which it may send what it likes."""
+    address = scene.server.url.removeprefix("https://")
+    return FleetClient(address, scene.server.place.ca_file.read_text(), knocker.private, node, time.time)
+
+
+def claimed(fleet: FleetClient) -> bytes:
+    """The next order."""
+    end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
         fleet.send_heartbeat()
         if claim := fleet.pull_message():
             fleet.mark_message_stored(claim)
             return claim
         time.sleep(0.5)
-    raise AssertionError(f"no order came in {_PATIENCE:.0f} s")
+    raise AssertionError(f"no order came in {PATIENCE:.0f} s")
 
 
 ATTACKS = [

@@ -16,9 +16,12 @@ import httpx
 import psutil
 from cryptography.hazmat.primitives import serialization
 
-from tests.servers import Knocker, Server, serving
+from tests.servers import Knocker, Server, serving, until_up
 
 __all__ = ["Attack", "Honest", "Scene", "scene"]
+
+_START_SECONDS = 240.0
+"""On a machine that is busy with something else; otherwise a server is up within ten."""
 
 
 class Honest:
@@ -119,7 +122,8 @@ def scene(folder: Path) -> Iterator[Scene]:
     for name in ("FEDTUNE_STORE", "FEDTUNE_OPERATOR_FILE"):
         os.environ.pop(name, None)
     (folder / "home").mkdir()
-    with serving(folder / "home") as server:
+    with serving(folder / "home", wait=False) as server:
+        until_up(server, _START_SECONDS)
         honest, hostile = Honest(server, folder), Knocker(server)
         node = int(hostile.enroll(server.token("hostile")).json()["node_id"])
         made = Scene(server, honest, hostile, folder, node)
