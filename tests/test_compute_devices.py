@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,12 @@ from fedtune import paths
 from fedtune.accelerator import choose_device, find_device, require_device
 from fedtune.cli.main import main
 from fedtune.errors import ModelError, RecipeError
+from fedtune.memory.accelerator_memory import (
+    AcceleratorMemory,
+    read_accelerator_peak,
+    read_allocated_bytes,
+    reset_accelerator_peak,
+)
 from fedtune.recipe.schema import ComputeDevice, DeviceClass, Recipe
 from fedtune.simulation.compute_devices import describe_device_change, require_devices, suggest_accelerator
 from fedtune.tracking import RoundRecord
@@ -158,3 +165,26 @@ def test_a_card_that_a_recipe_leaves_idle_is_named() -> None:
 
 def test_nothing_is_suggested_without_a_card() -> None:
     assert suggest_accelerator(a_training_recipe()) is None
+
+
+def test_the_memory_figures_of_a_card_are_those_that_torch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = torch.device("cuda", 1)
+    asked: list[torch.device] = []
+
+    def count(figure: int) -> Callable[[torch.device], int]:
+        def answer(device: torch.device) -> int:
+            asked.append(device)
+            return figure
+
+        return answer
+
+    names = ("max_memory_allocated", "max_memory_reserved", "memory_allocated", "reset_peak_memory_stats")
+    for figure, name in enumerate(names, 1):
+        monkeypatch.setattr(torch.cuda, name, count(figure))
+    reset_accelerator_peak(card)
+    assert read_accelerator_peak(card) == AcceleratorMemory(allocated=1, reserved=2)
+    assert read_allocated_bytes(card) == 3
+    assert asked == [card] * 4
+    reset_accelerator_peak(torch.device("cpu"))
+    assert (read_accelerator_peak(torch.device("cpu")), read_allocated_bytes(torch.device("cpu"))) == (None, 0)
+    assert len(asked) == 4

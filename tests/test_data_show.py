@@ -10,6 +10,7 @@ from fedtune import data
 from fedtune.cli.data import data as command
 from fedtune.data.partition_plot import draw_partition
 from tests.data_examples import TEXT, a_recipe, labelled
+from tests.task_cases import save_encoder
 
 
 def a_summary(clients: int, *overrides: str) -> data.PartitionSummary:
@@ -76,13 +77,28 @@ def test_show_cuts_a_long_table_and_says_so(recipe_file: Path, tmp_path: Path) -
     assert (tmp_path / "here.png").is_file()
 
 
-def test_show_gives_json_that_adds_up(recipe_file: Path) -> None:
-    result = CliRunner().invoke(command, ["show", str(recipe_file), "--json"], catch_exceptions=False)
-    shown = json.loads(result.output)
-    assert shown.keys() == {"name", "parts", "by", "values", "holdings", "plot"}
+def test_show_gives_json_that_adds_up(recipe_file: Path, tmp_path: Path) -> None:
+    save_encoder(tmp_path / "model")
+    model = ["--set", f"model.source=path:{tmp_path / 'model'}"]
+    result = CliRunner().invoke(command, ["show", str(recipe_file), *model, "--json"], catch_exceptions=False)
+    shown = json.loads(result.stdout)
+    assert shown.keys() == {"name", "parts", "by", "values", "holdings", "plot", "examples"}
+    assert [[part["target"] for part in one] for one in shown["examples"]] == [[False, True]] * 3
     assert sum(holding["examples"] for holding in shown["holdings"]) == shown["parts"]["train"]
     assert all(sum(holding["counts"]) == holding["examples"] for holding in shown["holdings"])
     assert sum(shown["parts"].values()) == 400
+
+
+def test_show_prints_three_examples_unless_told_otherwise(recipe_file: Path, tmp_path: Path) -> None:
+    save_encoder(tmp_path / "model")
+    model = ["--set", f"model.source=path:{tmp_path / 'model'}"]
+    printed = [
+        CliRunner().invoke(command, ["show", str(recipe_file), *own], catch_exceptions=False)
+        for own in (model, [*model, "--examples", "0"], [])
+    ]
+    assert [one.exit_code for one in printed] == [0, 0, 0]
+    assert [one.output.count("[[") for one in printed] == [3, 0, 0]
+    assert ["warning: no examples are shown: " in one.stderr for one in printed] == [False, False, True]
 
 
 def test_many_labels_are_named_and_not_squeezed_into_columns(recipe_file: Path, tmp_path: Path) -> None:

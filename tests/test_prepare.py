@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -156,6 +157,19 @@ def test_three_loops_give_the_same_bits(kind: str, tmp_path: Path) -> None:
     train_in_trainer(other.model, batches, kind, tmp_path, [other.make_callback(), SeedDropout()])
     assert_same(parameters_of(other.model), expected)
     assert before.keys() - {name for name in before if torch.equal(before[name], expected[name])} == set()
+
+
+def test_a_loop_with_accelerate_gives_the_same_bits() -> None:
+    expected, batches = train_in_fedtune(["meft", "fused-cross-entropy"], "adamw")
+    prepared = fedtune.prepare(llama(), MEFT, task="text-generation")
+    accelerator = Accelerator(cpu=True)
+    model, optimiser = accelerator.prepare(prepared.model.train(), make_optimiser("adamw", prepared.model))
+    torch.manual_seed(dropout_seed())
+    for batch in batches:
+        accelerator.backward(model(**batch).loss)
+        optimiser.step()
+        optimiser.zero_grad()
+    assert_same(parameters_of(accelerator.unwrap_model(model)), expected)
 
 
 ROUNDS = 4

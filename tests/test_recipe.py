@@ -6,7 +6,18 @@ import pytest
 import yaml
 
 from fedtune.errors import RecipeError
-from fedtune.recipe.schema import Dirichlet, Natural, Recipe, Unit
+from fedtune.recipe.schema import (
+    DataSettings,
+    DeviceClass,
+    Dirichlet,
+    Federation,
+    ModelSettings,
+    Natural,
+    Recipe,
+    TaskUnit,
+    Train,
+    Unit,
+)
 from fedtune.recipe.validation_errors import suggest_nearest
 from fedtune.recipe.yaml_file import parse_recipe, read_recipe
 from fedtune.simulation import resolve_recipe
@@ -170,3 +181,27 @@ def test_a_number_that_json_cannot_hold_never_enters_a_recipe() -> None:
     stored["train"]["lr"] = float("nan")
     with pytest.raises(ValueError, match="finite"):
         Recipe.model_validate(stored)
+
+
+def test_a_recipe_is_built_by_keywords() -> None:
+    built = Recipe(
+        name="trivial",
+        task=TaskUnit(name="image-classification"),
+        model=ModelSettings(source="sample:logistic"),
+        data=DataSettings(source="sample:digits"),
+        devices=[DeviceClass(name="toy", count=4)],
+        train=Train(techniques=[Unit(name="full")], optimiser="sgd", local_steps=2),
+        federation=Federation(rounds=2),
+    )
+    written = """
+version: 2
+name: trivial
+task: image-classification
+model: {source: "sample:logistic"}
+data: {source: "sample:digits"}
+devices: [{name: toy, count: 4}]
+train: {techniques: full, optimiser: sgd, local_steps: 2}
+federation: {rounds: 2}
+"""
+    assert built == parse_recipe(written, "here")
+    assert resolve_recipe(built) == resolve_recipe(parse_recipe(written, "here"))

@@ -17,6 +17,7 @@ import pytest
 
 import fedtune
 from fedtune.recipe.schema import Recipe
+from fedtune.recipe.task_settings import list_task_names
 
 PACKAGE = Path(fedtune.__file__).parent
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if "shipped" not in path.parts)
@@ -199,6 +200,31 @@ def test_no_public_name_has_a_word_that_the_field_does_not_use() -> None:
     public = {name for path in FILES if is_public_module(path) for name in list_public_names(path)}
     assert len(public) > 500
     assert not {name for name in public if name[0] != "_" and has_old_word(name)}
+
+
+def test_no_file_outside_the_tasks_asks_which_task_it_is() -> None:
+    """A name is neither compared nor looked up: other files ask for attributes of a task."""
+    names = set(list_task_names())
+    found = [
+        f"{path.relative_to(PACKAGE)}:{node.lineno} {node.value}"
+        for path in FILES
+        if PACKAGE / "tasks" not in path.parents
+        for asking in ast.walk(parse_file(path))
+        for node in list_compared(asking)
+        if isinstance(node, ast.Constant) and node.value in names
+    ]
+    assert not found
+
+
+def list_compared(node: ast.AST) -> list[ast.AST]:
+    """The expressions that a comparison, a case or the keys of a dictionary are made of, also those in a tuple."""
+    if isinstance(node, ast.Compare):
+        sides = [node.left, *node.comparators]
+    elif isinstance(node, ast.Dict):
+        sides = [key for key in node.keys if key is not None]
+    else:
+        sides = [node.value] if isinstance(node, ast.MatchValue) else []
+    return [inner for side in sides for inner in ast.walk(side)]
 
 
 def test_no_setting_has_a_name_that_the_field_does_not_use() -> None:

@@ -1,8 +1,10 @@
 """Tokens in files: batches are those of tokens in memory, found again by what they were made from, whole or absent."""
 
+import itertools
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,15 +16,19 @@ from fedtune import data, tasks
 from fedtune.data import splits
 from fedtune.data.column import Values
 from fedtune.data.encoded_texts import EncodedTexts, pad_rows
+from fedtune.data.packed_texts import add_pieces, count_tokens, pack_texts
 from fedtune.data.token_files import StoredTexts, write_token_files
+from fedtune.device.local_data import summarise_local_data
 from fedtune.device.memory_budget import estimate_memory
 from fedtune.errors import DataError, FedtuneError, FedtuneWarning, RecipeError
 from fedtune.paths import get_cache_folder
 from fedtune.recipe.schema import Recipe
 from fedtune.recipe.yaml_file import parse_recipe
+from fedtune.server.declared import most_examples
 from fedtune.simulation import resolve_recipe
 from fedtune.tasks import _token_cache
 from fedtune.training import RunContext, clear_run_context, get_run_context
+from fedtune.training.training_rows import make_training_rows
 from tests.federations import execute
 from tests.task_cases import save_encoder
 
@@ -148,16 +154,72 @@ def test_a_wrong_conversation_on_the_disk_is_named_by_its_row(home: Path, tmp_pa
     assert not (get_cache_folder() / "tokens").exists()
 
 
-def test_a_packed_federation_weighs_its_clients_by_texts(home: Path, tmp_path: Path) -> None:
-    epochs = ("train.local_steps=null", "train.local_epochs=1")
-    counts, hashes = [], []
-    for run, packing in enumerate(("none", "best-fit", "best-fit")):
-        ended = execute(recipe(tmp_path, f"train.packing={packing}", *epochs), run=f"packed-{run}")
-        counts.append([one.num_examples for record in ended.rounds for one in record.client_records])
-        hashes.append(ended.hashes)
-    assert counts[0] == counts[1]
-    assert sum(counts[0]) > 0
-    assert hashes[0] != hashes[1] == hashes[2]
+@pytest.mark.parametrize("kind", ["memory", "disk"])
+def test_a_long_text_is_packed_in_pieces(home: Path, tmp_path: Path, kind: str) -> None:
+    made = recipe(tmp_path, "train.packing=best-fit", "train.max_length=5", f"data.tokens={kind}")
+    shop = context(made)
+    texts = list(shop.corpus.train["text"])
+    whole = [[*shop.reader(text)["input_ids"], shop.reader.eos_token_id] for text in texts]
+    wanted = {row: [ids[at : at + 5] for at in range(0, len(ids), 5)] for row, ids in enumerate(whole)}
+    assert len(shop.train) == len(texts) < sum(map(len, wanted.values()))
+    assert shop.train.make_batch(range(len(texts)))["input_ids"].shape == (len(texts), 5)  # unpacked, it is cut
+    chosen = np.arange(1, len(texts), 3)
+    packed = pack_texts(shop.train, chosen, 5, seed=1)
+    found = []
+    for row in range(len(packed)):
+        batch = packed.make_batch([row])
+        starts = [*(batch["position_ids"][0] == 0).nonzero()[:, 0].tolist(), batch["input_ids"].shape[1]]
+        found += [batch["input_ids"][0, one:end].tolist() for one, end in itertools.pairwise(starts)]
+        assert (batch["labels"][0, starts[:-1]] == -100).all()
+    assert sorted(found) == sorted(piece for row in chosen for piece in wanted[int(row)])
+    assert packed.count_texts(range(len(packed))) == len(chosen)
+    assert packed.count_targets(range(len(packed))) == sum(len(piece) - 1 for piece in found)
+    assert count_tokens(shop.train, chosen) == sum(map(len, found))
+
+
+def test_a_stored_run_keeps_cutting_its_texts_and_counting_them(home: Path, tmp_path: Path) -> None:
+    new = recipe(tmp_path, "train.packing=best-fit", "train.max_length=5")
+    assert (new.train.long_texts, new.train.weigh_by) == ("split", "tokens")
+    stored = json.loads(new.model_dump_json())
+    del stored["train"]["long_texts"], stored["train"]["weigh_by"]
+    old = Recipe.model_validate(stored)
+    assert json.loads(old.model_dump_json()) == stored
+    shop = context(old)
+    assert shop.train.lengths is not None
+    assert len(shop.train.lengths) == len(shop.train)
+    data = make_training_rows(shop.train, np.arange(len(shop.train)), old.train, lambda _: 0)
+    assert data.count_weight(data.rows.tolist()) == len(shop.train)
+
+
+def test_settings_of_packed_texts_need_packing(home: Path, tmp_path: Path) -> None:
+    for setting in ("long_texts=cut", "weigh_by=examples"):
+        with pytest.raises(RecipeError, match="is a setting of packed texts, but packing is none; drop one"):
+            recipe(tmp_path, f"train.{setting}")
+
+
+def test_a_packed_federation_weighs_its_clients_by_targets(home: Path, tmp_path: Path) -> None:
+    settings = ("train.packing=best-fit", "train.local_steps=null", "train.local_epochs=1", "train.max_length=8")
+    made = recipe(tmp_path, *settings, "federation.rounds=1")
+    shop = context(made)
+    tokens = [count_tokens(shop.train, rows) for rows in shop.client_rows]
+    pieces = [len(add_pieces(shop.train, rows)) for rows in shop.client_rows]
+    counted = [one.num_examples for one in execute(made, run="packed").rounds[1].client_records]
+    assert counted == [count - first for count, first in zip(tokens, pieces, strict=True)]
+    assert counted != [len(rows) for rows in shop.client_rows]
+
+
+def test_targets_that_a_client_reports_are_bounded_by_its_tokens(home: Path, tmp_path: Path) -> None:
+    epochs = ("train.local_steps=null", "train.local_epochs=2")
+    shop = context(recipe(tmp_path, "train.packing=best-fit", "train.max_length=8", *epochs))
+    tokens = [count_tokens(shop.train, rows) for rows in shop.client_rows]
+    store: Any = SimpleNamespace(access=SimpleNamespace(list_assignments=lambda _: [], list_devices=list))
+    assert [most_examples(shop, store, "run", client) for client in (0, 1)] == [2 * count for count in tokens]
+    told = summarise_local_data(shop, shop.client_rows[0])
+    assert told == {"examples": len(shop.client_rows[0]), "labels": {}, "tokens": tokens[0]}
+    devices = [SimpleNamespace(name=name, profile=json.dumps(one)) for name, one in (("a", told), ("b", {}))]
+    assigned = [SimpleNamespace(client=client, device_name=name) for client, name in enumerate("ab")]
+    store.access = SimpleNamespace(list_assignments=lambda _: assigned, list_devices=lambda: devices)
+    assert [most_examples(shop, store, "run", client) for client in (0, 1)] == [2 * tokens[0]] * 2  # b declared none
 
 
 def test_a_budget_follows_the_longest_packed_row(home: Path, tmp_path: Path) -> None:

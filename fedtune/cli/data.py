@@ -33,17 +33,21 @@ def data() -> None:
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting of the recipe.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="File for the plot (PNG).")
-@click.option("--examples", type=click.IntRange(min=1), help="Also print so many training examples with their targets.")
+@click.option(
+    "--examples",
+    type=click.IntRange(min=0),
+    help="Training examples to print with their targets; by default 3 where they are texts. 0: none.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for other programs.")
 def show(recipe: Path, overrides: tuple[str, ...], output: Path | None, examples: int | None, as_json: bool) -> None:
     """Show how many examples of each label every client has, as a table and a plot.
 
-    With --examples also how the first training examples are read. What is a target stands in [[double brackets]].
+    Also how the first training examples are read. What is a target stands in [[double brackets]].
 
     \b
     Example:
       fedtune data show recipes/sentiment.yaml --set data.partition.kind=iid
-      fedtune data show recipes/instruct.yaml --examples 3
+      fedtune data show recipes/instruct.yaml --examples 5
     """
     from rich.console import Console
 
@@ -60,7 +64,7 @@ def show(recipe: Path, overrides: tuple[str, ...], output: Path | None, examples
     corpus = tasks.load_data(settings)
     clients = partition_stream(settings, corpus.train, corpus.label_names)
     summary = library.summarise_partition(settings, corpus, clients)
-    decoded = decode_examples(settings, corpus, examples) if examples else []
+    decoded = decode_examples(settings, corpus, examples)
     path = output or get_home_folder() / "pictures" / f"{settings.name}-split.png"
     draw_partition(summary, path)
     for note in corpus.notes:

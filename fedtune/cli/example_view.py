@@ -13,19 +13,39 @@ if TYPE_CHECKING:
 __all__ = ["decode_examples", "show_examples"]
 
 
+_USUAL_COUNT = 3
 _LONGEST = 4000
 """Characters of a segment that are printed."""
 
 
-def decode_examples(recipe: "Recipe", corpus: "DataSplits", count: int) -> "list[list[Segment]]":
-    """The first training examples as text; UsageError for a task whose examples are no texts."""
+def decode_examples(recipe: "Recipe", corpus: "DataSplits", count: int | None) -> "list[list[Segment]]":
+    """The first training examples as text; UsageError for a task whose examples are no texts.
+
+    Without a count, there are three of texts. A model that cannot be loaded is then no reason to refuse the rest.
+    """
+    from fedtune import tasks
+    from fedtune.errors import ModelError
+
+    reads_text = tasks.get_task(recipe.task).reads_text
+    if count is None:
+        try:
+            return _decode(recipe, corpus, _USUAL_COUNT if reads_text else 0)
+        except ModelError as error:
+            click.echo(f"warning: no examples are shown: {error}", err=True)
+            return []
+    if count and not reads_text:
+        raise click.UsageError(f"--examples prints texts, but {recipe.task.name} has none")
+    return _decode(recipe, corpus, count)
+
+
+def _decode(recipe: "Recipe", corpus: "DataSplits", count: int) -> "list[list[Segment]]":
     from fedtune import tasks
 
-    task = tasks.get_task(recipe.task)
-    if not task.reads_text:
-        raise click.UsageError(f"--examples prints texts, but {task.name} has none")
+    task, count = tasks.get_task(recipe.task), min(count, len(corpus.train))
+    if not count:
+        return []
     reader = task.load_reader(recipe)
-    encoded = task.encode_examples(corpus.train.select(range(min(count, len(corpus.train)))), recipe, reader)
+    encoded = task.encode_examples(corpus.train.select(range(count)), recipe, reader)
     return [task.decode_example(encoded.make_batch([row]), reader, corpus.label_names) for row in range(len(encoded))]
 
 

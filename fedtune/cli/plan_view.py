@@ -9,17 +9,15 @@ from rich.table import Table
 from fedtune.plan.plan_report import PlanReport
 from fedtune.plan.plans import Plan, describe_plan
 from fedtune.recipe.schema import Recipe
+from fedtune.tasks import get_task
 
 __all__ = ["make_plan_title", "show_plans"]
 
 
 def make_plan_title(recipe: Recipe) -> str:
     """Describe in one line what is planned."""
-    train = recipe.train
-    size = f"{train.image_size} pixels" if train.image_size else f"{train.max_length} tokens"
-    if recipe.task.name == "image-classification" and not train.image_size:
-        size = "images of the model's size"
-    return f"{recipe.model.source}, {train.batch_size} x {size}"
+    size = get_task(recipe.task).describe_input_size(recipe.train)
+    return f"{recipe.model.source}, {recipe.train.batch_size} x {size}"
 
 
 def show_plans(report: PlanReport, title: str) -> None:

@@ -78,7 +78,7 @@ def show_run(run: RunRecord, rounds: Rounds, last: int | None = None, reference:
     if any(record.client_scores for record in rounds):
         console.print(_clients(rounds), "")
     if any(record.client_records for record in rounds):
-        console.print(_devices(rounds), "")
+        console.print(_devices(rounds, read_stored_recipe(run.recipe)["train"].get("weigh_by")), "")
     if planned := summarise_predictions(run, rounds):
         console.print(make_prediction_table(planned), "")
     for line in format_drift(rounds, _find_patience(run)):
@@ -191,13 +191,12 @@ def _clients(rounds: Rounds) -> Table:
     return table
 
 
-def _devices(rounds: Rounds) -> Table:
+def _devices(rounds: Rounds, weighed_by: str | None) -> Table:
     """Return one line per device class, so that a thousand clients fit on a screen."""
+    counted = "targets>" if weighed_by == "tokens" else "examples>"
     every = [one for record in rounds for one in record.client_records]
     late = [] if all(one.staleness is None for one in every) else ["rounds late>"]
-    table = make_table(
-        "device", "clients>", "merged>", "examples>", "sent back>", "activations>", "peak process>", *late
-    )
+    table = make_table("device", "clients>", "merged>", counted, "sent back>", "activations>", "peak process>", *late)
     for device in dict.fromkeys(one.device for one in every):
         own = [one for one in every if one.device == device]
         table.add_row(

@@ -19,7 +19,7 @@ from fedtune.data.best_fit import pack_best_fit
 from fedtune.data.encoded_dataset import EncodedDataset
 from fedtune.data.encoded_texts import IGNORED_LABEL
 
-__all__ = ["PackedTexts", "pack_texts"]
+__all__ = ["PackedTexts", "add_pieces", "count_tokens", "pack_texts"]
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,12 @@ class PackedTexts:
         return torch.tensor([int(sizes[list(row)].sum()) for row in self.rows])
 
     def count_texts(self, indices: Sequence[int]) -> int:
-        """Texts in some rows."""
-        return sum(len(self.rows[index]) for index in indices)
+        """Texts in some rows. One that was split into pieces counts where its first piece is."""
+        return sum(place < len(self.texts) for index in indices for place in self.rows[index])
+
+    def count_targets(self, indices: Sequence[int]) -> int:
+        """Labels in some rows."""
+        return int((self.make_batch(indices)["labels"] != IGNORED_LABEL).sum())
 
     def make_batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """input_ids, position_ids and labels [k, longest of the batch]. Padding is a text of its own without labels."""
@@ -72,11 +76,28 @@ class PackedTexts:
 
 
 def pack_texts(texts: EncodedDataset, rows: NDArray[np.int64], max_length: int, seed: int) -> PackedTexts:
-    """Some of the texts in rows of at most ``max_length`` tokens, by best-fit decreasing; none is cut.
+    """Some of the texts, with their further pieces, in rows of at most ``max_length`` tokens, by best-fit decreasing.
 
     The seed decides which of several texts of one length goes where. The lengths of the rows do not depend on it.
     """
     assert texts.lengths is not None
+    rows = add_pieces(texts, rows)
     order = np.random.default_rng(seed).permutation(rows)
     places = pack_best_fit(texts.lengths[torch.from_numpy(order)].tolist(), max_length)
     return PackedTexts(texts, [order[row].tolist() for row in places])
+
+
+def add_pieces(texts: EncodedDataset, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The rows of texts, followed by those of their further pieces."""
+    owners: Tensor | None = getattr(texts, "owners", None)
+    if owners is None or not len(owners):
+        return rows
+    starts, ends = (np.searchsorted(owners.numpy(), rows, side) for side in ("left", "right"))
+    found = [np.arange(start, end) + len(texts) for start, end in zip(starts, ends, strict=True)]
+    return np.concatenate([rows, *found])
+
+
+def count_tokens(texts: EncodedDataset, rows: NDArray[np.int64]) -> int:
+    """Tokens of some texts with their further pieces."""
+    assert texts.lengths is not None
+    return int(texts.lengths[torch.from_numpy(add_pieces(texts, rows))].sum())

@@ -1,8 +1,9 @@
 """Encoded texts in files: written once, then read a batch at a time, for data that does not fit into memory.
 
 A folder holds the tokens of all texts end to end (``tokens``), their lengths, how often each token occurs, and, where a
-text is not predicted as a whole, a label for each token (``labels``). Rows are read, not mapped: pages of a mapped file
-count as memory of the process, which a device's budget limits.
+text is not predicted as a whole, a label for each token (``labels``). Where long texts are split, their further pieces
+are rows behind those of the texts; ``starts`` says where each row begins, ``owners`` which text a piece continues. Rows
+are read, not mapped: pages of a mapped file count as memory of the process, which a device's budget limits.
 """
 
 import json
@@ -36,7 +37,13 @@ class StoredTexts:
     domains: list[str] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.lengths) - (0 if self.owners is None else len(self.owners))
+
+    @cached_property
+    def owners(self) -> Tensor | None:
+        """The text that each row behind the texts continues; None where no text is split."""
+        file = self.folder / "owners.npy"
+        return torch.from_numpy(np.load(file)) if file.exists() else None
 
     @cached_property
     def lengths(self) -> Tensor:
@@ -46,7 +53,8 @@ class StoredTexts:
     @cached_property
     def _starts(self) -> NDArray[np.int64]:
         lengths: NDArray[np.int64] = self.lengths.numpy()
-        starts: NDArray[np.int64] = np.cumsum(lengths) - lengths
+        starts: NDArray[np.int64]
+        starts = np.cumsum(lengths) - lengths if self.owners is None else np.load(self.folder / "starts.npy")
         return starts
 
     @cached_property
@@ -112,7 +120,8 @@ def write_token_files(folder: Path, slices: Iterable[EncodedTexts], *, vocabular
 
 def _write_slices(folder: Path, slices: Iterable[EncodedTexts], kind: str, padding: int) -> None:
     lengths: list[NDArray[np.int64]] = []
-    counts = np.zeros(0, np.int64)
+    owners: list[NDArray[np.int64]] = []
+    counts, texts_before = np.zeros(0, np.int64), 0
     labelled = False
     with (folder / "tokens").open("wb") as tokens, (folder / "labels").open("wb") as labels:
         for texts in slices:
@@ -120,16 +129,34 @@ def _write_slices(folder: Path, slices: Iterable[EncodedTexts], kind: str, paddi
             flat = _append(tokens, texts.ids, mask, kind)
             counts = _add(counts, np.bincount(flat))
             lengths.append(texts.lengths.numpy())
+            if texts.owners is not None:
+                owners.append(texts.owners.numpy() + texts_before)
+                texts_before += len(texts)
             if texts.labels is not None:
                 labelled = True
                 _append(labels, texts.labels, mask, "<i4")
         for file in (tokens, labels):
             file.flush()
             os.fsync(file.fileno())
-    np.save(folder / "lengths.npy", np.concatenate(lengths))
+    _save_lengths(folder, lengths, owners)
     np.save(folder / "counts.npy", counts)
     about = {"tokens": kind, "labels": labelled, "padding": padding}
     (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
+
+
+def _save_lengths(folder: Path, lengths: list[NDArray[np.int64]], owners: list[NDArray[np.int64]]) -> None:
+    """Write the length of each row; with further pieces, those of all slices behind the texts of all slices."""
+    whole = np.concatenate(lengths)
+    if not sum(map(len, owners)):
+        np.save(folder / "lengths.npy", whole)
+        return
+    is_piece = np.concatenate(
+        [np.arange(len(rows)) >= len(rows) - len(pieces) for rows, pieces in zip(lengths, owners, strict=True)]
+    )
+    order = np.argsort(is_piece, kind="stable")
+    np.save(folder / "lengths.npy", whole[order])
+    np.save(folder / "starts.npy", (np.cumsum(whole) - whole)[order])
+    np.save(folder / "owners.npy", np.concatenate(owners))
 
 
 def _append(file: BinaryIO, rows: Tensor, mask: Tensor, kind: str) -> NDArray[Any]:

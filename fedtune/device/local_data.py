@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from fedtune import data, tasks, techniques
 from fedtune.data.label_encoders import find_label_column
+from fedtune.data.packed_texts import count_tokens
 from fedtune.errors import DataError
 from fedtune.plan.device_plans import apply_device_plan
 from fedtune.recipe.required_plug_ins import decode_plug_ins, require_plug_ins
@@ -60,12 +61,17 @@ class LocalData:
 def summarise_local_data(context: RunContext, rows: Rows) -> dict[str, int | dict[str, int]]:
     """Return the counts that a device reports to the operator: all examples, and the examples of each class.
 
+    If targets weigh a client, its tokens are counted too, which bound its targets.
+
     Classes with fewer than :data:`fedtune.wire.client_update.FEWEST` examples are left out, because small counts reveal
     single examples. The result is empty if the clients add noise, because such a device does not trust the server.
     """
     if context.recipe.privacy is not None and context.recipe.privacy.noise_added_by == "clients":
         return {}
-    return {"examples": len(rows), "labels": _count_classes(context, rows)}
+    counted: dict[str, int | dict[str, int]] = {"examples": len(rows), "labels": _count_classes(context, rows)}
+    if context.recipe.train.weigh_by == "tokens":
+        counted["tokens"] = count_tokens(context.train, rows)
+    return counted
 
 
 def _count_classes(context: RunContext, rows: Rows) -> dict[str, int]:

@@ -158,8 +158,9 @@ class DeviceNode:
     def _report(self, round_number: int, result: Frame) -> None:
         kind, said = result.header["kind"], result.header
         if kind == "trained":
+            counted = "targets" if "tokens" in said["holding"] else "examples"
             done = (
-                f"trained {count} examples" if (count := said["report"]["num_examples"]) else "scored the shared model"
+                f"trained {count} {counted}" if (count := said["report"]["num_examples"]) else "scored the shared model"
             )
             self._say(f"round {round_number}: {done} in {said['seconds']:.1f} s")
             self._tell_plan(said.get("plan"))

@@ -20,6 +20,7 @@ from fedtune.library.prepared_model import prepare
 from fedtune.library.tiny_models import TINY_MODELS
 from fedtune.recipe.schema import Recipe, Unit
 from fedtune.recipe.unit_registry import build_unit
+from fedtune.tasks import get_task
 from fedtune.training import ClientRound, LocalTrainingResult, get_model_state, train_local_model
 from fedtune.training.stream_round import StreamRound
 from fedtune.training.stream_tasks import follow_stream
@@ -43,7 +44,7 @@ class _Device:
     method: ContinualMethod
 
     def __post_init__(self) -> None:
-        tiny = next(one for one in TINY_MODELS if one.task == "text-classification")
+        tiny = next(one for one in TINY_MODELS if get_task(one.task).has_classes and get_task(one.task).reads_text)
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self._prepared = prepare(

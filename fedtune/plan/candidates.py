@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from fedtune.recipe.schema import Recipe, Unit
+from fedtune.tasks import get_task
 
 __all__ = ["Candidate", "list_candidates"]
 
@@ -15,20 +16,20 @@ class Candidate(NamedTuple):
     dtype: str
 
 
-_SAVERS: dict[str, tuple[str, ...]] = {
-    "text-generation": (
-        "lora+fused-cross-entropy",
-        "lora+gradient-checkpointing+fused-cross-entropy",
-        "meft+fused-cross-entropy",
-        "qlora+gradient-checkpointing+fused-cross-entropy",
-        "full+gradient-checkpointing+fused-cross-entropy",
-    ),
-    "image-classification": ("full", "full+gradient-checkpointing", "mobiletl", "tinytl", "full+activation-pruning"),
-}
+_TOKENS = (
+    "lora+fused-cross-entropy",
+    "lora+gradient-checkpointing+fused-cross-entropy",
+    "meft+fused-cross-entropy",
+    "qlora+gradient-checkpointing+fused-cross-entropy",
+    "full+gradient-checkpointing+fused-cross-entropy",
+)
+_OWN_IMAGE_MODELS = ("full", "full+gradient-checkpointing", "mobiletl", "tinytl", "full+activation-pruning")
 _OTHERS = ("lora", "lora+gradient-checkpointing", "meft", "qlora+gradient-checkpointing", "full+gradient-checkpointing")
 _IMAGES_OF_TRANSFORMERS = ("lora", "lora+gradient-checkpointing", "meft", "full+gradient-checkpointing")
-"""Lists by task, the fewest that span the choice between time and memory. ``head-only`` and ``bias`` train too little
-to stand for the others, so they are planned only if they are named."""
+"""Lists by what a task predicts from, the fewest that span the choice between time and memory.
+
+``head-only`` and ``bias`` train too little to stand for the others, so they are planned only if they are named.
+"""
 
 
 def list_candidates(
@@ -41,9 +42,11 @@ def list_candidates(
 
 
 def _list_defaults(recipe: Recipe, is_own_image_model: bool) -> list[tuple[Unit, ...]]:
-    named: tuple[str, ...] = _SAVERS.get(recipe.task.name, _OTHERS)
-    if recipe.task.name == "image-classification" and not is_own_image_model:
-        named = _IMAGES_OF_TRANSFORMERS
+    task = get_task(recipe.task)
+    # Where each token has a prediction, the logits take most of the memory.
+    named: tuple[str, ...] = _TOKENS if task.can_pack else _OTHERS
+    if task.can_augment:  # images
+        named = _OWN_IMAGE_MODELS if is_own_image_model else _IMAGES_OF_TRANSFORMERS
     has_own = recipe.data.source != "random" and all(unit.name != "auto" for unit in recipe.train.techniques)
     given = [tuple(recipe.train.techniques)] if has_own else []
     return [*given, *(_parse(joined) for joined in named)]

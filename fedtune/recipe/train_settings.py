@@ -44,6 +44,10 @@ ComputeDevice = Literal["auto", "cpu", "cuda", "mps"]
 Optimiser = Literal["adamw", "sgd", "lomo", "adamw_8bit", "paged_adamw_8bit", "lion_8bit"]
 
 
+_OLDEST = (("device", "cpu"), ("long_texts", None), ("weigh_by", None))
+"""Settings that older recipes lack, with the value of those recipes."""
+
+
 def _accept_optimizer(value: Any) -> Any:
     """Accept the spelling ``optimizer``. If both spellings are given, keep both, so that validation refuses one."""
     if not isinstance(value, Mapping) or "optimizer" not in value or "optimiser" in value:
@@ -73,6 +77,12 @@ class Train(SettingsModel):
     packing: Literal["none", "best-fit"] = Field(
         "none", description="best-fit: several short texts in a row of max_length tokens; text-generation only"
     )
+    long_texts: Literal["cut", "split"] | None = Field(
+        None, description="texts longer than max_length in packed rows: all pieces, or the first; default: split"
+    )
+    weigh_by: Literal["examples", "tokens"] | None = Field(
+        None, description="what weighs a client with packed rows: its texts, or their targets; default: tokens"
+    )
     image_size: int | None = Field(
         None, ge=8, description="side in pixels that images are resized to; default: the model's"
     )
@@ -85,10 +95,10 @@ class Train(SettingsModel):
     device: ComputeDevice = Field("cpu", description="where models compute; auto: cuda, else mps, else cpu")
 
     @model_serializer(mode="wrap")
-    def _leave_out_cpu(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Recipes that compute on the CPU are written as before there was a choice, so that their runs resume."""
+    def _leave_out_oldest(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Recipes are written as before there was a choice of these settings, so that their runs resume."""
         written: dict[str, Any] = serialise(self)
-        return {key: value for key, value in written.items() if (key, value) != ("device", "cpu")}
+        return {key: value for key, value in written.items() if (key, value) not in _OLDEST}
 
     @field_validator("techniques", mode="before")
     @classmethod
@@ -123,6 +133,19 @@ class Train(SettingsModel):
         if self.group_by_length and self.packing != "none":
             raise ValueError("group_by_length has nothing to group where packing fills every row; drop one of them")
         return self
+
+    @model_validator(mode="after")
+    def _packing_has_settings_of_its_own(self) -> Self:
+        told = [name for name in ("long_texts", "weigh_by") if getattr(self, name) is not None]
+        if told and self.packing == "none":
+            raise ValueError(f"{told[0]} is a setting of packed texts, but packing is none; drop one of them")
+        return self
+
+    def fill_in_packing(self) -> Self:
+        """With the settings of packed texts, as new runs get them. A stored run without them cuts, and weighs texts."""
+        if self.packing == "none":
+            return self
+        return self.model_copy(update={"long_texts": self.long_texts or "split", "weigh_by": self.weigh_by or "tokens"})
 
     @model_validator(mode="after")
     def _one_measure_of_work(self) -> Self:

@@ -54,6 +54,7 @@ def _make_key(task: Task, examples: Table, recipe: Recipe, reader: Any) -> str:
         task.model_dump_json(),
         recipe.train.max_length,
         _digest_reader(task, reader),
+        *(["split"] if recipe.train.long_texts == "split" else []),
     )
     return hashlib.sha256(repr(told).encode()).hexdigest()
 

@@ -85,4 +85,4 @@ class ImageClassification(Classification):
 
     def describe_input_size(self, train: Train) -> str:
         """Pixels."""
-        return f"{train.image_size} pixels"
+        return f"{train.image_size} pixels" if train.image_size else "images of the model's size"

@@ -19,10 +19,11 @@ with it. So no conversation is left out and each keeps a target. A warning count
 Loss: cross entropy of each target given the tokens before it, the mean over the targets of a batch. Padding does not
 count.
 Packing: with ``train.packing: best-fit`` several short texts share a row of ``train.max_length`` tokens in training.
-Each is predicted as if it were alone, and no further text is cut. Epochs and steps count rows; a client weighs by its
-texts. A model that cannot keep the texts of a row apart is refused. Scoring is not packed.
-Source of packing: Ding et al., "Fewer Truncations Improve Language Modeling" (arXiv 2404.10830). Deviation: a text
-longer than ``train.max_length`` is cut to it, not split into pieces.
+Each is predicted as if it were alone. A longer text is split into pieces of that length, each predicted as a text of
+its own; with ``train.long_texts: cut`` only its first piece is trained on. Conversations are cut as told above. Epochs
+and steps count rows; a client weighs by the targets it trains on (``train.weigh_by: examples``: by its texts). A model
+that cannot keep the texts of a row apart is refused. Scoring is not packed, and sees the first piece of a text.
+Source of packing: Ding et al., "Fewer Truncations Improve Language Modeling" (arXiv 2404.10830).
 Metrics: perplexity (the main one; lower is better), loss in nats per target, and accuracy of the next token, all over
 targets alone. ``evaluation.metrics: [exact_match, f1]`` also compares the last reply of each conversation with the one
 that the model generates greedily for what stands before it, as SQuAD does.
@@ -183,7 +184,8 @@ class TextGeneration(TextTask):
                 f"task, {self.name}: chat_template and loss_on are for conversations, but {recipe.data.title} is read "
                 "as texts; leave them out, or name the format of the conversations"
             )
-        return encode_texts(examples, reader, recipe.train.max_length)
+        splits = recipe.train.long_texts == "split"
+        return encode_texts(examples, reader, recipe.train.max_length, splits=splits)
 
     def iter_encoded(self, examples: Table, recipe: Recipe, reader: Any, size: int) -> Iterator[EncodedDataset]:
         """``size`` texts or conversations at a time; the warnings of conversations count those of all."""

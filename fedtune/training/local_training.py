@@ -121,6 +121,8 @@ class _Collected(NamedTuple):
 class _RoundSteps(NamedTuple):
     """The mean loss of a round's steps, the bytes kept for backward in the first one, and the examples seen.
 
+    With ``train.weigh_by: tokens`` their targets are counted instead.
+
     ``micro_batch_size`` is the smallest one of the round, None if whole batches passed.
     """
 
@@ -241,7 +243,12 @@ def _run_extra_backward(client: ClientRound, rows: IntArray, micro_batch_size: i
 def _skip_steps(client: ClientRound, rows: IntArray) -> _RoundSteps:
     """Return the result of a round without training. It has no loss, and the weight of the examples of its steps."""
     client.model.eval()
-    most = total_steps(len(rows), client.recipe) * client.recipe.train.batch_size
+    settings = client.recipe.train
+    if settings.weigh_by == "tokens":
+        data = make_training_rows(client.examples, rows, settings, client.derive_seed)
+        most = total_steps(len(data.rows), client.recipe) * settings.batch_size
+        return _RoundSteps(math.nan, 0, max(1, data.count_weight(data.rows[:most].tolist())), client.micro_batch_size)
+    most = total_steps(len(rows), client.recipe) * settings.batch_size
     return _RoundSteps(math.nan, 0, min(len(rows), most), client.micro_batch_size)
 
 
@@ -271,7 +278,7 @@ def _run_steps(client: ClientRound, rows: IntArray, masters: Mapping[str, nn.Par
                 one.change_gradients()
             apply_optimiser_step(model, client.techniques, optimiser, parameters, settings, info)
         results.append(result)
-        examples += data.count_examples(chosen)
+        examples += data.count_weight(chosen)
     losses = [result.compute_loss() for result in results if result.losses]
     if not losses:
         raise DataError(

@@ -43,7 +43,9 @@ def resolve_recipe(recipe: Recipe) -> Recipe:
     check_stream_settings(recipe)
     _check_copies(recipe)
     recipe = list_stream_tasks(recipe)
-    train = recipe.train.model_copy(update={"techniques": _written_out(follow_stream(recipe, chosen))})
+    train = recipe.train.fill_in_packing().model_copy(
+        update={"techniques": _written_out(follow_stream(recipe, chosen))}
+    )
     devices = [_resolved(recipe, device, chosen, pipeline) for device in recipe.devices]
     if recipe.federation.asynchronous is not None:
         _check_late([*chosen, *_of_classes(recipe.devices)], pipeline, recipe.evaluation)

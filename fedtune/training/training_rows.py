@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,7 @@ class TrainingRows:
     augmentation: Augmentation | None = None
     seed: int = 0
     """That of the random changes."""
+    weigh_by: Literal["examples", "tokens"] | None = None
 
     def at_step(self, step: int) -> EncodedDataset:
         """The examples as one step sees them."""
@@ -33,9 +35,12 @@ class TrainingRows:
         assert isinstance(self.examples, EncodedPictures), "only tasks with images accept augmentation"
         return AugmentedPictures(self.examples, self.augmentation, self.seed, step)
 
-    def count_examples(self, chosen: Sequence[int]) -> int:
-        """The client's examples in some rows, which weigh it in a merge."""
-        return self.examples.count_texts(chosen) if isinstance(self.examples, PackedTexts) else len(chosen)
+    def count_weight(self, chosen: Sequence[int]) -> int:
+        """The examples in some rows, or their targets as ``train.weigh_by`` says: the client's weight in a merge."""
+        if not isinstance(self.examples, PackedTexts):
+            return len(chosen)
+        count = self.examples.count_targets if self.weigh_by == "tokens" else self.examples.count_texts
+        return count(chosen)
 
 
 def make_training_rows(
@@ -47,4 +52,4 @@ def make_training_rows(
     if settings.packing == "none":
         return TrainingRows(examples, rows)
     packed = pack_texts(examples, rows, settings.max_length, derive_seed("packing"))
-    return TrainingRows(packed, np.arange(len(packed)))
+    return TrainingRows(packed, np.arange(len(packed)), weigh_by=settings.weigh_by)

@@ -135,6 +135,8 @@ class ClientReport:
     Without held-out examples, counts and metrics are 0 and both lists are empty. In a stream, the lists of tasks have
     the metrics of each one. ``stored_bytes`` is what the device keeps on its disk for later tasks.
 
+    ``num_examples`` weighs the client; it counts targets where ``train.weigh_by`` is ``tokens``.
+
     ``drift_score`` is the drift signal of ``drift_examples`` examples, None if there is none. ``anonymous_memory`` and
     ``file_memory`` are peaks of the two parts of the process's memory, None where the system does not tell them apart.
     ``plan_number`` is the place of the plan it trained with among those of the recipe, None if it was none of them.

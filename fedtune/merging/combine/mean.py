@@ -1,6 +1,7 @@
 """Weighted mean: weight each client update by its number of examples, or all equally.
 
-What: delta = sum_i w_i delta_i with w_i = n_i / sum n, summed in double precision in client order.
+What: delta = sum_i w_i delta_i with w_i = n_i / sum n, summed in double precision in client order. Clients with packed
+texts count their targets instead, unless ``train.weigh_by`` is ``examples``.
 Memory: one chunk of one tensor per step, for any number of client updates.
 Use when: clients start from one state and stay close to it. It is exact for LoRA when all clients share one factor.
 Avoid when: clients train long, have different starts, or may be faulty. One bad update can move the mean without limit.
