@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from flwr.app import Message
 from torch import nn
 
 from fedtune import checkpoint
 from fedtune.device.client_app import app
+from fedtune.library.exported_run import export_run
 from fedtune.paths import get_runs_folder
 from fedtune.recipe.schema import Recipe
 from fedtune.seeds import derive_seed
@@ -18,8 +20,12 @@ from fedtune.simulation.workers import SequentialWorkers
 from fedtune.tracking import Store, claim_run
 from fedtune.training import clear_run_context, get_run_context
 from fedtune.training.batches import batches
-from tests.federations import execute, outcome, silent, spoilt
+from tests.federations import execute, outcome, silent, spoilt, trivial
+from tests.installed import install
+from tests.servers import ended, joined, serving
 from tests.task_cases import task_recipe
+from tests.test_deployment import hashes, statuses, submit
+from tests.test_plug_ins import TASK
 
 SHORT = ("federation.rounds=2", "train.local_steps=1", "evaluation.max_examples=8")
 WITH_STATE = ("preference", "fill-mask", "feature-extraction", "token-classification")
@@ -52,7 +58,7 @@ def test_a_run_that_is_stopped_and_resumed_has_the_same_bits(case: str, home: Pa
     assert len(set(alone)) == 3
 
 
-@pytest.mark.parametrize("case", ["text-classification"])
+@pytest.mark.parametrize("case", ["text-classification", "text-generation", "text2text-generation"])
 def test_one_client_with_all_data_is_a_plain_loop(case: str, home: Path, tmp_path: Path) -> None:
     one = (
         "devices=[{name: whole, count: 1}]",
@@ -80,3 +86,36 @@ def test_one_client_with_all_data_is_a_plain_loop(case: str, home: Path, tmp_pat
     assert found
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, expected[name].detach(), rtol=0, atol=2e-6, msg=name)
+
+
+def test_a_task_of_a_package_resumes_and_exports(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(install_task(tmp_path, "sorter_runs"))
+    recipe = trivial("task=sorting", "train.local_steps=1")
+    alone = execute(recipe, run="alone").hashes
+    assert stop_and_resume(recipe) == alone
+    written = export_run("stopped", tmp_path / "out", None, "model", None)
+    assert written.recipe.task.name == "sorting"
+    saved = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
+    trained = checkpoint.read_checkpoint(get_runs_folder() / "stopped" / "round-0002.safetensors")
+    assert sorted(map(torch.sum, saved.values())) == sorted(map(torch.sum, trained.values()))
+
+
+@pytest.mark.slow
+@pytest.mark.deployed
+def test_a_task_of_a_package_is_deployed(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home.mkdir()
+    folder = install_task(tmp_path, "sorter_deployed")
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    recipe = trivial("task=sorting", "devices=[{count: 2}]")
+    with serving(home) as server, joined(server, tmp_path, "partition:0", "partition:1"):
+        found = ended(server, submit(server, recipe))
+    assert found["status"] == "completed", found["reason"]
+    assert statuses(found) == {"merged"}
+    assert hashes(found) == execute(recipe, run="simulated").hashes
+
+
+def install_task(folder: Path, module: str) -> Path:
+    """The path of a package with the task ``sorting``."""
+    points = {"fedtune.tasks": {"sorting": f"{module}:Sorting"}}
+    return install(folder / "sorter", "sorter", points, {module: TASK})
