@@ -17,6 +17,8 @@ from fedtune import paths as homes
 from fedtune.cli.main import main
 from fedtune.tracking import Store, claim_run
 from tests.federations import TRIVIAL, begin, execute, outcome, spoilt, tiny_bert, trivial
+from tests.installed import install
+from tests.task_cases import save_tone, task_recipe
 
 __all__ = ["fedtune"]
 
@@ -138,6 +140,49 @@ def test_a_wrong_word_is_one_sentence_and_leaves_no_trace(
     home: Path, refused: Refusal, recipe: str, argv: list[str], sentence: str
 ) -> None:
     assert sentence in refused(*(word.format(recipe=recipe) for word in argv))
+    assert_no_trace(home)
+
+
+RAISES = "task={text-generation: {chat_template: \"{{ raise_exception('no turns') }}\"}}"
+SPOILT = {
+    "text-generation, messages": ("the chat template cannot write the conversation that begins with", (RAISES,)),
+    "token-classification": ("row 1 has 2 words but 1 tags; give each word", ()),
+    "image-classification": (".png", ()),
+    "audio-classification": (".wav has 8000 samples per second, but the model reads 16000", ()),
+}
+"""What is said of the data that ``spoil_data`` writes, by the case of a task."""
+
+
+def spoil_data(case: str, folder: Path) -> None:
+    if case == "token-classification":
+        (folder / "data.jsonl").write_text('{"words": ["a", "b"], "tags": ["O"]}\n' * 60, encoding="utf-8")
+    for row in range(60):
+        if case.startswith("image"):
+            (folder / f"{row}.png").write_bytes(f"no image {row}".encode())
+        elif case.startswith("audio"):
+            save_tone(folder / f"{row}.wav", 500 + row, 0.1, rate=8000)
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_data_that_a_task_cannot_read_are_one_sentence_and_leave_no_trace(
+    home: Path, refused: Refusal, tmp_path: Path, case: str
+) -> None:
+    sentence, overrides = SPOILT[case]
+    path = tmp_path / "case.yaml"
+    path.write_text(task_recipe(case, tmp_path, *overrides, rows=60).model_dump_json(), encoding="utf-8")
+    spoil_data(case, tmp_path)
+    assert sentence in refused("simulate", str(path))
+    assert_no_trace(home)
+
+
+def test_a_package_that_cannot_be_imported_is_one_sentence_and_leaves_no_trace(
+    home: Path, refused: Refusal, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = {"fedtune.merging": {"shatter": "brittle_command:Shatter"}}
+    broken = {"brittle_command": "raise ImportError('needs libfoo')"}
+    monkeypatch.syspath_prepend(install(tmp_path / "brittle", "brittle", points, broken))
+    said = refused("simulate", recipe, "--set", "merge=[shatter]")
+    assert "shatter is published by the package brittle, which cannot be imported (ImportError: needs libfoo)" in said
     assert_no_trace(home)
 
 

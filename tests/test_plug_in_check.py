@@ -1,6 +1,7 @@
 """``fedtune new`` writes a package that passes ``fedtune check-plugin``, and faults of a plug-in are found."""
 
 import json
+import runpy
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,10 @@ def test_a_new_package_is_found_and_passes_every_check(
     assert checked.output.endswith(f"{name}: all checks passed\n")
     assert checked.output.count("ok  ") >= 6
     [test] = (folder / "tests").glob("test_*.py")
-    compile(test.read_text(), str(test), "exec")
+    found = runpy.run_path(str(test))
+    assert {name for name in found if name.startswith("test_")} == {"test_it_passes_the_checks_of_fedtune"}
+    if kind == "merge-step":  # the others would check again what the command has just checked
+        found["test_it_passes_the_checks_of_fedtune"]()
     with pytest.raises(FedtuneError, match="there is a method 'fresh-"):
         CliRunner().invoke(new, [kind, name, "-o", str(tmp_path / "again")], catch_exceptions=False)
     assert not (tmp_path / "again").exists()
