@@ -44,17 +44,22 @@ class PlainTokenizer:
 
     def __call__(self, texts: Any, pairs: Sequence[str] | None = None, **options: Any) -> Any:
         """Return the input_ids and token_type_ids of texts, or of pairs of texts."""
-        if not isinstance(texts, list) or not texts or options.keys() != {"truncation", "max_length"}:
+        if not isinstance(texts, list) or not texts or options.keys() - {"verbose"} != {"truncation", "max_length"}:
             return self.full(texts, pairs, **options)
-        assert options["truncation"] is True
-        self._backend.enable_truncation(
-            options["max_length"], stride=0, strategy="longest_first", direction=self._settings["truncation_side"]
-        )
+        self._set_truncation(options["max_length"] if options["truncation"] else None)
         found = self._backend.encode_batch(texts if pairs is None else list(zip(texts, pairs, strict=True)))
         encoded = {"input_ids": [one.ids for one in found]}
         if "token_type_ids" in self._settings["model_input_names"]:
             encoded["token_type_ids"] = [one.type_ids for one in found]
         return encoded
+
+    def _set_truncation(self, length: int | None) -> None:
+        if length is None:
+            self._backend.no_truncation()
+            return
+        self._backend.enable_truncation(
+            length, stride=0, strategy="longest_first", direction=self._settings["truncation_side"]
+        )
 
     def num_special_tokens_to_add(self, pair: bool = False) -> int:
         """Return the number of tokens that encoding adds to a text or to a pair."""
