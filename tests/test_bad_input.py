@@ -147,7 +147,7 @@ RAISES = "task={text-generation: {chat_template: \"{{ raise_exception('no turns'
 SPOILT = {
     "text-generation, messages": ("the chat template cannot write the conversation that begins with", (RAISES,)),
     "token-classification": ("row 1 has 2 words but 1 tags; give each word", ()),
-    "image-classification": (".png", ()),
+    "image-classification": (".png cannot be read as an image", ()),
     "audio-classification": (".wav has 8000 samples per second, but the model reads 16000", ()),
 }
 """What is said of the data that ``spoil_data`` writes, by the case of a task."""

@@ -24,29 +24,25 @@ def decode_examples(recipe: "Recipe", corpus: "DataSplits", count: int | None) -
     Without a count, there are three of texts. A model that cannot be loaded is then no reason to refuse the rest.
     """
     from fedtune import tasks
-    from fedtune.errors import ModelError
+    from fedtune.errors import FedtuneError
 
-    reads_text = tasks.get_task(recipe.task).reads_text
-    if count is None:
-        try:
-            return _decode(recipe, corpus, _USUAL_COUNT if reads_text else 0)
-        except ModelError as error:
-            click.echo(f"warning: no examples are shown: {error}", err=True)
-            return []
-    if count and not reads_text:
-        raise click.UsageError(f"--examples prints texts, but {recipe.task.name} has none")
-    return _decode(recipe, corpus, count)
-
-
-def _decode(recipe: "Recipe", corpus: "DataSplits", count: int) -> "list[list[Segment]]":
-    from fedtune import tasks
-
-    task, count = tasks.get_task(recipe.task), min(count, len(corpus.train))
-    if not count:
+    task = tasks.get_task(recipe.task)
+    if not task.reads_text:
+        if count:
+            raise click.UsageError(f"--examples prints texts, but {task.name} has none")
         return []
-    reader = task.load_reader(recipe)
-    encoded = task.encode_examples(corpus.train.select(range(count)), recipe, reader)
-    return [task.decode_example(encoded.make_batch([row]), reader, corpus.label_names) for row in range(len(encoded))]
+    rows = range(min(_USUAL_COUNT if count is None else count, len(corpus.train)))
+    if not rows:
+        return []
+    try:
+        reader = task.load_reader(recipe)
+    except FedtuneError as error:
+        if count is not None:
+            raise
+        click.echo(f"warning: no examples are shown: {error}", err=True)
+        return []
+    encoded = task.encode_examples(corpus.train.select(rows), recipe, reader)
+    return [task.decode_example(encoded.make_batch([row]), reader, corpus.label_names) for row in rows]
 
 
 def show_examples(examples: "Sequence[Sequence[Segment]]") -> None:
