@@ -197,7 +197,7 @@ def test_show_counts_rows_per_source_and_what_the_filter_removed(
     source = csv_file(tmp_path / "a.csv", "text,label", *(f"text {row},{row % 2}" for row in range(200)))
     path = tmp_path / "recipe.yaml"
     path.write_text(TEXT.replace("sample:sentiment", source.removeprefix("data.source=")), encoding="utf-8")
-    arguments = ["show", str(path), "--set", "data.filter=not ends_with(text, '7')"]
+    arguments = ["show", str(path), "--examples", "0", "--set", "data.filter=not ends_with(text, '7')"]
     shown = json.loads(CliRunner().invoke(command, [*arguments, "--json"], catch_exceptions=False).output)
     assert shown["sources"] == [
         {

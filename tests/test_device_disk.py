@@ -74,7 +74,7 @@ class Resting:
     def stop_if_idle(self) -> None:
         """There is nothing to end."""
 
-    def stop_trainer(self) -> None:
+    def close(self) -> None:
         """Nor here."""
 
 
