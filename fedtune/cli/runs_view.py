@@ -78,7 +78,7 @@ def show_run(run: RunRecord, rounds: Rounds, last: int | None = None, reference:
     if any(record.client_scores for record in rounds):
         console.print(_clients(rounds), "")
     if any(record.client_records for record in rounds):
-        console.print(_devices(rounds, read_stored_recipe(run.recipe)["train"].get("weigh_by")), "")
+        console.print(_devices(rounds, _find_weights(run)), "")
     if planned := summarise_predictions(run, rounds):
         console.print(make_prediction_table(planned), "")
     for line in format_drift(rounds, _find_patience(run)):
@@ -108,6 +108,12 @@ def show_comparison(recorded: Recorded, settings: Mapping[str, Sequence[Any]]) -
     _console().print(table)
     if (warning := describe_setting_mix(recorded)) is not None:
         _console().print(warning, style="yellow")
+
+
+def _find_weights(run: RunRecord) -> str | None:
+    """Return what clients of a packed run weigh by; None for a run that is not packed."""
+    found: str | None = (read_stored_recipe(run.recipe).get("train") or {}).get("weigh_by")
+    return found
 
 
 def _find_patience(run: RunRecord) -> int:
