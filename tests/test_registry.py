@@ -154,5 +154,5 @@ def test_a_name_that_is_not_published_is_refused_with_the_nearest(call: object) 
         call("fedtune.techniques", "lor")
     with pytest.raises(RecipeError, match=r"there is no '_low-rank'"):
         call("fedtune.techniques", "_low-rank")
-    with pytest.raises(RecipeError, match=r"there is no 'xyz'; allowed: activation-pruning, batch-norm, "):
+    with pytest.raises(RecipeError, match=r"there is no 'xyz'; allowed: activation-pruning, badam, batch-norm, "):
         call("fedtune.techniques", "xyz")

@@ -328,6 +328,8 @@ def test_a_spooled_contribution_is_what_was_sent(tmp_path: Path) -> None:
         "stored_bytes": None,
         "anonymous_memory": None,
         "file_memory": None,
+        "predicted_anonymous": None,
+        "predicted_total": None,
     }
     assert sent.holdout_metrics == HoldoutMetrics(4, 0.25, 0.75, (0.5,))
     assert sent.trained_metrics == HoldoutMetrics(4, 0.125, 1.0, (0.625,))

@@ -119,7 +119,7 @@ class Recipe(SettingsModel):
     checkpoints: Checkpoints = Checkpoints()
     privacy: PrivacySettings | None = None
     stream: Stream | None = Field(None, description="tasks that arrive one after another; default: one task")
-    plans: MemoryPlans | None = Field(None, description="written by fedtune for techniques: auto")
+    plans: MemoryPlans | None = Field(None, description="written by the planner for techniques: auto")
     seed: int = Field(0, ge=0)
 
     @model_serializer(mode="wrap")

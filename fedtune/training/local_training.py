@@ -60,11 +60,7 @@ from fedtune.wire.task_figures import TaskFigures
 
 IntArray = NDArray[np.int64]
 
-__all__ = [
-    "LocalTrainingResult",
-    "apply_optimiser_step",
-    "train_local_model",
-]
+__all__ = ["LocalTrainingResult", "apply_optimiser_step", "train_local_model"]
 
 
 @dataclass(frozen=True)
@@ -119,9 +115,7 @@ class _Collected(NamedTuple):
 
 
 class _RoundSteps(NamedTuple):
-    """The mean loss of a round's steps, the bytes kept for backward in the first one, and the examples seen.
-
-    With ``train.weigh_by: tokens`` their targets are counted instead.
+    """The mean loss of a round's steps, the bytes kept for backward in the first one, and the examples or targets seen.
 
     ``micro_batch_size`` is the smallest one of the round, None if whole batches passed.
     """
@@ -243,13 +237,16 @@ def _run_extra_backward(client: ClientRound, rows: IntArray, micro_batch_size: i
 def _skip_steps(client: ClientRound, rows: IntArray) -> _RoundSteps:
     """Return the result of a round without training. It has no loss, and the weight of the examples of its steps."""
     client.model.eval()
+    return _RoundSteps(math.nan, 0, _count_skipped(client, rows), client.micro_batch_size)
+
+
+def _count_skipped(client: ClientRound, rows: IntArray) -> int:
     settings = client.recipe.train
-    if settings.weigh_by == "tokens":
-        data = make_training_rows(client.examples, rows, settings, client.derive_seed)
-        most = total_steps(len(data.rows), client.recipe) * settings.batch_size
-        return _RoundSteps(math.nan, 0, max(1, data.count_weight(data.rows[:most].tolist())), client.micro_batch_size)
-    most = total_steps(len(rows), client.recipe) * settings.batch_size
-    return _RoundSteps(math.nan, 0, min(len(rows), most), client.micro_batch_size)
+    if settings.weigh_by != "tokens":
+        return min(len(rows), total_steps(len(rows), client.recipe) * settings.batch_size)
+    data = make_training_rows(client.examples, rows, settings, client.derive_seed)
+    most = total_steps(len(data.rows), client.recipe) * settings.batch_size
+    return max(1, data.count_weight(data.rows[:most].tolist()))
 
 
 def _run_steps(client: ClientRound, rows: IntArray, masters: Mapping[str, nn.Parameter]) -> _RoundSteps:
