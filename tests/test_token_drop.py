@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from fedtune import techniques
 from fedtune.errors import ModelError
 from fedtune.memory import StorageMeter
-from fedtune.techniques.token_drop._token_blocks import TokenChoice, choose_tokens, score_blocks
+from fedtune.techniques.token_drop._token_blocks import TokenChoice, choose_tokens, find_real_tokens, score_blocks
 from tests.families import FAMILIES
 from tests.technique_steps import LANGUAGE, chosen, shake
 from tests.tiny import llama
@@ -175,6 +175,34 @@ def test_beside_other_techniques_gradients_are_those_of_stored_activations(joine
     (wanted, _), (found, _) = (step(a_llama(), one, batch, **settings) for one in (plain, joined))
     assert all(one.isfinite().all() for one in wanted.values())
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("kind", ["eager", "sdpa"])
+def test_padding_is_read_from_the_mask_of_a_blocks_attention(kind: str) -> None:
+    """A batch that the model is given in parts, or joined with another, is not the batch that the step begins with."""
+    model, batch = a_llama(), a_batch()
+    model.set_attn_implementation(kind)
+    batch["attention_mask"][0, 15:] = 0
+    batch["attention_mask"][1, 1:] = 0
+    seen: list[Tensor | None] = []
+    model.model.layers[1].register_forward_pre_hook(
+        lambda _block, _args, given: seen.append(find_real_tokens(given["attention_mask"])), with_kwargs=True
+    )
+    model(**batch)
+    assert seen[0] is not None
+    assert torch.equal(seen[0], batch["attention_mask"].bool())
+    model(**{**batch, "attention_mask": torch.ones_like(batch["input_ids"])})
+    assert seen[1] is None or seen[1].all()
+    halves = [{name: one[half : half + 1] for name, one in batch.items()} for half in range(3)]
+    settings = {"group_size": SIZE, "first_share": 0.25}
+    torch.manual_seed(0)
+    whole = a_llama()
+    units = chosen("token-drop+full", **settings)
+    techniques.apply_techniques(units, whole, LANGUAGE, 0)
+    techniques.begin_step(units, whole.train(), batch, 0.0)
+    together = whole(**batch).logits
+    for number, half in enumerate(halves):
+        torch.testing.assert_close(whole(**half).logits[0], together[number], rtol=1e-4, atol=1e-5)
 
 
 def test_scoring_uses_all_tokens_and_folding_leaves_nothing() -> None:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["TokenChoice", "choose_tokens", "run_on_tokens", "score_blocks"]
+__all__ = ["TokenChoice", "choose_tokens", "find_real_tokens", "run_on_tokens", "score_blocks"]
 
 
 class TokenChoice(NamedTuple):
@@ -14,6 +14,18 @@ class TokenChoice(NamedTuple):
     fraction: float
     size: int
     mask: Tensor | None
+
+
+def find_real_tokens(mask: Tensor | None) -> Tensor | None:
+    """Return which tokens [n, tokens] are no padding, from the mask of a block's attention; None if all are real.
+
+    A mask [n, tokens] says it itself. In one of [n, heads, tokens, tokens], which may be added to the scores, no token
+    attends to padding.
+    """
+    if mask is None or mask.dim() == 2:
+        return mask
+    allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return allowed.any(2).any(1)
 
 
 def score_blocks(queries: Tensor, keys: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from fedtune.errors import ModelError
 from fedtune.tasks import Task
 from fedtune.techniques._technique import Technique
-from fedtune.techniques.token_drop._token_blocks import TokenChoice, choose_tokens, run_on_tokens
+from fedtune.techniques.token_drop._token_blocks import TokenChoice, choose_tokens, find_real_tokens, run_on_tokens
 
 __all__ = ["TokenDrop"]
 
@@ -58,13 +58,8 @@ class TokenDrop(Technique):
     def rewrite_model(self, model: nn.Module, task: Task, seed: int) -> None:
         """Replace the forward pass of the upper blocks; ModelError for a model of another kind."""
         blocks = _find_blocks(model)
-        state = vars(model)["token_drop"] = _Step()
         for block in blocks[int(self.first_share * len(blocks)) : -1]:
-            vars(block)["forward"] = partial(_run, block, self, state)
-
-    def begin_step(self, model: nn.Module, batch: Mapping[str, Tensor], progress: float) -> None:
-        """Note where the padding is."""
-        vars(model)["token_drop"].mask = batch.get("attention_mask")
+            vars(block)["forward"] = partial(_run, block, self)
 
     def for_depth(self, blocks: int, fewest: int) -> None:
         """Return None: blocks differ by their place."""
@@ -76,13 +71,6 @@ class TokenDrop(Technique):
         """Restore the forward pass."""
         for block in _find_blocks(model):
             vars(block).pop("forward", None)
-        del vars(model)["token_drop"]
-
-
-class _Step:
-    """The padding of the present step."""
-
-    mask: Tensor | None = None
 
 
 def _find_blocks(model: nn.Module) -> list[nn.Module]:
@@ -98,16 +86,10 @@ def _fits(block: Any) -> bool:
     return hasattr(block, "input_layernorm") and all(hasattr(attention, one) for one in parts)
 
 
-def _run(block: nn.Module, settings: TokenDrop, state: _Step, hidden_states: Tensor, *args: Any, **given: Any) -> Any:
+def _run(block: nn.Module, settings: TokenDrop, hidden_states: Tensor, *args: Any, **given: Any) -> Any:
     run = partial(type(block).forward, block)
     if args or not (block.training and torch.is_grad_enabled()):
         return run(hidden_states, *args, **given)
-    choice = TokenChoice(settings.kept_fraction, settings.group_size, _find_mask(state, hidden_states))
+    choice = TokenChoice(settings.kept_fraction, settings.group_size, find_real_tokens(given.get("attention_mask")))
     kept = choose_tokens(block, hidden_states, choice)
     return run(hidden_states, **given) if kept is None else run_on_tokens(run, hidden_states, kept, given)
-
-
-def _find_mask(state: _Step, hidden: Tensor) -> Tensor | None:
-    """Return the padding of the texts at hand, None if it is unknown."""
-    known = state.mask
-    return known if known is not None and known.shape == hidden.shape[:2] else None
