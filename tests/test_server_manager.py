@@ -82,6 +82,26 @@ def test_a_run_waits_until_enough_devices_are_connected_and_seats_them_by_name(s
     ]
 
 
+def test_a_device_that_connects_meanwhile_lets_no_newer_run_overtake(store: Store, home: Path) -> None:
+    class Filling(Hopeless):
+        """One more device is there each time that one looks."""
+
+        looks = 2
+
+        def list_online_nodes(self) -> set[int]:
+            self.looks += 1
+            return set(range(1, self.looks + 1))
+
+    work = managed(store, Filling(), home)
+    older, newer = work.submit_run(trivial()), work.submit_run(trivial())
+    enrol(store, 1, 2, 3, 4, 5)
+    work.tick()
+    assert {store.run(run).reason for run in (older, newer)} == {"waits for devices: 3 of 4 are connected"}
+    work.tick()
+    assert store.access.list_assignments(older)
+    assert not store.access.list_assignments(newer)
+
+
 def test_every_submitted_run_has_a_deadline(store: Store, home: Path) -> None:
     work = managed(store, Hopeless(), home)
     assert '"deadline":77.0' in store.run(work.submit_run(trivial())).recipe

@@ -1,6 +1,7 @@
 """Executes submitted runs, one at a time. A run starts when its devices are connected, and restarts if it dies."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from fedtune.recipe.schema import Recipe
 from fedtune.server.assignment import assign_devices
 from fedtune.server.presence import Presence
 from fedtune.server.selection import check_enough_enrolled_devices, is_device_eligible
-from fedtune.tracking import RunRecord, Store, is_run_active, new_run_id
+from fedtune.tracking import DeviceRecord, RunRecord, Store, is_run_active, new_run_id
 from fedtune.tracking.rollback import rollback_run
 
 __all__ = ["DEVICE_ENGINE", "RunManager"]
@@ -117,10 +118,16 @@ class RunManager:
         return self.get_recorded_run(run)
 
     def _begin(self) -> _Attempt | None:
-        for run in self._store.list_unfinished_runs(DEVICE_ENGINE):
+        """Start the oldest run whose devices are connected.
+
+        They are listed once for all runs: a device that connects meanwhile must not let a newer run overtake.
+        """
+        runs = self._store.list_unfinished_runs(DEVICE_ENGINE)
+        there = self._presence.list_connected_devices(self._store.access.list_devices()) if runs else []
+        for run in runs:
             if is_run_active(run.id) or self._resting(run):
                 continue
-            lacking = self._assign_devices(run)
+            lacking = self._assign_devices(run, there)
             if lacking is None:
                 return self._start(run)
             if run.reason != lacking:
@@ -131,17 +138,16 @@ class RunManager:
         waits = run.status == "running" and run.id in self._trouble  # a run that is queued again does not wait
         return waits and time.monotonic() < self._trouble[run.id].rest_until
 
-    def _assign_devices(self, run: RunRecord) -> str | None:
-        """Assign devices to a run; return what is missing, or None."""
+    def _assign_devices(self, run: RunRecord, there: Sequence[DeviceRecord]) -> str | None:
+        """Assign connected devices to a run; return what is missing, or None."""
         if self._store.access.list_assignments(run.id):
             return None
         recipe = Recipe.model_validate_json(run.recipe)
         needed, select = recipe.num_clients, recipe.federation.selection
-        fit = [device for device in self._store.access.list_devices() if is_device_eligible(select, device)]
-        there = self._presence.list_connected_devices(fit)
-        if len(there) < needed:
-            return f"waits for devices: {len(there)} of {needed} are connected"
-        self._store.access.assign_clients(run.id, assign_devices(recipe, there))
+        fit = [device for device in there if is_device_eligible(select, device)]
+        if len(fit) < needed:
+            return f"waits for devices: {len(fit)} of {needed} are connected"
+        self._store.access.assign_clients(run.id, assign_devices(recipe, fit))
         return None
 
     def _start(self, run: RunRecord) -> _Attempt:
