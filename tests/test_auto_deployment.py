@@ -41,7 +41,8 @@ def test_planned_devices_have_the_bits_of_a_simulation_and_one_that_is_too_small
     assert {one["client"]: one["status"] for one in records} == {0: "merged", 1: "merged", 2: "declined"}
     assert all("no plan of the run fits the 100 MB" in one["reason"] for one in records if one["client"] == 2)
     merged = [one for one in records if one["status"] == "merged"]
-    assert all(0.5 < one["anonymous_memory"] / one["predicted_anonymous"] < 1.5 for one in merged)
+    # The prediction is of a process that has imported transformers; a device that builds plain blocks takes less.
+    assert all(0.1 < one["anonymous_memory"] / one["predicted_anonymous"] < 1.1 for one in merged)
     assert "plan: lora" in devices[0].log
     with Store.open() as store:
         stored = Recipe.model_validate_json(store.run(found["id"]).recipe)
