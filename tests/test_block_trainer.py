@@ -87,9 +87,9 @@ def run_alone(script: str, *arguments: str) -> dict[str, Any]:
     ("kind", "joined", "paged"),
     [
         ("llama", "lora+gradient-checkpointing+fused-cross-entropy", "bf16"),
-        ("llama", "meft", False),
         ("bert", "lora", False),
-        ("bert", "meft", True),
+        pytest.param("llama", "meft", False, marks=pytest.mark.deployed),  # three processes each
+        pytest.param("bert", "meft", True, marks=pytest.mark.deployed),
     ],
 )
 def test_a_trainer_of_blocks_imports_nothing_heavy_and_sends_the_bits_of_transformers(
@@ -178,7 +178,10 @@ def test_a_model_of_blocks_is_loaded_where_it_is_preferred(tmp_path: Path, prefe
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["path", "sample:minilm", "sample:smollm2"])
+@pytest.mark.parametrize(
+    "source",
+    ["path", *(pytest.param(f"sample:{name}", marks=pytest.mark.deployed) for name in ("minilm", "smollm2"))],
+)
 def test_a_plain_tokenizer_has_the_tokens_of_transformers(
     source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
