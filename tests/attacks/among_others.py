@@ -41,7 +41,7 @@ def _labels_are_texts(scene: Scene) -> str:
     folder.mkdir()
     one = ("devices=[{name: any, count: 1, memory: 4GB}]", "federation.selection={devices: [device-0]}")
     recipe = words(folder, *one, "data.columns={text: text, label: text}", "federation.rounds=1")
-    rows = [f"the film was {word},{word}" for word in ("fine", "great", "awful", "dull")] * 20
+    rows = [f"film {number} was {word},{word}" for number in range(20) for word in ("fine", "dull")] * 3
     (folder / "words.csv").write_text("\n".join(["text,label", *rows]) + "\n")
     (folder / "own-name.csv").write_text(f"text,label\n{_SECRET},fine\nthe film was fine,fine\n")
     with joined(scene.server, folder, f"csv:{folder}/own-name.csv") as [device]:
