@@ -8,6 +8,7 @@ import sys
 
 CLAIMS = (
     "startup",
+    "submit_latency",
     "techniques",
     "plan",
     "architectures",
