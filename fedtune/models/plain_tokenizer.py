@@ -45,7 +45,7 @@ class PlainTokenizer:
     def __call__(self, texts: Any, pairs: Sequence[str] | None = None, **options: Any) -> Any:
         """Return the input_ids and token_type_ids of texts, or of pairs of texts."""
         if not isinstance(texts, list) or not texts or options.keys() - {"verbose"} != {"truncation", "max_length"}:
-            return self.full(texts, pairs, **options)
+            return self.transformers_tokenizer(texts, pairs, **options)
         self._set_truncation(options["max_length"] if options["truncation"] else None)
         found = self._backend.encode_batch(texts if pairs is None else list(zip(texts, pairs, strict=True)))
         encoded = {"input_ids": [one.ids for one in found]}
@@ -71,14 +71,14 @@ class PlainTokenizer:
     @property
     def chat_template(self) -> Any:
         """The template of conversations."""
-        return self.full.chat_template
+        return self.transformers_tokenizer.chat_template
 
     @chat_template.setter
     def chat_template(self, template: Any) -> None:
-        self.full.chat_template = template
+        self.transformers_tokenizer.chat_template = template
 
     @cached_property
-    def full(self) -> Any:
+    def transformers_tokenizer(self) -> Any:
         """Transformers' tokenizer."""
         from fedtune.models.pretrained import load_pretrained_tokenizer
         from fedtune.recipe.schema import ModelSettings
@@ -89,7 +89,7 @@ class PlainTokenizer:
         """Ask transformers' tokenizer for what is not here."""
         if name.startswith("__"):
             raise AttributeError(name)
-        return getattr(self.full, name)
+        return getattr(self.transformers_tokenizer, name)
 
 
 def find_plain_tokenizer(source: Path) -> PlainTokenizer | None:

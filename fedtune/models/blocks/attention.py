@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["AttentionSettings", "attend", "make_causal_mask", "make_padding_mask"]
+__all__ = ["AttentionSettings", "compute_attention", "make_causal_mask", "make_padding_mask"]
 
 
 class AttentionSettings(NamedTuple):
@@ -17,7 +17,7 @@ class AttentionSettings(NamedTuple):
     is_causal: bool = False
 
 
-def attend(
+def compute_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, settings: AttentionSettings, dropout: float
 ) -> Tensor:
     """Attend with heads [b, heads, n, size] under a mask [b, 1, n, n]: True where a query sees a key.

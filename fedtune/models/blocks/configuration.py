@@ -69,7 +69,7 @@ class ConfigurationReader:
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self._left = dict(settings)
 
-    def take(self, name: str, default: Kind) -> Kind:
+    def take_value(self, name: str, default: Kind) -> Kind:
         """Return a setting, or the default of transformers if it is absent."""
         value: Any = self._left.pop(name, default)
         if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
@@ -81,26 +81,28 @@ class ConfigurationReader:
 
     def take_optional(self, name: str, default: int | None = None) -> int | None:
         """Return a whole number, or None."""
-        return None if self._left.get(name, default) is None and self._drop(name) else self.take(name, default or 0)
+        return (
+            None if self._left.get(name, default) is None and self._drop(name) else self.take_value(name, default or 0)
+        )
 
     def take_list(self, name: str) -> list[Any]:
         """Return a list; an empty one if there is none."""
         value = self._left.pop(name, None) or []
-        self.require(name, isinstance(value, list), value)
+        self.require_value(name, isinstance(value, list), value)
         return list(value)
 
     def take_settings(self, name: str) -> "ConfigurationReader | None":
         """Return the reader of settings within a setting; None if there are none."""
         value = self._left.pop(name, None) or {}
-        self.require(name, isinstance(value, dict), value)
+        self.require_value(name, isinstance(value, dict), value)
         return ConfigurationReader(value) if value else None
 
-    def require(self, name: str, fits: bool, value: object) -> None:
+    def require_value(self, name: str, fits: bool, value: object) -> None:
         """Raise UnknownBlocksError unless a value fits."""
         if not fits:
             raise UnknownBlocksError(f"its config.json says {name}: {json.dumps(value)}")
 
-    def finish(self, unused: frozenset[str] = _UNUSED, fixed: Mapping[str, Any] = _FIXED) -> None:
+    def refuse_unread_keys(self, unused: frozenset[str] = _UNUSED, fixed: Mapping[str, Any] = _FIXED) -> None:
         """Raise UnknownBlocksError if a setting was not taken that may change what the model computes."""
         for name, value in sorted(self._left.items()):
             if name not in unused and not (name in fixed and value == fixed[name]):

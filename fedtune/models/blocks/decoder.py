@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.models.blocks.activations import ACTIVATIONS
-from fedtune.models.blocks.attention import AttentionSettings, attend, make_causal_mask
+from fedtune.models.blocks.attention import AttentionSettings, compute_attention, make_causal_mask
 from fedtune.models.blocks.block_model import Block, BlockConfiguration, BlockModel, BlockOutput
 from fedtune.models.blocks.losses import compute_causal_loss
 from fedtune.models.blocks.rotary import RotaryEmbedding, RotarySettings, rotate_heads
@@ -74,7 +74,7 @@ class SelfAttention(nn.Module):
         )
         query, key = rotate_heads(query, *position_embeddings), rotate_heads(key, *position_embeddings)
         dropout = self.dropout if self.training else 0.0
-        out: Tensor = self.o_proj(attend(query, key, value, attention_mask, self.settings, dropout))
+        out: Tensor = self.o_proj(compute_attention(query, key, value, attention_mask, self.settings, dropout))
         return out
 
 

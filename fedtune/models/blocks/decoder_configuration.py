@@ -41,85 +41,85 @@ def read_decoder_shape(settings: Mapping[str, Any]) -> DecoderShape:
     family = DECODERS[kind]
     config = BlockConfiguration(
         kind,
-        reader.take("vocab_size", family.vocab_size),
-        reader.take("hidden_size", 4096),
-        reader.take("max_position_embeddings", family.positions),
+        reader.take_value("vocab_size", family.vocab_size),
+        reader.take_value("hidden_size", 4096),
+        reader.take_value("max_position_embeddings", family.positions),
         reader.take_optional("pad_token_id"),
     )
     heads, key_heads = (
-        reader.take("num_attention_heads", 32),
+        reader.take_value("num_attention_heads", 32),
         reader.take_optional("num_key_value_heads", family.key_heads),
     )
     key_heads = key_heads or heads
-    reader.require("num_key_value_heads", heads % key_heads == 0, key_heads)
-    reader.require("hidden_size", config.hidden_size % heads == 0, config.hidden_size)
-    activation = reader.take("hidden_act", "silu")
-    reader.require("hidden_act", activation in ACTIVATIONS, activation)
-    biases = family.has_bias_settings and reader.take("attention_bias", False)
+    reader.require_value("num_key_value_heads", heads % key_heads == 0, key_heads)
+    reader.require_value("hidden_size", config.hidden_size % heads == 0, config.hidden_size)
+    activation = reader.take_value("hidden_act", "silu")
+    reader.require_value("hidden_act", activation in ACTIVATIONS, activation)
+    biases = family.has_bias_settings and reader.take_value("attention_bias", False)
     shape = DecoderShape(
         config,
-        intermediate_size=reader.take("intermediate_size", family.intermediate_size),
-        num_blocks=reader.take("num_hidden_layers", 32),
+        intermediate_size=reader.take_value("intermediate_size", family.intermediate_size),
+        num_blocks=reader.take_value("num_hidden_layers", 32),
         num_heads=heads,
         num_key_heads=key_heads,
         rotary=_read_rotary(reader, config, heads),
         activation=activation,
-        norm_eps=reader.take("rms_norm_eps", 1e-6),
+        norm_eps=reader.take_value("rms_norm_eps", 1e-6),
         has_query_bias=biases or family.has_query_bias,
         has_output_bias=biases,
-        has_mlp_bias=family.has_bias_settings and reader.take("mlp_bias", False),
-        attention_dropout=reader.take("attention_dropout", 0.0),
+        has_mlp_bias=family.has_bias_settings and reader.take_value("mlp_bias", False),
+        attention_dropout=reader.take_value("attention_dropout", 0.0),
         window=_read_window(reader, family),
-        is_head_tied=reader.take("tie_word_embeddings", False),
+        is_head_tied=reader.take_value("tie_word_embeddings", False),
     )
-    reader.finish()
+    reader.refuse_unread_keys()
     return shape
 
 
 def _read_window(reader: ConfigurationReader, family: _Family) -> int | None:
     """The number of keys that a query sees."""
     if family.switches_window:
-        switched = reader.take("use_sliding_window", False)
-        reader.require("use_sliding_window", not switched, switched)
+        switched = reader.take_value("use_sliding_window", False)
+        reader.require_value("use_sliding_window", not switched, switched)
         kinds = reader.take_list("layer_types")
-        reader.require("layer_types", set(kinds) <= {"full_attention"}, kinds)
+        reader.require_value("layer_types", set(kinds) <= {"full_attention"}, kinds)
         for unused in ("sliding_window", "max_window_layers"):
             reader.take_optional(unused)
         return None
     window = reader.take_optional("sliding_window", family.window) if family.window is not None else None
-    reader.require("sliding_window", window is None or window > 1, window)
+    reader.require_value("sliding_window", window is None or window > 1, window)
     return window
 
 
 def _read_rotary(reader: ConfigurationReader, config: BlockConfiguration, heads: int) -> RotarySettings:
     """The frequencies of positions, in the words of transformers 4 or 5."""
     head_size = reader.take_optional("head_dim") or config.hidden_size // heads
-    reader.require("head_dim", head_size % 2 == 0, head_size)
-    theta = reader.take("rope_theta", 10_000.0)
+    reader.require_value("head_dim", head_size % 2 == 0, head_size)
+    theta = reader.take_value("rope_theta", 10_000.0)
     old, new = reader.take_settings("rope_scaling"), reader.take_settings("rope_parameters")
     inner = old or new
     if inner is None:
         return RotarySettings(theta, head_size)
-    kind = inner.take("type", "default")
-    kind = inner.take("rope_type", kind)
-    plain = RotarySettings(inner.take("rope_theta", theta), head_size)
+    kind = inner.take_value("type", "default")
+    kind = inner.take_value("rope_type", kind)
+    plain = RotarySettings(inner.take_value("rope_theta", theta), head_size)
     if kind not in _SCALINGS:
         raise UnknownBlocksError(f"it scales its positions by {kind}")
     settings = _SCALINGS[kind](inner, plain, config)
-    inner.finish(frozenset(), {})
+    inner.refuse_unread_keys(frozenset(), {})
     return settings
 
 
 def _scale_linearly(reader: ConfigurationReader, plain: RotarySettings, _: BlockConfiguration) -> RotarySettings:
-    factor = reader.take("factor", 0.0)
-    reader.require("factor", factor > 0, factor)
+    factor = reader.take_value("factor", 0.0)
+    reader.require_value("factor", factor > 0, factor)
     return replace(plain, kind="linear", factor=factor)
 
 
 def _scale_as_llama3(reader: ConfigurationReader, plain: RotarySettings, config: BlockConfiguration) -> RotarySettings:
-    low, high = reader.take("low_freq_factor", 0.0), reader.take("high_freq_factor", 0.0)
-    reader.require("high_freq_factor", high > low > 0, high)
-    known = reader.take("original_max_position_embeddings", config.max_position_embeddings)
+    low, high = reader.take_value("low_freq_factor", 0.0), reader.take_value("high_freq_factor", 0.0)
+    reader.require_value("high_freq_factor", high > low > 0, high)
+    known = reader.take_value("original_max_position_embeddings", config.max_position_embeddings)
     scaled = replace(_scale_linearly(reader, plain, config), kind="llama3", original_positions=known)
     return replace(scaled, low_freq_factor=low, high_freq_factor=high)
 

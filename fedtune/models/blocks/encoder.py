@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.models.blocks.activations import ACTIVATIONS
-from fedtune.models.blocks.attention import AttentionSettings, attend, make_padding_mask
+from fedtune.models.blocks.attention import AttentionSettings, compute_attention, make_padding_mask
 from fedtune.models.blocks.block_model import Block, BlockConfiguration, BlockModel, BlockOutput
 from fedtune.models.blocks.losses import compute_class_loss
 
@@ -78,7 +78,9 @@ class HeadAttention(nn.Module):
             layer(hidden_states).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
             for layer in (self.query, self.key, self.value)
         )
-        return attend(query, key, value, attention_mask, self.settings, self.dropout.p if self.training else 0.0)
+        return compute_attention(
+            query, key, value, attention_mask, self.settings, self.dropout.p if self.training else 0.0
+        )
 
 
 class AddedOutput(nn.Module):

@@ -20,31 +20,31 @@ def read_encoder_shape(settings: Mapping[str, Any], num_labels: int, problem: st
     reader = ConfigurationReader(settings)
     config = BlockConfiguration(
         str(settings["model_type"]),
-        reader.take("vocab_size", 30_522),
-        reader.take("hidden_size", 768),
-        reader.take("max_position_embeddings", 512),
+        reader.take_value("vocab_size", 30_522),
+        reader.take_value("hidden_size", 768),
+        reader.take_value("max_position_embeddings", 512),
         reader.take_optional("pad_token_id", 0),
     )
     config = replace(config, num_labels=num_labels, problem_type=problem)
-    heads, activation = reader.take("num_attention_heads", 12), reader.take("hidden_act", "gelu")
-    reader.require("num_attention_heads", config.hidden_size % heads == 0, heads)
-    reader.require("hidden_act", activation in ACTIVATIONS, activation)
-    dropout = reader.take("hidden_dropout_prob", 0.1)
+    heads, activation = reader.take_value("num_attention_heads", 12), reader.take_value("hidden_act", "gelu")
+    reader.require_value("num_attention_heads", config.hidden_size % heads == 0, heads)
+    reader.require_value("hidden_act", activation in ACTIVATIONS, activation)
+    dropout = reader.take_value("hidden_dropout_prob", 0.1)
     has_own = settings.get("classifier_dropout") is not None
     shape = EncoderShape(
         config,
-        intermediate_size=reader.take("intermediate_size", 3072),
-        num_blocks=reader.take("num_hidden_layers", 12),
+        intermediate_size=reader.take_value("intermediate_size", 3072),
+        num_blocks=reader.take_value("num_hidden_layers", 12),
         num_heads=heads,
-        num_segments=reader.take("type_vocab_size", 2),
+        num_segments=reader.take_value("type_vocab_size", 2),
         activation=activation,
-        norm_eps=reader.take("layer_norm_eps", 1e-12),
+        norm_eps=reader.take_value("layer_norm_eps", 1e-12),
         dropout=dropout,
-        attention_dropout=reader.take("attention_probs_dropout_prob", 0.1),
-        head_dropout=reader.take("classifier_dropout", dropout) if has_own else dropout,
+        attention_dropout=reader.take_value("attention_probs_dropout_prob", 0.1),
+        head_dropout=reader.take_value("classifier_dropout", dropout) if has_own else dropout,
     )
     if not has_own:
         reader.take_optional("classifier_dropout")
-    reader.take("tie_word_embeddings", True)  # the head over the vocabulary is not built
-    reader.finish()
+    reader.take_value("tie_word_embeddings", True)  # the head over the vocabulary is not built
+    reader.refuse_unread_keys()
     return shape

@@ -41,7 +41,7 @@ class _Input(NamedTuple):
     strides: tuple[int, ...]
 
     @classmethod
-    def of(cls, x: Tensor) -> "_Input":
+    def describe_tensor(cls, x: Tensor) -> "_Input":
         return cls(x.untyped_storage()._cdata, int(x.storage_offset()), tuple(x.shape), x.stride())
 
     def find_in(self, tensor: Tensor) -> Tensor | None:
@@ -83,7 +83,7 @@ def _run(layer: nn.Module, codec: InputCodec, shared: SharedPackings, x: Tensor,
     run = partial(type(layer).forward, layer, x, *args, **kwargs)
     if not (layer.training and torch.is_grad_enabled() and _can_pack(x, codec)):
         return run()
-    with saved_tensors_hooks(partial(_pack, codec, shared, _Input.of(x)), _unpack):
+    with saved_tensors_hooks(partial(_pack, codec, shared, _Input.describe_tensor(x)), _unpack):
         return run()
 
 
