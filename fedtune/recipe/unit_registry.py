@@ -32,7 +32,7 @@ __all__ = [
 
 _KINDS: Mapping[str, tuple[str, ...]] = {
     "fedtune.techniques": ("Technique",),
-    "fedtune.merging": ("AlignStep", "CombineStep", "RelaxStep", "RenormaliseStep"),
+    "fedtune.merging": ("AlignStep", "CombineStep", "RelaxStep", "RenormaliseStep", "ServerOptimiserStep"),
     "fedtune.tasks": ("Task",),
     "fedtune.continual": ("ContinualMethod",),
 }
