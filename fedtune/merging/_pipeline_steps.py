@@ -31,6 +31,11 @@ class MergePipeline(NamedTuple):
         return (*self.align, self.combine, *self.relax, *self.renormalise, *last)
 
     @property
+    def keeps_entries(self) -> bool:
+        """Whether an entry of the merged state corresponds to the same entry before."""
+        return not isinstance(self.combine, LowRankPairCombineStep) or self.combine.keeps_factors
+
+    @property
     def needs(self) -> frozenset[str]:
         """What the context must contain."""
         return frozenset[str]().union(*(step.needs for step in self.steps))

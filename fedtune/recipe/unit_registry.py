@@ -35,6 +35,7 @@ _KINDS: Mapping[str, tuple[str, ...]] = {
     "fedtune.merging": ("AlignStep", "CombineStep", "RelaxStep", "RenormaliseStep", "ServerOptimiserStep"),
     "fedtune.tasks": ("Task",),
     "fedtune.continual": ("ContinualMethod",),
+    "fedtune.algorithms": ("Algorithm",),
 }
 """The base classes of the units that other packages may publish."""
 

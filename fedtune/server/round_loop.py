@@ -15,6 +15,7 @@ from torch import Tensor
 from fedtune import checkpoint, merging, paths
 from fedtune.errors import RunError
 from fedtune.server import scoring
+from fedtune.server.algorithm_merge import check_algorithm_model
 from fedtune.server.bases import Bases
 from fedtune.server.client_scoring import ClientScoring
 from fedtune.server.drift_opening import list_opened_rounds, open_task, reopen_tasks
@@ -63,6 +64,7 @@ def run_rounds(grid: Grid, context: RunContext, store: Store, run_id: str) -> No
     first = done[-1].number + 1 if done else 1
     reopen_tasks(context, done)
     check_model_counts(recipe, merging.build_pipeline(recipe.merge))
+    check_algorithm_model(context)
     emit_event(RunStarted(run_id, first, recipe.federation.rounds, scoring.to_score(context, first if done else 0)))
     sweep(run_id)
     remove_pruned_checkpoints(done)

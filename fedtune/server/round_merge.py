@@ -6,6 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fedtune import merging, techniques
+from fedtune.server.algorithm_merge import correct_merged_state, scale_updates
 from fedtune.server.class_payloads import list_trainable_tensors
 from fedtune.server.merge_context import make_merge_context
 from fedtune.server.private_aggregation import append_noise_step
@@ -48,27 +49,31 @@ def merge_updates(
 
 def _merge(run: ServerRun, state: SharedState, round_number: int, updates: Sequence[ClientUpdate]) -> MergedRound:
     """Merge a round's updates and apply the techniques' changes."""
-    context = run.context
+    context, memory = run.context, run.memory.tensors
     pipeline = append_noise_step(
         context.recipe, merging.build_pipeline(context.recipe.merge), run.run_id, round_number, updates
     )
     masks, names = find_masks(state), list_trainable_tensors(context, round_number)
+    active = select_active_values(state, masks)
+    shapes = {name: tuple(active[name].shape) for name in names}
+    updates = scale_updates(context.recipe, pipeline, updates, shapes)
     merge_context = make_merge_context(context, pipeline, state, round_number, names, updates)._replace(
         low_rank_pairs=techniques.list_low_rank_pairs(context.techniques, context.model),
-        moments=select_run_state(run.memory.tensors, "merge"),
+        moments=select_run_state(memory, "merge"),
     )
-    active = select_active_values(state, masks)
     errors = merging.measure_averaging_errors(pipeline, active, names, updates, merge_context)
     figures = tuple(MetricRecord(split="merge", domain="all", name=name, value=value) for name, value in errors.items())
     merged = merging.merge_round(pipeline, active, names, updates, merge_context)
+    own = select_run_state(memory, "algorithm")
+    corrected = correct_merged_state(context, active, merged.state, updates, shapes, own)
     extras = techniques.declare_extra_payload(context.techniques, context.model, round_number)
     weights = pipeline.combine.compute_client_weights([one.num_examples for one in updates])
     payloads = [
         techniques.ExtraPayload(weight, one.read_tensors(extras)) for weight, one in zip(weights, updates, strict=True)
     ]
-    dense = restore_dense_tensors(merged.state, masks)
+    dense = restore_dense_tensors(corrected.state, masks)
     revised = techniques.after_aggregation(context.techniques, dense, round_number, payloads)
     leads = all(revised[name] is merged.state[name] for name in merged.increments)
     increments = merged.increments if leads else {}  # they lead from the weights before to those after
-    run_state = None if pipeline.server_optimiser is None else name_run_state("merge", merged.moments)
-    return MergedRound(revised, figures, run_state, increments)
+    run_state = {**name_run_state("merge", merged.moments), **name_run_state("algorithm", corrected.memory)}
+    return MergedRound(revised, figures, run_state or None, increments)

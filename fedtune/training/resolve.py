@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from fedtune import data, merging, tasks, techniques
+from fedtune import algorithms, data, merging, tasks, techniques
 from fedtune.errors import RecipeError
 from fedtune.recipe.memory_plans import MemoryPlans
 from fedtune.recipe.schema import DeviceClass, EvaluationSettings, Recipe, TaskUnit, Train, Unit
@@ -39,6 +39,9 @@ def resolve_recipe(recipe: Recipe) -> Recipe:
     check_privacy_settings(recipe, pipeline)
     every = [*chosen, *_of_classes(recipe.devices)]
     check_server_optimiser(every, pipeline)
+    algorithm = algorithms.find_algorithm(recipe)
+    if algorithm is not None:
+        algorithms.check_algorithm(algorithm, recipe, every, pipeline)
     check_backward_updates(recipe, every)
     check_model_counts(recipe, pipeline)
     check_metrics(recipe)
@@ -55,6 +58,8 @@ def resolve_recipe(recipe: Recipe) -> Recipe:
     merge = _written_out(pipeline.steps)
     written = TaskUnit(name=task.name, settings=task.model_dump(mode="json"))
     changes = {"task": written, "train": train, "devices": devices, "merge": merge}
+    if algorithm is not None:
+        changes["federation"] = recipe.federation.model_copy(update={"algorithm": _written_out([algorithm])[0]})
     changes |= {
         "plans": _resolve_plans(recipe, train, devices),
         "evaluation": _resolve_evaluation(recipe.evaluation, task),
