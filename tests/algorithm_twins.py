@@ -36,13 +36,19 @@ class Clients:
 
 
 def make_quadratics(
-    seed: int, cohorts: Sequence[Sequence[int]], *, steps: Sequence[int], lr: float, momentum: float = 0.0
+    seed: int,
+    cohorts: Sequence[Sequence[int]],
+    *,
+    steps: Sequence[int],
+    lr: float,
+    momentum: float = 0.0,
+    curvature: float = 0.3,
 ) -> Clients:
-    """1/2 (w - b)^T A (w - b) with another A and b for each client."""
+    """1/2 (w - b)^T A (w - b) with another A and b for each client; no eigenvalue of an A is below ``curvature``."""
     draw = np.random.default_rng(seed)
     count, width = len(steps), 5
     roots = draw.normal(size=(count, width, width))
-    matrices = roots @ roots.transpose(0, 2, 1) / width + 0.3 * np.eye(width)
+    matrices = roots @ roots.transpose(0, 2, 1) / width + curvature * np.eye(width)
     centres = 2 * draw.normal(size=(count, width))
 
     def make_loss(matrix: Array, centre: Array) -> Callable[[Array], float]:

@@ -36,10 +36,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "scaffold": {"option": 2},
 }
 """The settings that drive every algorithm of the package."""
-UNCHANGED = ("moon", "fednova")
-"""Those that change nothing where no features are trained, or all clients take as many steps."""
+LAST_STEPS = {"scaffold": "fedavgm", "fedlc": "fedadam", "fedprox": "fedyogi", "moon": "fedadagrad"}
+"""Server optimisers that are killed and resumed together with an algorithm."""
 NAMES = list_unit_names("fedtune.algorithms")
 SGD = ("train.max_grad_norm=null", "train.lr=0.05")
+FEW = ("data.max_train_examples=80",)
 
 
 def with_algorithm(name: str, *overrides: str, **settings: Any) -> Recipe:
@@ -55,14 +56,15 @@ def test_every_algorithm_is_driven_and_no_entry_is_stale() -> None:
 def test_a_killed_run_ends_with_the_bits_of_one_left_alone(
     home: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    recipe = with_algorithm(name, "federation.rounds=3", "federation.clients_per_round=3")
+    """Each algorithm, with one of the server optimisers where it takes any, breaks off in its second round."""
+    recipe = with_algorithm(name, *FEW, f"merge=[mean, {LAST_STEPS[name]}]" if name in LAST_STEPS else "merge=[mean]")
     alone = execute(recipe, run="alone")
     killed = kill_and_resume(recipe, monkeypatch)
     assert alone.run.status == killed.run.status == "completed"
     assert killed.hashes == alone.hashes
     assert read_memories(killed) == read_memories(alone)
-    plain = execute(trivial(*SGD, "federation.rounds=3", "federation.clients_per_round=3"), run="plain")
-    assert (plain.hashes[-1] == alone.hashes[-1]) == (name in UNCHANGED)
+    keeps = name in LAST_STEPS or name in ("scaffold", "feddyn")
+    assert len({*read_memories(alone)} - {None}) == (2 if keeps else 0), "what the server keeps changes in each round"
 
 
 def read_memories(ended: Ended) -> list[str | None]:
@@ -118,12 +120,12 @@ def read_last_state(ended: Ended, number: int) -> Array:
     return np.concatenate([state[name].double().numpy().ravel() for name in order])
 
 
-@pytest.mark.parametrize("name", ["fedprox", "scaffold", "feddyn", "q-fedavg"])
+@pytest.mark.parametrize("name", ["scaffold", "feddyn", "q-fedavg"])
 def test_a_whole_run_in_single_precision_follows_the_twin(home: Path, name: str) -> None:
-    rounds, settings = 5, SETTINGS[name]
+    rounds, settings = 3, SETTINGS[name]
     more = [
         "data.partition={kind: dirichlet, alpha: 0.3}",
-        "data.max_train_examples=200",
+        "data.max_train_examples=80",
         f"federation.rounds={rounds}",
     ]
     recipe = with_algorithm(
@@ -155,9 +157,12 @@ def test_server_and_devices_count_the_same_updates_when_some_are_lost(home: Path
     def lose(message: Message, _: Message) -> Message:
         return Message(Error(0, "lost"), reply_to=message)
 
-    recipe = with_algorithm(name, "federation.rounds=4")
+    recipe = with_algorithm(name, *FEW, "federation.rounds=4")
     ended = execute(recipe, spoilt(lose, [1, 2], rounds=[2, 4]))
     assert [record.status for record in ended.rounds[2].client_records] == ["merged", "error", "error", "merged"]
+    first, later = (ended.rounds[number].client_records[0] for number in (1, 3))
+    assert later.bytes_down / first.bytes_down == pytest.approx(2.0 if name == "scaffold" else 1.0, abs=0.05)
+    assert first.bytes_up / first.bytes_down == pytest.approx(2.0 if name == "scaffold" else 1.0, abs=0.05)
     server = read_server_tensors("run-1", 4)
     own = [read_device_tensors("run-1", client, 3 if client in (1, 2) else 4) for client in range(4)]
     assert server
@@ -180,32 +185,23 @@ def test_a_device_that_lost_its_tensors_begins_anew_with_a_warning(home: Path) -
     assert inputs.stored == {}
 
 
-def test_what_scaffold_sends_is_counted(home: Path) -> None:
-    sent = execute(with_algorithm("scaffold"), run="scaffold").rounds[2].client_records[0]
-    plain = execute(trivial(*SGD), run="plain").rounds[2].client_records[0]
-    assert 1.9 < sent.bytes_up / plain.bytes_up < 2.1
-    assert 1.9 < sent.bytes_down / plain.bytes_down < 2.1
-
-
-def test_fednova_with_as_many_steps_for_all_is_fedavg(home: Path) -> None:
-    nova, plain = execute(with_algorithm("fednova"), run="nova"), execute(trivial(*SGD), run="plain")
-    np.testing.assert_allclose(read_last_state(nova, 2), read_last_state(plain, 2), rtol=1e-5, atol=1e-6)
+def test_fednova_counts_for_clients_that_take_more_steps(home: Path) -> None:
+    """With all data in batches of ten, the largest client takes most steps, and moves the mean less than in FedAvg."""
     unequal = ("train.local_steps=null", "train.local_epochs=1", "data.partition={kind: power-law}")
-    moved = [
-        read_last_state(execute(recipe, run=run), 1)
-        for recipe, run in ((with_algorithm("fednova", *unequal), "uneven"), (trivial(*SGD, *unequal), "mean"))
-    ]
-    assert np.abs(moved[0] - moved[1]).max() > 1e-4
+    more = (*FEW, *unequal, "federation.rounds=1")
+    recipes = {"nova": with_algorithm("fednova", *more), "mean": trivial(*SGD, *more)}
+    nova, mean = (read_last_state(execute(recipe, run=run), 1) for run, recipe in recipes.items())
+    assert 1e-4 < np.abs(nova - mean).max() < 0.1
 
 
 def test_moon_and_fedlc_train_an_encoder(home: Path, tmp_path: Path) -> None:
     plain = ("train.techniques=full", "train.optimiser=sgd", "train.lr=0.1")
     found = {
         name: execute(words(tmp_path, *plain, f"federation.algorithm={name}"), run=name).hashes
-        for name in ("moon", "fedlc", "fedprox")
+        for name in ("moon", "fedlc")
     }
     assert found["moon"][1] != found["fedlc"][1]
-    assert len({hashes[-1] for hashes in found.values()}) == 3
+    assert found["moon"][2] != found["fedlc"][2]
 
 
 LORA = 'train.techniques=[{lora: {trained_factors: "both"}}]'
@@ -257,8 +253,8 @@ def test_a_recipe_without_an_algorithm_is_written_as_before() -> None:
     assert written == {"fedprox": {"mu": 0.1}}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_algorithm_passes_the_checks_of_a_plug_in(name: str) -> None:
+@pytest.mark.parametrize("name", ["moon", "q-fedavg", "scaffold"])
+def test_an_algorithm_passes_the_checks_of_a_plug_in(name: str) -> None:
     results = list(check_plug_in(name))
     assert {(one.status, one.what, one.reason) for one in results if one.status != "ok"} == set()
     assert len(results) == 7

@@ -156,7 +156,7 @@ def test_an_algorithm_equals_its_twin_on_quadratics_that_differ(tmp_path: Path, 
     ("name", "settings"), [("scaffold", {}), ("scaffold", {"option": 1}), ("feddyn", {"alpha": 1.0})]
 )
 def test_it_reaches_the_optimum_that_fedavg_misses(tmp_path: Path, name: str, settings: dict[str, Any]) -> None:
-    clients = make_quadratics(5, [[0, 1, 2, 3]] * 60, steps=[10] * 4, lr=0.1)
+    clients = make_quadratics(5, [[0, 1, 2, 3]] * 30, steps=[8] * 4, lr=0.1, curvature=1.0)
     clients = Clients(**{**vars(clients), "examples": [1] * 4})
     matrices, centres = clients.arrays["matrices"], clients.arrays["centres"]
     optimum = np.linalg.solve(matrices.sum(0), np.einsum("kij,kj->i", matrices, centres))

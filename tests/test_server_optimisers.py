@@ -20,7 +20,6 @@ from fedtune.offline_merge.merge_config import MergeConfig
 from fedtune.offline_merge.model_inputs import build_steps
 from fedtune.recipe.schema import Unit
 from fedtune.recipe.unit_registry import build_unit
-from tests.breaks import kill_and_resume
 from tests.federations import Ended, execute, trivial, words
 
 Array = NDArray[np.float64]
@@ -116,33 +115,6 @@ def test_the_first_round_moves_by_the_rate_times_what_the_mean_alone_moves(home:
     )
     for name, start in alone[0].items():
         torch.testing.assert_close(scaled[1][name] - start, 0.5 * (alone[1][name] - start), rtol=1e-5, atol=1e-7)
-
-
-def merge_of(name: str) -> str:
-    settings = ", ".join(f"{key}: {str(value).lower()}" for key, value in SETTINGS[name].items())
-    return f"merge=[mean, {{{name}: {{{settings}}}}}]"
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_killed_run_ends_with_the_bits_and_moments_of_one_left_alone(
-    home: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    alone = execute(trivial("federation.rounds=3", merge_of(name)), run="alone")
-    killed = kill_and_resume(trivial("federation.rounds=3", merge_of(name)), monkeypatch)
-    assert killed.run.status == "completed"
-    assert killed.hashes == alone.hashes
-    assert memory_digests(killed) == memory_digests(alone)
-    sent = {one.client_records[0].bytes_down for one in alone.rounds[1:]}
-    assert len(sent) == 1, "devices receive no moments, which there are none of in round 1"
-    assert len(set(memory_digests(alone))) == 3, "the moments change in every round"
-
-
-def memory_digests(ended: Ended) -> list[str]:
-    return [
-        record.checkpoint.memory_sha256
-        for record in ended.rounds
-        if record.checkpoint and record.checkpoint.memory_sha256
-    ]
 
 
 def read_moments(run: str, number: int) -> dict[str, torch.Tensor]:

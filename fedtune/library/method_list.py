@@ -1,4 +1,4 @@
-"""All methods that a recipe or a command can name: techniques, merge steps, tasks, and what packages add."""
+"""All methods that a recipe or a command can name: techniques, merge steps, tasks and more, and what packages add."""
 
 import inspect
 from collections.abc import Iterator, Mapping
