@@ -15,13 +15,15 @@ from torch.func import functional_call
 
 from fedtune import checkpoint, paths
 from fedtune.algorithms import find_algorithm
+from fedtune.device.algorithm_memory import read_algorithm_inputs
 from fedtune.device.own_memory import ALGORITHM_PREFIX, MemoryFolder
-from fedtune.errors import ModelError, RecipeError
+from fedtune.errors import ModelError, RecipeError, StoreError
 from fedtune.library.plug_in_check import check_plug_in
 from fedtune.recipe.schema import Recipe
 from fedtune.recipe.unit_registry import list_unit_names
 from fedtune.server.run_state import select_run_state
 from fedtune.training import clear_run_context, get_run_context
+from fedtune.wire.client_update import TrainRequest
 from tests.algorithm_twins import Array, Clients, run_twin
 from tests.breaks import kill_and_resume
 from tests.federations import Ended, execute, spoilt, trivial, words
@@ -172,17 +174,11 @@ def test_server_and_devices_count_the_same_updates_when_some_are_lost(home: Path
         torch.testing.assert_close(value.double(), mean, rtol=1e-4, atol=1e-7)
 
 
-def test_a_device_that_lost_its_tensors_begins_anew_with_a_warning(home: Path) -> None:
-    from fedtune.device.algorithm_memory import read_algorithm_inputs
-    from fedtune.errors import FedtuneWarning
-    from fedtune.wire.client_update import TrainRequest
-
+def test_a_device_that_lost_its_tensors_is_refused(home: Path) -> None:
     recipe = with_algorithm("scaffold")
     request = TrainRequest(recipe.model_dump_json(), 3, 0, "run", merged_round=2)
-    with pytest.warns(FedtuneWarning, match="has lost what scaffold kept in round 2"):
-        inputs = read_algorithm_inputs(recipe, request, {}, home / "own" / "client-000000")
-    assert inputs is not None
-    assert inputs.stored == {}
+    with pytest.raises(StoreError, match="lost what scaffold kept in round 2"):
+        read_algorithm_inputs(recipe, request, {}, home / "own" / "client-000000")
 
 
 def test_fednova_counts_for_clients_that_take_more_steps(home: Path) -> None:
@@ -258,3 +254,10 @@ def test_an_algorithm_passes_the_checks_of_a_plug_in(name: str) -> None:
     results = list(check_plug_in(name))
     assert {(one.status, one.what, one.reason) for one in results if one.status != "ok"} == set()
     assert len(results) == 7
+
+
+def test_device_classes_with_batches_of_their_own_share_variates_and_steps(home: Path) -> None:
+    mixed = "devices=[{name: a, count: 2}, {name: b, count: 2, batch_size: 5}]"
+    for name in ("scaffold", "fednova"):
+        ended = execute(with_algorithm(name, *FEW, mixed), run=name)
+        assert {one.status for one in ended.rounds[2].client_records} == {"merged"}

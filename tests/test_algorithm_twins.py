@@ -77,6 +77,7 @@ class Federation:
                 parameters=parameters,
                 examples=Rows(batch),
                 rows=np.arange(len(batch["labels"])),
+                batch_size=4,
                 run_forward=lambda batch: (loss(self.model, batch), None),
                 stored=self.stored.get(client, {}),
                 received={name: self.memory[name] for name in names},

@@ -29,6 +29,7 @@ __all__ = [
     "ServerResult",
     "Weighing",
     "check_algorithm",
+    "count_copies",
     "find_algorithm",
     "name_tensors",
     "select_tensors",
@@ -53,3 +54,9 @@ def select_tensors(algorithm: Algorithm, tensors: Mapping[str, Tensor]) -> dict[
     """Undo ``name_tensors``: return the algorithm's own tensors among others."""
     prefix = f"{algorithm.name}/"
     return {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
+
+
+def count_copies(recipe: Recipe) -> int:
+    """Return how many copies of what is trained the recipe's algorithm holds while a client trains."""
+    algorithm = find_algorithm(recipe)
+    return 0 if algorithm is None else algorithm.copies

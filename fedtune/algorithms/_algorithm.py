@@ -35,10 +35,10 @@ Shape = tuple[int, ...]
 class AlgorithmSetup:
     """What an algorithm knows when a client's round begins, with the received state in the model.
 
-    ``rows`` are the rows of ``examples`` that the client trains on. ``parameters`` are those that it trains and sends.
-    ``stored`` is what the device kept after the last of its rounds whose update was merged, and ``received`` is what
-    the server sent of its own memory; both are empty at first. ``run_forward`` returns the loss of a batch, as a
-    training step computes it, and the model's logits.
+    ``rows`` are the rows of ``examples`` that the client trains on, of which ``batch_size`` pass at once.
+    ``parameters`` are those that it trains and sends. ``stored`` is what the device kept after the last of its rounds
+    whose update was merged, and ``received`` is what the server sent of its own memory; both are empty at first.
+    ``run_forward`` returns the loss of a batch, as a training step computes it, and the model's logits.
     """
 
     model: nn.Module
@@ -46,6 +46,7 @@ class AlgorithmSetup:
     parameters: Mapping[str, nn.Parameter]
     examples: EncodedDataset
     rows: NDArray[np.int64]
+    batch_size: int
     run_forward: Callable[[Tensors], tuple[Tensor, Tensor | None]]
     stored: Tensors = field(default_factory=dict)
     received: Tensors = field(default_factory=dict)
@@ -130,6 +131,8 @@ class Algorithm(NamedUnit):
     """Whether it computes with the steps of SGD."""
     changes_gradients: ClassVar[bool] = False
     """Whether it changes gradients before a step."""
+    copies: ClassVar[int] = 0
+    """How many more copies of what is trained the training holds, for the estimates of memory."""
     weighs_equally: ClassVar[bool] = False
     """Whether all updates of a round count alike, whatever their number of examples."""
 

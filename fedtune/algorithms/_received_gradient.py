@@ -32,7 +32,7 @@ def compute_received_gradient(setup: AlgorithmSetup) -> dict[str, Tensor]:
 
 def _iter_losses(setup: AlgorithmSetup) -> Iterator[tuple[float, Tensor]]:
     """Yield the losses of the batches with their shares of the examples."""
-    rows, size, training = setup.rows.tolist(), setup.recipe.train.batch_size, setup.model.training
+    rows, size, training = setup.rows.tolist(), setup.batch_size, setup.model.training
     setup.model.eval()
     for start in range(0, len(rows), size):
         chosen = rows[start : start + size]

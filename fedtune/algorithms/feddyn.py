@@ -41,6 +41,7 @@ class Feddyn(Algorithm):
     """Adds a linear and a proximal term to the loss of clients, and corrects the mean."""
 
     name: ClassVar[str] = "feddyn"
+    copies: ClassVar[int] = 2
     sends_more: ClassVar[bool] = True
     remembers: ClassVar[bool] = True
     fits_one_loss: ClassVar[bool] = True

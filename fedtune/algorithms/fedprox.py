@@ -25,6 +25,7 @@ class Fedprox(Algorithm):
     """Adds a proximal term to the loss of clients."""
 
     name: ClassVar[str] = "fedprox"
+    copies: ClassVar[int] = 1
     changes_gradients: ClassVar[bool] = True
     mu: float = Field(0.01, ge=0, description="strength of the pull to the received state")
 

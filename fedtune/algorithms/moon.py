@@ -39,6 +39,7 @@ class Moon(Algorithm):
     """Contrasts representations with those of the received and of the earlier model."""
 
     name: ClassVar[str] = "moon"
+    copies: ClassVar[int] = 2
     remembers: ClassVar[bool] = True
     mu: float = Field(1.0, ge=0, description="weight of the contrastive term")
     temperature: float = Field(0.5, gt=0, description="tau")

@@ -12,7 +12,8 @@ mean is the paper's global step size.
 Use when: clients train many steps with SGD, differ much, and come back often. It then reaches the optimum of the mean
 loss, where FedAvg stays at a distance that grows with the number of steps.
 Avoid when: there are many more clients than rounds: c_i then are old or zero, and FedAvg is as good. Batch norms and
-dropout add noise to c_i. Clipping of gradients acts on the corrected ones, which biases option 2.
+dropout add noise to c_i. Clipping of gradients acts on the corrected ones, which biases option 2. The bounds on
+updates do not see variates, so devices must be trusted.
 Adapters: variates are those of each factor as an entry of the model. With one factor per round, those of the other rest
 and belong to an older partner.
 Source: Karimireddy et al. (arXiv 1910.06378), Algorithm 1. Ours: with momentum, option 2 divides by the distance that
@@ -49,6 +50,7 @@ class Scaffold(Algorithm):
     """Corrects gradients by the difference between the mean gradient and the client's own."""
 
     name: ClassVar[str] = "scaffold"
+    copies: ClassVar[int] = 3
     sends_more: ClassVar[bool] = True
     remembers: ClassVar[bool] = True
     fits_one_loss: ClassVar[bool] = True

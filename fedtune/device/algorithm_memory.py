@@ -2,10 +2,9 @@
 
 A round reads what was written in the client's last round whose update the server merged, as the train request says. So
 device and server count the same updates, also when some were lost, and a round that is begun again finds what it found
-the first time.
+the first time. A client that lost it would bias all later rounds, and is refused.
 """
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from fedtune import algorithms
 from fedtune.device.memory_key import find_memory_key
 from fedtune.device.own_memory import ALGORITHM_PREFIX, MemoryFolder
-from fedtune.errors import FedtuneWarning
+from fedtune.errors import StoreError
 from fedtune.recipe.schema import Recipe
 from fedtune.training.algorithm_inputs import AlgorithmInputs
 from fedtune.wire.client_update import TrainRequest
@@ -25,7 +24,10 @@ __all__ = ["read_algorithm_inputs", "write_algorithm_memory"]
 def read_algorithm_inputs(
     recipe: Recipe, request: TrainRequest, received: Mapping[str, Tensor], folder: Path
 ) -> AlgorithmInputs | None:
-    """Return the round's algorithm with its tensors, None without one. Raise StoreError for a file that was changed."""
+    """Return the round's algorithm with its tensors, None without one.
+
+    Raise StoreError for a file that was changed or is missing.
+    """
     algorithm = algorithms.find_algorithm(recipe)
     if algorithm is None:
         return None
@@ -35,13 +37,11 @@ def read_algorithm_inputs(
         return AlgorithmInputs(algorithm, {}, own)
     stored = _open(recipe, request, folder).read_earlier(merged + 1)
     if algorithm.needs_one_start and merged not in stored:
-        warnings.warn(
-            f"client {request.client} has lost what {algorithm.name} kept in round {merged}, and begins anew; a device "
-            "that lost its disk, or a run that was rolled back, does so",
-            FedtuneWarning,
-            stacklevel=2,
+        raise StoreError(
+            f"client {request.client} lost what {algorithm.name} kept in round {merged}, and the server counts on it; "
+            "start a new run, as after a rollback, or leave this client out",
+            code="memory-lost",
         )
-        return AlgorithmInputs(algorithm, {}, own)
     return AlgorithmInputs(algorithm, next(iter(stored.values()), {}), own)
 
 

@@ -36,6 +36,7 @@ def begin_algorithm(client: ClientRound) -> ClientRound:
         parameters={name: one for name, one in client.model.named_parameters() if name in trained},
         examples=client.examples,
         rows=rows,
+        batch_size=client.micro_batch_size or client.recipe.train.batch_size,
         run_forward=partial(run_forward, client),
         stored=inputs.stored,
         received=inputs.received,
