@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Error, Message
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedtune import checkpoint, paths
-from fedtune.algorithms import find_algorithm
+from fedtune.algorithms import Weighing, find_algorithm
+from fedtune.algorithms.fednova import Fednova
+from fedtune.algorithms.q_fedavg import compute_fair_coefficients
 from fedtune.device.algorithm_memory import read_algorithm_inputs
 from fedtune.device.own_memory import ALGORITHM_PREFIX, MemoryFolder
 from fedtune.errors import ModelError, RecipeError, StoreError
@@ -23,7 +25,7 @@ from fedtune.recipe.schema import Recipe
 from fedtune.recipe.unit_registry import list_unit_names
 from fedtune.server.run_state import select_run_state
 from fedtune.training import clear_run_context, get_run_context
-from fedtune.wire.client_update import TrainRequest
+from fedtune.wire.client_update import ClientUpdate, TrainRequest
 from tests.algorithm_twins import Array, Clients, run_twin
 from tests.breaks import kill_and_resume
 from tests.federations import Ended, execute, spoilt, trivial, words
@@ -261,3 +263,14 @@ def test_device_classes_with_batches_of_their_own_share_variates_and_steps(home:
     for name in ("scaffold", "fednova"):
         ended = execute(with_algorithm(name, *FEW, mixed), run=name)
         assert {one.status for one in ended.rounds[2].client_records} == {"merged"}
+
+
+def test_what_a_device_states_of_itself_cannot_overflow(tmp_path: Path) -> None:
+    found = compute_fair_coefficients([1e30, 1.0, 0.0], [1.0, 1.0, 0.0], 100.0, 20.0)
+    assert found[0] == pytest.approx(1.0)
+    assert found[1:] == [0.0, 0.0]
+    for client, length in enumerate([1e-38, 2.0]):
+        save_file({"fednova/length": torch.tensor([length])}, tmp_path / str(client))
+    updates = [ClientUpdate(client, 1, tmp_path / str(client)) for client in range(2)]
+    weighing = Weighing(with_algorithm("fednova"), {}, updates, [0.5, 0.5])
+    assert Fednova().compute_scales(weighing) == [1e4, pytest.approx(0.5)]

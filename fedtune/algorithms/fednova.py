@@ -33,6 +33,8 @@ from fedtune.wire.client_update import TensorSpec
 __all__ = ["Fednova"]
 
 _LENGTH = "length"
+_MOST = 1e4
+"""No update is scaled by more, whatever length a device states."""
 
 
 class Fednova(Algorithm):
@@ -54,7 +56,7 @@ class Fednova(Algorithm):
         """Return a_eff / a_i; one for a client that did not move."""
         lengths = [float(read_upload(self.name, update, _LENGTH)) for update in weighing.updates]
         effective = sum(weight * length for weight, length in zip(weighing.weights, lengths, strict=True))
-        return [effective / length if length else 1.0 for length in lengths]
+        return [min(effective / length, _MOST) if length else 1.0 for length in lengths]
 
 
 class _FednovaRound(AlgorithmRound):

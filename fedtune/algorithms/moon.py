@@ -11,7 +11,7 @@ Use when: clients train whole image or text encoders for many steps on data of f
 Avoid when: the representation is frozen (``head-only``), so that the term is constant, or clients are rarely sampled,
 so that their earlier model is old. Decoders, whose last layer sees every token, are refused. It costs most of the
 methods here, and its gain over ``fedprox`` is often small.
-Source: Li et al., "Model-Contrastive Federated Learning" (arXiv 2103.16257), equation 3 and Algorithm 1. Ours: no
+Source: Li et al., "Model-Contrastive Federated Learning" (arXiv 2103.16257), Algorithm 1. Ours: no
 projection head is added, so that the model stays what it is.
 """
 

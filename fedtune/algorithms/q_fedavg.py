@@ -81,10 +81,12 @@ class _QFedavgRound(AlgorithmRound):
 
 def compute_fair_coefficients(losses: list[float], squares: list[float], q: float, lipschitz: float) -> list[float]:
     """Return what each client's delta is multiplied by, given its loss and the squared norm of its delta."""
-    powers = [(loss + _LEAST) ** q for loss in losses]
+    largest = max(losses) + _LEAST  # numerators and denominator are divided by its power, which could overflow
+    shares = [(loss + _LEAST) / largest for loss in losses]
+    powers = [share**q for share in shares]
     bounds = [
-        q * (loss + _LEAST) ** (q - 1) * lipschitz**2 * square + lipschitz * power
-        for loss, square, power in zip(losses, squares, powers, strict=True)
+        q * share ** (q - 1) * lipschitz**2 * square / largest + lipschitz * power
+        for share, square, power in zip(shares, squares, powers, strict=True)
     ]
     return [lipschitz * power / sum(bounds) for power in powers]
 

@@ -11,7 +11,7 @@ Adapters: moments are those of each factor as an entry of the model. If clients 
 round, the momentum of the other rests and is applied in its next round, against a partner that has moved meanwhile. A
 merge that makes new factors (flexlora), or adds to the base (flora, fedex-lora), leaves them nothing to hold on to.
 Source: Hsu et al., "Measuring the Effects of Non-Identical Data Distribution for Federated Visual Classification"
-(arXiv 1909.06335), section 4. FedOpt with SGD in Reddi et al. (arXiv 2003.00295), Algorithm 1.
+(arXiv 1909.06335). FedOpt with SGD in Reddi et al. (arXiv 2003.00295), Algorithm 1.
 """
 
 from collections.abc import Mapping
