@@ -19,6 +19,7 @@ __all__ = [
     "RelaxStep",
     "RenormaliseStep",
     "RowReader",
+    "ServerOptimiserStep",
     "Shape",
     "StatisticsReader",
 ]
@@ -67,7 +68,8 @@ class MergeContext(NamedTuple):
 
     ``activation_statistics`` are those of the base, by tensor name. ``model`` is the architecture; steps may overwrite
     its weights. ``calibration_batches`` are inputs to the model. ``low_rank_pairs`` are the pairs among the tensors.
-    ``round_number`` makes each merge of a run draw its own random masks; it is 0 outside a run.
+    ``round_number`` makes each merge of a run draw its own random masks; it is 0 outside a run. ``moments`` are those
+    of a server optimiser after the last merge.
     """
 
     activation_statistics: Mapping[str, ActivationStatistics] = {}
@@ -75,6 +77,7 @@ class MergeContext(NamedTuple):
     calibration_batches: Sequence[Tensors] = ()
     low_rank_pairs: Sequence[LowRankPair] = ()
     round_number: int = 0
+    moments: Mapping[str, Tensor] = {}
 
 
 class AlignStep(NamedUnit, ABC):
@@ -163,3 +166,18 @@ class RenormaliseStep(NamedUnit, ABC):
         self, merged: Tensors, ends: Sequence[tuple[float, Tensors]], context: MergeContext
     ) -> dict[str, Tensor]:
         """The tensors that change; ``ends`` are the weights (they sum to one) and states of the aligned models."""
+
+
+class ServerOptimiserStep(NamedUnit, ABC):
+    """Takes the merged change of each tensor as a gradient. The run keeps its moments; devices never receive them."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    @abstractmethod
+    def initial_moments(self) -> Mapping[str, float]:
+        """The moments of each entry by name, with their values before the first round."""
+
+    @abstractmethod
+    def compute_step(self, delta: Tensor, moments: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return by how much the state moves, and the next moments, given the merged change. It is pure."""

@@ -1,10 +1,11 @@
 """The settings of a recipe for the federation: which clients take part in a round, and which updates are merged."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import ByteSize, Field, model_validator
+from pydantic import ByteSize, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from fedtune.recipe.settings_model import SettingsModel
+from fedtune.recipe.train_settings import Unit
 
 __all__ = ["Asynchronous", "ClientSelection", "Federation", "Tag"]
 
@@ -56,6 +57,15 @@ class Federation(SettingsModel):
     )
     selection: ClientSelection = ClientSelection()
     asynchronous: Asynchronous | None = Field(None, description="merge late updates too; default: they are dropped")
+    algorithm: Unit | None = Field(
+        None, description="corrects clients or weighs updates, e.g. fedprox or scaffold: {option: 1}; default: FedAvg"
+    )
+
+    @model_serializer(mode="wrap")
+    def _leave_out_algorithm(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Recipes without an algorithm are written as before there were any, so that their runs resume."""
+        written: dict[str, Any] = serialise(self)
+        return {key: value for key, value in written.items() if (key, value) != ("algorithm", None)}
 
     @model_validator(mode="after")
     def _quorum_fits_buffer(self) -> Self:

@@ -15,6 +15,7 @@ from torch import Tensor
 from fedtune import checkpoint, merging, paths
 from fedtune.errors import RunError
 from fedtune.server import scoring
+from fedtune.server.algorithm_merge import check_algorithm_model
 from fedtune.server.bases import Bases
 from fedtune.server.client_scoring import ClientScoring
 from fedtune.server.drift_opening import list_opened_rounds, open_task, reopen_tasks
@@ -31,8 +32,9 @@ from fedtune.server.round_failures import (
     mark_updates_unused,
     with_refusals,
 )
-from fedtune.server.round_merge import merge_updates
+from fedtune.server.round_merge import MergedRound, merge_updates
 from fedtune.server.run_clients import RunClients
+from fedtune.server.run_state import join_memory, select_task_memory
 from fedtune.server.safeguards import Safeguards
 from fedtune.server.scheduling.factory import make_round_scheduler
 from fedtune.server.sending import Sending
@@ -62,6 +64,7 @@ def run_rounds(grid: Grid, context: RunContext, store: Store, run_id: str) -> No
     first = done[-1].number + 1 if done else 1
     reopen_tasks(context, done)
     check_model_counts(recipe, merging.build_pipeline(recipe.merge))
+    check_algorithm_model(context)
     emit_event(RunStarted(run_id, first, recipe.federation.rounds, scoring.to_score(context, first if done else 0)))
     sweep(run_id)
     remove_pruned_checkpoints(done)
@@ -118,7 +121,7 @@ def _commit_start(context: RunContext, store: Store, run_id: str) -> SharedState
 class _Ending(NamedTuple):
     """What the updates of a round led to: the records of all clients, the updates that were used, and the next state.
 
-    ``memory`` is the server's whole memory of earlier tasks, None if it does not change. ``failure`` says why the
+    ``memory`` is the server's whole memory, None if it is not to be written. ``failure`` says why the
     round failed.
     """
 
@@ -160,18 +163,19 @@ def _end_round(
     failure: str | None,
 ) -> _Ending:
     """Merge the updates unless the round has failed, and end the task if it ends with the round."""
-    context, remembered = run.context, run.memory.tensors
-    figures: tuple[MetricRecord, ...] = ()
+    context, remembered = run.context, select_task_memory(run.memory.tensors)
+    merged = MergedRound(state)
     if not failure:
         try:
-            state, figures = merge_updates(run, state, round_number, updates)
+            merged = merge_updates(run, state, round_number, updates)
         except MERGE_ERRORS as error:
             failure = with_refusals(f"the merge failed: {clean_text(error)}", records)
     if failure:
         records, updates = mark_updates_unused(records), []
-    ended = end_task(context, run.run_id, round_number, state, remembered, updates)
-    memory = update_memory(context, round_number, remembered, ended.memory, updates)
-    return _Ending(records, updates, ended.state, memory, figures, failure)
+    ended = end_task(context, run.run_id, round_number, merged.state, remembered, updates)
+    after_task = update_memory(context, round_number, remembered, ended.memory, updates)
+    memory = join_memory(run.memory.tensors, after_task, merged.run_state)
+    return _Ending(records, updates, ended.state, memory, merged.figures, failure)
 
 
 def _score_round(

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from fedtune import data, merging, tasks, techniques
+from fedtune import algorithms, data, merging, tasks, techniques
 from fedtune.errors import RecipeError
 from fedtune.recipe.memory_plans import MemoryPlans
 from fedtune.recipe.schema import DeviceClass, EvaluationSettings, Recipe, TaskUnit, Train, Unit
@@ -10,6 +10,7 @@ from fedtune.recipe.unit_registry import NamedUnit
 from fedtune.recipe.validation_errors import suggest_nearest
 from fedtune.techniques import Technique
 from fedtune.training.backward_updates import check_backward_updates
+from fedtune.training.carried_state_checks import check_server_optimiser
 from fedtune.training.metrics import check_metrics
 from fedtune.training.model_checks import check_privacy_settings
 from fedtune.training.model_counts import check_model_counts
@@ -36,7 +37,12 @@ def resolve_recipe(recipe: Recipe) -> Recipe:
     _check_fit(chosen, pipeline.combine)
     _check_own(chosen, pipeline, recipe.evaluation)
     check_privacy_settings(recipe, pipeline)
-    check_backward_updates(recipe, [*chosen, *_of_classes(recipe.devices)])
+    every = [*chosen, *_of_classes(recipe.devices)]
+    check_server_optimiser(every, pipeline)
+    algorithm = algorithms.find_algorithm(recipe)
+    if algorithm is not None:
+        algorithms.check_algorithm(algorithm, recipe, every, pipeline)
+    check_backward_updates(recipe, every)
     check_model_counts(recipe, pipeline)
     check_metrics(recipe)
     data.check_partition(recipe)
@@ -48,10 +54,12 @@ def resolve_recipe(recipe: Recipe) -> Recipe:
     )
     devices = [_resolved(recipe, device, chosen, pipeline) for device in recipe.devices]
     if recipe.federation.asynchronous is not None:
-        _check_late([*chosen, *_of_classes(recipe.devices)], pipeline, recipe.evaluation)
+        _check_late(every, pipeline, recipe.evaluation)
     merge = _written_out(pipeline.steps)
     written = TaskUnit(name=task.name, settings=task.model_dump(mode="json"))
     changes = {"task": written, "train": train, "devices": devices, "merge": merge}
+    if algorithm is not None:
+        changes["federation"] = recipe.federation.model_copy(update={"algorithm": _written_out([algorithm])[0]})
     changes |= {
         "plans": _resolve_plans(recipe, train, devices),
         "evaluation": _resolve_evaluation(recipe.evaluation, task),

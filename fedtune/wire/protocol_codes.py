@@ -28,6 +28,7 @@ SENTENCES: Mapping[str, str] = {
     "memory-model": "holding model and data takes more than the {allowed_mb} MB this device allows",
     "memory-damaged": "what it remembers of earlier tasks was changed or is of another run; fedtune device forget on "
     "the device starts anew",
+    "memory-lost": "it has lost what the algorithm of the run kept on it, as after a rollback; start a new run",
     "memory-key": "its key for what it remembers of earlier tasks cannot be used",
     "memory-plan": "no plan of the run fits the {allowed_mb} MB that this device allows, and the smallest needs "
     "{needed_mb} MB; allow that with fedtune device join --memory",
