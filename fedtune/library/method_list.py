@@ -15,6 +15,7 @@ UNIT_ROOMS: Mapping[str, str] = {
     "merge": "fedtune.merging",
     "task": "fedtune.tasks",
     "continual": "fedtune.continual",
+    "attack": "fedtune.attacks",
 }
 """The package of each kind of unit, which is also the group of its entry points."""
 _OTHER_GROUPS: Mapping[str, str] = {

@@ -35,6 +35,7 @@ _KINDS: Mapping[str, tuple[str, ...]] = {
     "fedtune.merging": ("AlignStep", "CombineStep", "RelaxStep", "RenormaliseStep"),
     "fedtune.tasks": ("Task",),
     "fedtune.continual": ("ContinualMethod",),
+    "fedtune.attacks": ("Attack",),
 }
 """The base classes of the units that other packages may publish."""
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedtune import checkpoint, merging, paths
 from fedtune.errors import RunError
+from fedtune.recipe.refused_attacks import refuse_attacks
 from fedtune.server import scoring
 from fedtune.server.bases import Bases
 from fedtune.server.client_scoring import ClientScoring
@@ -22,7 +23,9 @@ from fedtune.server.drift_reference import update_memory
 from fedtune.server.drift_watch import DriftWatch
 from fedtune.server.events import RunStarted, emit_event
 from fedtune.server.federated_evaluation import average_holdout_metrics, client_scores
+from fedtune.server.merge_reference import remember_merge
 from fedtune.server.pruning import prune_checkpoints
+from fedtune.server.root_data import make_root_data
 from fedtune.server.roster import Roster
 from fedtune.server.round_commit import RoundResult, commit_round, get_checkpoint_path
 from fedtune.server.round_failures import (
@@ -61,13 +64,16 @@ def run_rounds(grid: Grid, context: RunContext, store: Store, run_id: str) -> No
     done = store.rounds(run_id)
     first = done[-1].number + 1 if done else 1
     reopen_tasks(context, done)
-    check_model_counts(recipe, merging.build_pipeline(recipe.merge))
+    pipeline = merging.build_pipeline(recipe.merge)
+    check_model_counts(recipe, pipeline)
     emit_event(RunStarted(run_id, first, recipe.federation.rounds, scoring.to_score(context, first if done else 0)))
     sweep(run_id)
     remove_pruned_checkpoints(done)
     state = _read_last_state(run_id, done) if done else _commit_start(context, store, run_id)
     prune_checkpoints(store, run_id, recipe)
     roster = Roster(store, run_id, recipe, grid)
+    if roster.has_devices:
+        refuse_attacks(recipe)
     clients = roster.assemble()
     scheduler = make_round_scheduler(
         grid, context, clients, partial(store.get_last_requested_rounds, run_id), on_devices=roster.has_devices
@@ -78,7 +84,8 @@ def run_rounds(grid: Grid, context: RunContext, store: Store, run_id: str) -> No
     guards, asked_scores = Safeguards(context, store, run_id, done), ClientScoring(grid, context, run_id, sending)
     memory = TaskMemory(read_newest_memory(done))
     watch = DriftWatch(context, done)
-    run = ServerRun(run_id, context, store, scheduler, guards, sending, asked_scores, memory, watch)
+    root_data = make_root_data(context, pipeline.combine)
+    run = ServerRun(run_id, context, store, scheduler, guards, sending, asked_scores, memory, watch, root_data)
     for round_number in range(first, recipe.federation.rounds + 1):
         ended: SharedState | None = None
         while ended is None:
@@ -160,7 +167,7 @@ def _end_round(
     failure: str | None,
 ) -> _Ending:
     """Merge the updates unless the round has failed, and end the task if it ends with the round."""
-    context, remembered = run.context, run.memory.tensors
+    context, remembered, before = run.context, run.memory.tensors, state
     figures: tuple[MetricRecord, ...] = ()
     if not failure:
         try:
@@ -171,6 +178,7 @@ def _end_round(
         records, updates = mark_updates_unused(records), []
     ended = end_task(context, run.run_id, round_number, state, remembered, updates)
     memory = update_memory(context, round_number, remembered, ended.memory, updates)
+    memory = remember_merge(run, round_number, memory, before, state)
     return _Ending(records, updates, ended.state, memory, figures, failure)
 
 
