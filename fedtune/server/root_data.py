@@ -43,7 +43,7 @@ class RootData:
         """Return the deltas that local training on the root examples gives, from the state of a round."""
         context, (examples, rows) = self._context, self._chosen
         everything = context.recipe.evaluation.model_copy(update={"local_holdout": 0.0, "clients": None})
-        recipe = context.recipe.model_copy(update={"evaluation": everything})
+        recipe = context.recipe.get_round_recipe(round_number).model_copy(update={"evaluation": everything})
         number_of_nobody = recipe.num_clients
         client = ClientRound(context.model, context.techniques, recipe, examples, rows, round_number, number_of_nobody)
         return train_local_model(client, state).delta

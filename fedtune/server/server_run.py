@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from fedtune.server.client_scoring import ClientScoring
 from fedtune.server.drift_watch import DriftWatch
+from fedtune.server.early_stopping import EarlyEnd
 from fedtune.server.root_data import RootData
 from fedtune.server.safeguards import Safeguards
 from fedtune.server.scheduling.round_scheduler import RoundScheduler
@@ -28,4 +29,5 @@ class ServerRun:
     scoring: ClientScoring
     memory: TaskMemory
     drift: DriftWatch
+    early_end: EarlyEnd
     root_data: RootData | None = None
