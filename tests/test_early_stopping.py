@@ -49,7 +49,7 @@ def test_when_a_run_ends_by_hand(settings: str, losses: list[float], ends: tuple
 
 
 def test_a_run_without_improvement_ends_with_test_scores_and_a_reason(home: Path) -> None:
-    """Weights of zero: the first step decides every prediction, and later ones at a rate of almost nothing change none."""
+    """Weights begin at zero: the first step decides every prediction, and later ones change almost nothing."""
     recipe = trivial("federation.rounds=9", STOP, "train.lr=1e-9", "evaluation.max_examples=50")
     ended = execute(recipe)
     assert [record.number for record in ended.rounds] == [0, 1, 2, 3]

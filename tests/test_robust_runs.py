@@ -1,6 +1,7 @@
 """Robust merges and attacks in whole runs: killed and resumed, refused where they cannot hold, recorded."""
 
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import pytest
@@ -10,7 +11,15 @@ from flwr.app import Message
 from torch import Tensor
 
 from fedtune import checkpoint, paths
+from fedtune.attacks import AttackedTensor
+from fedtune.attacks.a_little_is_enough import ALittleIsEnough, compute_largest_z
+from fedtune.attacks.label_flip import LabelFlip
+from fedtune.attacks.model_replacement import ModelReplacement
+from fedtune.attacks.noise import Noise
+from fedtune.attacks.sign_flip import SignFlip
 from fedtune.cli.runs import runs
+from fedtune.device.local_data import LocalData
+from fedtune.device.problems import problem_of
 from fedtune.errors import RecipeError, RunError
 from fedtune.recipe.schema import Recipe
 from fedtune.recipe.yaml_file import parse_recipe
@@ -19,8 +28,11 @@ from fedtune.simulation.in_process_grid import InProcessGrid
 from fedtune.simulation.workers import SequentialWorkers
 from fedtune.tracking import Store
 from fedtune.training.resolve import resolve_recipe
+from fedtune.wire.client_update import TrainRequest
 from tests.federations import Ended, begin, execute, order_of, outcome, silent, spoilt, trivial
 from tests.recipe_examples import TEXT
+from tests.test_buffered import deployed
+from tests.test_server_operating import Audit, asking, operating
 
 PAIRS = [
     ("label-flip", "{krum: {f: 2}}"),
@@ -171,3 +183,41 @@ def test_runs_show_names_the_attackers(home: Path) -> None:
     shown = CliRunner().invoke(runs, ["show", "latest"]).output
     assert "2 of bad by sign-flip" in shown
     assert "round 1, client 5 (bad): merged, attack: sign-flip" in shown
+
+
+def test_real_devices_never_attack(home: Path) -> None:
+    """Neither a server that is sent such a recipe, nor one that has such a run, nor a device that is asked."""
+    recipe, refusal = (
+        attacked("sign-flip"),
+        "bad attacks by sign-flip, which only simulated clients may; run the recipe",
+    )
+    with Store.open() as store, pytest.raises(RecipeError, match=refusal):
+        operating(store, Audit()).submit_run("ada", asking(), {"recipe": recipe.model_dump(mode="json")})
+    with pytest.raises(RecipeError, match=refusal):
+        deployed(recipe, lambda client, number: 1.0)
+    request = TrainRequest(recipe.model_dump_json(), 1, 0, "run-1", '["0", "1"]')
+    with pytest.raises(RecipeError, match=refusal) as caught:
+        LocalData("partition:0").get_context(request)
+    assert problem_of(caught.value).sentence == "the recipe has an attack, which only simulated clients may make"
+
+
+def test_the_attacks_by_hand() -> None:
+    allied = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 2.0])]
+    tensor = AttackedTensor(allied[0], allied, 6, seed=3)
+    assert SignFlip(scale=2.0).change_delta(tensor).tolist() == [-2.0, -4.0]
+    assert ModelReplacement().change_delta(tensor).tolist() == [3.0, 6.0]
+    assert ModelReplacement(boost=0.5, label=9).change_labels(torch.tensor([0, 1, 2]), 3).tolist() == [2, 2, 2]
+    assert LabelFlip().change_labels(torch.tensor([0, 1, 2, 4]), 5).tolist() == [4, 3, 2, 0]
+    assert ALittleIsEnough(z=2.0).change_delta(tensor).tolist() == [0.0, 2.0]
+    drawn = Noise(scale=4.0).change_delta(AttackedTensor(torch.full((20_000,), -0.5), [], 2, seed=3))
+    assert float(drawn.std()) == pytest.approx(2.0, rel=0.02)
+    assert torch.equal(Noise().change_delta(tensor), Noise().change_delta(tensor))
+    assert not torch.equal(Noise().change_delta(tensor), Noise().change_delta(tensor._replace(seed=4)))
+
+
+@pytest.mark.parametrize(
+    ("updates", "attackers", "below"), [(50, 24, 24 / 26), (10, 3, 4 / 7), (10, 5, 0.8), (4, 3, 0.5)]
+)
+def test_the_largest_z_of_a_little_is_enough(updates: int, attackers: int, below: float) -> None:
+    """Of 50 workers 24 are corrupted, 2 of 26 have to support them, and z is that of 24/26."""
+    assert compute_largest_z(updates, attackers) == pytest.approx(NormalDist().inv_cdf(below) if below > 0.5 else 0.0)

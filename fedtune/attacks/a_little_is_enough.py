@@ -4,7 +4,7 @@ What: the attackers of a device class train honestly, and take the mean mu and t
 deltas, entry by entry. All send mu - z sigma. Without a setting, z is the largest one at which enough honest updates
 are farther from the mean than the attackers: with n updates, m of attackers and s = floor(n / 2 + 1) - m, the standard
 normal distribution has (n - m - s) / (n - m) of its mass below z.
-Defaults: z from n and m of the round; 0 if the attackers are half of all.
+Defaults: z from n and m of the round; 0 if the attackers are the majority.
 Use when: a merge should be tested against attackers that know its weakness: distances and medians do not show this.
 Avoid when: a device class has one attacker in a round. Its spread is zero, and it sends its honest update.
 Source: Baruch, Baruch, Goldberg, "A Little Is Enough: Circumventing Defenses For Distributed Learning" (arXiv
