@@ -29,7 +29,7 @@ from fedtune.simulation.workers import SequentialWorkers
 from fedtune.tracking import Store
 from fedtune.training.resolve import resolve_recipe
 from fedtune.wire.client_update import TrainRequest
-from tests.federations import Ended, begin, execute, order_of, outcome, silent, spoilt, trivial
+from tests.federations import Ended, begin, execute, order_of, outcome, silent, spoilt, trivial, words
 from tests.recipe_examples import TEXT
 from tests.test_buffered import deployed
 from tests.test_server_operating import Audit, asking, operating
@@ -221,3 +221,26 @@ def test_the_attacks_by_hand() -> None:
 def test_the_largest_z_of_a_little_is_enough(updates: int, attackers: int, below: float) -> None:
     """Of 50 workers 24 are corrupted, 2 of 26 have to support them, and z is that of 24/26."""
     assert compute_largest_z(updates, attackers) == pytest.approx(NormalDist().inv_cdf(below) if below > 0.5 else 0.0)
+
+
+@pytest.mark.parametrize("merge", ["centred-clipping", "{fltrust: {root_data: validation, root_examples: 20}}"])
+def test_a_merge_beside_a_delta_of_the_server_is_the_same_on_real_devices(home: Path, merge: str) -> None:
+    recipe = trivial(f"merge=[{merge}]", "devices=[{count: 3}]")
+    simulated, real = execute(recipe, run="simulated"), deployed(recipe, lambda client, number: 1.0, run="real")
+    assert simulated.hashes == [record.checkpoint.sha256 for record in real if record.checkpoint]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("train.techniques=[{lora: {trained_factors: alternate}}]", "federation.rounds=4"),
+        ("train.techniques=[{dynamic-pruning: {density: 0.8}}]", "federation.rounds=3"),
+        ("train.techniques=[full]", "devices=[{name: big, count: 3}, {name: small, count: 3, techniques: [bias]}]"),
+    ],
+    ids=["one factor in turns", "masked weights", "classes that train different tensors"],
+)
+def test_a_centre_fits_what_clients_train_in_each_round(home: Path, tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    recipe = words(tmp_path, "devices=[{count: 3}]", "merge=[centred-clipping]", "train.optimiser=sgd", *overrides)
+    ended = execute(recipe)
+    assert {record.status for record in ended.rounds} == {"completed"}
+    assert len(set(ended.hashes)) == len(ended.hashes)

@@ -88,7 +88,7 @@ def run_rounds(grid: Grid, context: RunContext, store: Store, run_id: str) -> st
     )
     guards, asked_scores = Safeguards(context, store, run_id, done), ClientScoring(grid, context, run_id, sending)
     memory = TaskMemory(read_newest_memory(done))
-    watch, early_end = DriftWatch(context, done), EarlyEnd(context, done)
+    watch, early_end = DriftWatch(context, done), EarlyEnd(context, store.rounds(run_id))
     root_data = make_root_data(context, pipeline.combine)
     run = ServerRun(
         run_id, context, store, scheduler, guards, sending, asked_scores, memory, watch, early_end, root_data
