@@ -2,8 +2,8 @@
 
 A package names its units in groups of its ``pyproject.toml``: ``fedtune.techniques``, ``fedtune.merging``,
 ``fedtune.tasks``, ``fedtune.continual``, ``fedtune.attacks``, ``fedtune.metrics``, ``fedtune.callbacks``,
-``fedtune.data_sources``, ``fedtune.model_sources`` and ``fedtune.partitions``. The name of an entry point is what recipes
-call it.
+``fedtune.data_sources``, ``fedtune.model_sources`` and ``fedtune.partitions``. The name of an entry point is what
+recipes call it.
 """
 
 import sys
