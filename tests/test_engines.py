@@ -76,7 +76,7 @@ with _ray_with_a_secret():
 """
 
 
-@pytest.mark.slow
+@pytest.mark.deployed
 @pytest.mark.skipif(not RAY, reason="Flower's engine needs ray, which is not installed: pip install 'fedtune[ray]'")
 def test_ray_takes_work_only_from_those_who_know_the_runs_secret() -> None:
     done = subprocess.run([sys.executable, "-c", _BEGIN, _JOIN], capture_output=True, text=True, check=False)
