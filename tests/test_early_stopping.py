@@ -100,6 +100,14 @@ def test_settings_change_from_their_round_on_simulated_deployed_and_resumed(home
     [
         (("federation.early_stopping={}",), "ends no run yet; set patience, e.g. 5, or a target"),
         (("federation.early_stopping={patience: 0}",), "patience is 0"),
+        (
+            (
+                "federation.early_stopping={patience: 2}",
+                "train.techniques=[full, {batch-norm-statistics: {local: true}}]",
+                "evaluation={local_holdout: 0.2, metrics: [f1], main_metric: f1}",
+            ),
+            "clients report accuracy and loss, but the main metric is f1; set evaluation.main_metric: loss",
+        ),
         (("federation.early_stopping={target: .inf}",), "target is inf"),
         (("federation.early_stopping={target: 1, min_improvement: 1}",), "set patience, or drop it"),
         (("federation.schedule=[{from_round: 2}]",), "the entry from round 2 changes nothing"),

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedtune.errors import ClientUpdateError, RecipeError
+from fedtune.library.method_list import describe_method, list_methods
 from fedtune.merging import MergeContext, bind_combine
 from fedtune.merging.combine.robust._krum_scores import compute_krum_scores, select_one_by_one
 from fedtune.merging.combine.robust._robust_step import compute_square_distances
@@ -233,3 +234,15 @@ def test_equal_scores_of_krum_go_to_the_first_client() -> None:
     step = a_step("krum", {})
     bound = bind_combine(step, {"w": (1,)}, operands(step, [far[0], one, two, *far[1:]], [0.2] * 5), MergeContext())
     assert [given.read_rows for given in bound.merge_inputs] == [one]
+
+
+def test_merges_and_attacks_are_listed_with_their_cards() -> None:
+    known = list_methods()
+    assert {("merge", name) for name in ROBUST} < set(known)
+    attacks = ["a-little-is-enough", "label-flip", "model-replacement", "noise", "sign-flip"]
+    assert [name for kind, name in known if kind == "attack"] == attacks
+    for kind, name in [*(("merge", name) for name in ROBUST), *(("attack", name) for name in attacks)]:
+        card = describe_method(kind, name).card
+        assert all(
+            part in card for part in ("\nWhat: ", "\nDefaults: ", "\nUse when: ", "\nAvoid when: ", "\nSource: ")
+        )

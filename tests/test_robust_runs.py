@@ -134,6 +134,14 @@ def test_a_centre_of_the_last_merge_changes_the_next_one(home: Path) -> None:
         (("merge=[{multi-krum: {m: 9}}]", "devices=[{count: 9}]"), "multi-krum needs at least 10 models"),
         (("merge=[{centred-clipping: {radius: .nan}}]",), "centred-clipping: radius is nan"),
         (("merge=[fltrust]",), r"root_data is not set; set fltrust: \{root_data: validation\}"),
+        (
+            (
+                "merge=[{fltrust: {root_data: validation}}]",
+                "train.techniques=[full, {batch-norm-statistics: {local: true}}]",
+                "evaluation.local_holdout=0.2",
+            ),
+            "merge: fltrust needs a whole model, but batch-norm-statistics keeps some tensors on devices",
+        ),
         (("merge=[{fltrust: {root_data: 'sample:digits'}}]",), "root_data sample:digits is also a source of the run"),
         (("devices=[{name: bad, count: 2, attack: {sign-flip: {scale: 0}}}]",), "bad: attack, sign-flip: scale is 0"),
         (("devices=[{name: bad, count: 2, attack: sign-flop}]",), "there is no 'sign-flop'; did you mean 'sign-flip'"),

@@ -18,6 +18,7 @@ def build_expert_merge(units: Sequence[Unit]) -> MergePipeline:
     pipeline = merging.build_pipeline(list(units))
     combine = pipeline.combine
     measured = isinstance(combine, GramRegressionStep | Fisher) or bool(pipeline.needs)
+    measured = measured or combine.reference == "root data"
     if measured or pipeline.align or pipeline.renormalise or combine.update_kind != "tensors":
         names = ", ".join(step.name for step in pipeline.steps)
         raise RecipeError(

@@ -43,6 +43,7 @@ def resolve_recipe(recipe: Recipe) -> Recipe:
     check_root_data(recipe, pipeline.combine)
     check_metrics(recipe)
     check_attacks(recipe)
+    _check_early_stopping(recipe, chosen, task)
     data.check_partition(recipe)
     check_stream_settings(recipe)
     _check_copies(recipe)
@@ -182,6 +183,17 @@ def _check_own(chosen: Sequence[Technique], pipeline: merging.MergePipeline, eva
     if unfit:
         raise RecipeError(
             f"merge: {unfit[0]} needs a whole model, but {keeping} keeps some tensors on devices; drop one"
+        )
+
+
+def _check_early_stopping(recipe: Recipe, chosen: Sequence[Technique], task: tasks.Task) -> None:
+    """Raise RecipeError if nobody measures the metric that ends the run."""
+    keeping = next((technique.name for technique in chosen if technique.has_local_tensors()), None)
+    metric = recipe.evaluation.main_metric or task.main_metric
+    if recipe.federation.early_stopping is not None and keeping is not None and metric not in ("accuracy", "loss"):
+        raise RecipeError(
+            f"federation.early_stopping: {keeping} leaves the server no whole model to score, and clients report "
+            f"accuracy and loss, but the main metric is {metric}; set evaluation.main_metric: loss"
         )
 
 
