@@ -218,6 +218,8 @@ def _show(store: "Store", run: "LocalRun", as_json: bool) -> None:
         show_domain_table(rows, figure, console)
     if private := describe_privacy(record, rounds):
         click.echo(f"\nprivacy   {private}")
+    if record.reason:
+        click.echo(f"\n{record.reason}")
     plot = paths.get_runs_folder() / run.id / "run.png"
     draw_runs([(record, rounds)], plot)
     click.echo(f"\nplot      {plot}")

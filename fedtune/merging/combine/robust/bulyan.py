@@ -30,6 +30,9 @@ from fedtune.wire.client_update import iter_row_chunks
 
 __all__ = ["Bulyan", "average_near_median"]
 
+_ENTRIES = 1 << 15
+"""Entries of all models that are sorted at a time, in double precision."""
+
 
 class Bulyan(DistanceStep):
     """The mean of the values near the median of selected models."""
@@ -54,8 +57,9 @@ class Bulyan(DistanceStep):
         """The mean of the values near the median in each chunk."""
         for start, stop in iter_row_chunks(shape):
             stack = torch.stack([flatten_rows(one.read_rows(name, start, stop)) for one in merge_inputs])
-            found = average_near_median(stack.double(), len(merge_inputs) - 2 * self.f)
-            yield found.float().reshape(stop - start, *shape[1:])
+            kept = len(merge_inputs) - 2 * self.f
+            parts = [average_near_median(part.double(), kept) for part in stack.flatten(1).split(_ENTRIES, 1)]
+            yield torch.cat(parts).float().reshape(stop - start, *shape[1:])
 
 
 def average_near_median(stack: Tensor, count: int) -> Tensor:
