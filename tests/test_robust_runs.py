@@ -144,6 +144,8 @@ def test_a_centre_of_the_last_merge_changes_the_next_one(home: Path) -> None:
         ),
         (("merge=[{fltrust: {root_data: 'sample:digits'}}]",), "root_data sample:digits is also a source of the run"),
         (("devices=[{name: bad, count: 2, attack: {sign-flip: {scale: 0}}}]",), "bad: attack, sign-flip: scale is 0"),
+        (("devices=[{count: 2}, {count: 2, attack: sign-flip}]",), "two classes are called device; name them apart"),
+        (("devices=[{name: bad, count: 2, attack: {noise: {scale: .inf}}}]",), "bad: attack, noise: scale is inf"),
         (("devices=[{name: bad, count: 2, attack: sign-flop}]",), "there is no 'sign-flop'; did you mean 'sign-flip'"),
     ],
 )

@@ -27,7 +27,9 @@ class ALittleIsEnough(Attack):
     """Sends the mean of the attackers' updates, moved by some of their spread."""
 
     name: ClassVar[str] = "a-little-is-enough"
-    z: float | None = Field(None, gt=0, description="standard deviations from the mean; default: from the round")
+    z: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="standard deviations from the mean; default: from the round"
+    )
 
     def change_delta(self, tensor: AttackedTensor) -> Tensor:
         """mu - z sigma."""

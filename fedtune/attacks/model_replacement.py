@@ -27,7 +27,9 @@ class ModelReplacement(Attack):
     name: ClassVar[str] = "model-replacement"
     changes_labels: ClassVar[bool] = True
     label: int = Field(0, ge=0, description="number of the class that all examples count as")
-    boost: float | None = Field(None, gt=0, description="factor on the update; default: updates per attacker")
+    boost: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="factor on the update; default: updates per attacker"
+    )
 
     def change_labels(self, labels: Tensor, num_labels: int) -> Tensor:
         """The class of the attacker, or the last one if there are fewer."""

@@ -23,7 +23,9 @@ class Noise(Attack):
     """Sends random numbers."""
 
     name: ClassVar[str] = "noise"
-    scale: float = Field(1.0, gt=0, description="standard deviation, in root mean squares of what was trained")
+    scale: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="standard deviation, in root mean squares of what was trained"
+    )
 
     def change_delta(self, tensor: AttackedTensor) -> Tensor:
         """Normal numbers of the size of the delta."""

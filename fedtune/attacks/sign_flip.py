@@ -22,7 +22,9 @@ class SignFlip(Attack):
     """Turns an update round."""
 
     name: ClassVar[str] = "sign-flip"
-    scale: float = Field(1.0, gt=0, description="length of what is sent, in lengths of what was trained")
+    scale: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="length of what is sent, in lengths of what was trained"
+    )
 
     def change_delta(self, tensor: AttackedTensor) -> Tensor:
         """The delta times -scale."""

@@ -199,7 +199,7 @@ class Recipe(SettingsModel):
     def _device_classes_differ_by_name(self) -> Self:
         names = [device.name for device in self.devices]
         twice = sorted({name for name in names if names.count(name) > 1})
-        if twice and any(device.overridden_settings for device in self.devices):
+        if twice and any(device.overridden_settings or device.attack for device in self.devices):
             raise ValueError(
                 f"devices: two classes are called {twice[0]}; name them apart to give one its own settings"
             )
