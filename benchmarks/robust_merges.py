@@ -6,7 +6,7 @@ defaults, but for the sign flip, which is three times as long, so that the mean 
 the trimmed mean are told six attackers. ``bulyan`` needs 27 clients for six, so it is told four, the most of twenty.
 Root data of ``fltrust`` are 100 validation examples. One learning rate for all, chosen for none.
 
-Run: python -m benchmarks.robust_merges [--seeds 0 1 2] [--rounds 15] [--attacks none sign-flip]
+Run: python -m benchmarks.robust_merges [--seeds 0 1 2] [--rounds 12] [--attacks none sign-flip]
 """
 
 import argparse
@@ -65,7 +65,7 @@ ATTACKS: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--attacks", nargs="+", choices=list(ATTACKS), default=list(ATTACKS))
     arguments = parser.parse_args()
     rows = []

@@ -254,3 +254,17 @@ def test_a_centre_fits_what_clients_train_in_each_round(home: Path, tmp_path: Pa
     ended = execute(recipe)
     assert {record.status for record in ended.rounds} == {"completed"}
     assert len(set(ended.hashes)) == len(ended.hashes)
+
+
+def accuracy(ended: Ended) -> float:
+    [found] = [one.value for one in ended.rounds[-1].metrics if (one.split, one.name) == ("validation", "accuracy")]
+    return found
+
+
+def test_two_of_seven_clients_that_turn_back_ruin_the_mean_and_not_a_robust_merge(home: Path) -> None:
+    more = ("federation.rounds=5", "train.lr=0.1", "train.local_steps=4")
+    honest = execute(trivial("devices=[{count: 7}]", *more), run="honest")
+    mean = execute(attacked("{sign-flip: {scale: 4}}", "mean", *more), run="mean")
+    robust = execute(attacked("{sign-flip: {scale: 4}}", "{multi-krum: {f: 2, m: 5}}", *more), run="robust")
+    assert accuracy(mean) < 0.3 < 0.7 < accuracy(honest)
+    assert accuracy(robust) > accuracy(honest) - 0.03
