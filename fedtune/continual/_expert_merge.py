@@ -19,6 +19,7 @@ def build_expert_merge(units: Sequence[Unit]) -> MergePipeline:
     combine = pipeline.combine
     measured = isinstance(combine, GramRegressionStep | Fisher) or bool(pipeline.needs)
     whole = pipeline.align or pipeline.renormalise or pipeline.server_optimiser
+    measured = measured or combine.reference == "root data"
     if measured or whole or combine.update_kind != "tensors":
         names = ", ".join(step.name for step in pipeline.steps)
         raise RecipeError(

@@ -75,8 +75,9 @@ def run_local_round(
     stream = make_stream_round(context, rows, request.round, request.client, received=received)
     stream = add_stored_tensors(stream, part.recipe, request, folder)
     rows = rows if stream is None else stream.rows
+    recipe = part.recipe.get_round_recipe(request.round)
     client = ClientRound(
-        part.model, part.techniques, part.recipe, context.train, rows, request.round, request.client, own, micro, stream
+        part.model, part.techniques, recipe, context.train, rows, request.round, request.client, own, micro, stream
     )
     client = replace(client, algorithm=read_algorithm_inputs(part.recipe, request, received, folder))
     with MemoryWatch() as memory:

@@ -16,6 +16,7 @@ UNIT_ROOMS: Mapping[str, str] = {
     "task": "fedtune.tasks",
     "continual": "fedtune.continual",
     "algorithm": "fedtune.algorithms",
+    "attack": "fedtune.attacks",
 }
 """The package of each kind of unit, which is also the group of its entry points."""
 _OTHER_GROUPS: Mapping[str, str] = {

@@ -45,6 +45,7 @@ from fedtune.merging._step import (
     StatisticsReader,
 )
 from fedtune.merging.combine._statistics_file import StatisticsFile
+from fedtune.merging.combine.robust.fltrust import FlTrust
 from fedtune.merging.relax._activation_step import (
     ActivationRelaxStep,
     CalibrationRequest,
@@ -61,6 +62,7 @@ __all__ = [
     "BoundCombine",
     "CalibrationRequest",
     "CombineStep",
+    "FlTrust",
     "Increment",
     "Increments",
     "InputChannels",

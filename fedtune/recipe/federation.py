@@ -4,11 +4,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ByteSize, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from fedtune.recipe.round_schedule import EarlyStopping, ScheduledSettings
 from fedtune.recipe.settings_model import SettingsModel
 from fedtune.recipe.train_settings import Unit
 
 __all__ = ["Asynchronous", "ClientSelection", "Federation", "Tag"]
 
+_LEFT_OUT = (("algorithm", None), ("schedule", None), ("early_stopping", None))
+"""Recipes without these are written as before there were any, so that their runs resume."""
 Tag = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,31}$")]
 
 
@@ -60,12 +63,20 @@ class Federation(SettingsModel):
     algorithm: Unit | None = Field(
         None, description="corrects clients or weighs updates, e.g. fedprox or scaffold: {option: 1}; default: FedAvg"
     )
+    schedule: list[ScheduledSettings] | None = Field(
+        None,
+        min_length=1,
+        max_length=100,
+        description="lr, local_steps or clients_per_round that change from a round on",
+    )
+    early_stopping: EarlyStopping | None = Field(
+        None, description="end the run before its last round; default: all rounds are done"
+    )
 
     @model_serializer(mode="wrap")
-    def _leave_out_algorithm(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Recipes without an algorithm are written as before there were any, so that their runs resume."""
+    def _leave_out_what_is_unset(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         written: dict[str, Any] = serialise(self)
-        return {key: value for key, value in written.items() if (key, value) != ("algorithm", None)}
+        return {key: value for key, value in written.items() if (key, value) not in _LEFT_OUT}
 
     @model_validator(mode="after")
     def _quorum_fits_buffer(self) -> Self:

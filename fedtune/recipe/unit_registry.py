@@ -36,6 +36,7 @@ _KINDS: Mapping[str, tuple[str, ...]] = {
     "fedtune.tasks": ("Task",),
     "fedtune.continual": ("ContinualMethod",),
     "fedtune.algorithms": ("Algorithm",),
+    "fedtune.attacks": ("Attack",),
 }
 """The base classes of the units that other packages may publish."""
 

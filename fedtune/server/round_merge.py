@@ -9,6 +9,7 @@ from fedtune import merging, techniques
 from fedtune.server.algorithm_merge import correct_merged_state, scale_updates
 from fedtune.server.class_payloads import list_trainable_tensors
 from fedtune.server.merge_context import make_merge_context
+from fedtune.server.merge_reference import find_next_reference, find_reference
 from fedtune.server.private_aggregation import append_noise_step
 from fedtune.server.round_failures import require_finite
 from fedtune.server.run_state import name_run_state, select_run_state
@@ -57,9 +58,11 @@ def _merge(run: ServerRun, state: SharedState, round_number: int, updates: Seque
     active = select_active_values(state, masks)
     shapes = {name: tuple(active[name].shape) for name in names}
     updates = scale_updates(context.recipe, pipeline, updates, shapes)
+    reference = find_reference(run, pipeline.combine, state, round_number)
     merge_context = make_merge_context(context, pipeline, state, round_number, names, updates)._replace(
         low_rank_pairs=techniques.list_low_rank_pairs(context.techniques, context.model),
         moments=select_run_state(memory, "merge"),
+        reference=select_active_values(reference, masks),
     )
     errors = merging.measure_averaging_errors(pipeline, active, names, updates, merge_context)
     figures = tuple(MetricRecord(split="merge", domain="all", name=name, value=value) for name, value in errors.items())
@@ -75,5 +78,9 @@ def _merge(run: ServerRun, state: SharedState, round_number: int, updates: Seque
     revised = techniques.after_aggregation(context.techniques, dense, round_number, payloads)
     leads = all(revised[name] is merged.state[name] for name in merged.increments)
     increments = merged.increments if leads else {}  # they lead from the weights before to those after
-    run_state = {**name_run_state("merge", merged.moments), **name_run_state("algorithm", corrected.memory)}
+    run_state = {
+        **name_run_state("merge", merged.moments),
+        **name_run_state("reference", find_next_reference(pipeline.combine, reference, names, state, revised)),
+        **name_run_state("algorithm", corrected.memory),
+    }
     return MergedRound(revised, figures, run_state or None, increments)

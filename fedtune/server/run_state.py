@@ -10,8 +10,8 @@ from torch import Tensor
 
 __all__ = ["Part", "join_memory", "name_run_state", "select_run_state", "select_task_memory"]
 
-Part = Literal["merge", "algorithm"]
-"""Who keeps it: the last step of the merge, or ``federation.algorithm``."""
+Part = Literal["merge", "reference", "algorithm"]
+"""What it is of: the last step of the merge, the step that combines updates, or ``federation.algorithm``."""
 Tensors = Mapping[str, Tensor]
 _PREFIX = "run:"
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from fedtune import algorithms, data, merging, tasks, techniques
+from fedtune.attacks import check_attacks, write_out_attack
 from fedtune.errors import RecipeError
 from fedtune.recipe.memory_plans import MemoryPlans
 from fedtune.recipe.schema import DeviceClass, EvaluationSettings, Recipe, TaskUnit, Train, Unit
@@ -14,6 +15,7 @@ from fedtune.training.carried_state_checks import check_server_optimiser
 from fedtune.training.metrics import check_metrics
 from fedtune.training.model_checks import check_privacy_settings
 from fedtune.training.model_counts import check_model_counts
+from fedtune.training.root_data_checks import check_root_data
 from fedtune.training.stream_tasks import check_stream_settings, follow_stream, list_stream_tasks
 from fedtune.wire.client_update import UpdateKind
 
@@ -44,7 +46,10 @@ def resolve_recipe(recipe: Recipe) -> Recipe:
         algorithms.check_algorithm(algorithm, recipe, every, pipeline)
     check_backward_updates(recipe, every)
     check_model_counts(recipe, pipeline)
+    check_root_data(recipe, pipeline.combine)
     check_metrics(recipe)
+    check_attacks(recipe)
+    _check_early_stopping(recipe, chosen, task)
     data.check_partition(recipe)
     check_stream_settings(recipe)
     _check_copies(recipe)
@@ -52,7 +57,7 @@ def resolve_recipe(recipe: Recipe) -> Recipe:
     train = recipe.train.fill_in_packing().model_copy(
         update={"techniques": _written_out(follow_stream(recipe, chosen))}
     )
-    devices = [_resolved(recipe, device, chosen, pipeline) for device in recipe.devices]
+    devices = [write_out_attack(_resolved(recipe, device, chosen, pipeline)) for device in recipe.devices]
     if recipe.federation.asynchronous is not None:
         _check_late(every, pipeline, recipe.evaluation)
     merge = _written_out(pipeline.steps)
@@ -182,9 +187,21 @@ def _check_own(chosen: Sequence[Technique], pipeline: merging.MergePipeline, eva
             f"evaluation.prompts: {keeping} leaves the server no whole model to generate text with; drop the prompts"
         )
     unfit = [step.name for step in pipeline.steps if step.needs or step in (*pipeline.align, *pipeline.renormalise)]
+    unfit += [pipeline.combine.name] if pipeline.combine.reference == "root data" else []
     if unfit:
         raise RecipeError(
             f"merge: {unfit[0]} needs a whole model, but {keeping} keeps some tensors on devices; drop one"
+        )
+
+
+def _check_early_stopping(recipe: Recipe, chosen: Sequence[Technique], task: tasks.Task) -> None:
+    """Raise RecipeError if nobody measures the metric that ends the run."""
+    keeping = next((technique.name for technique in chosen if technique.has_local_tensors()), None)
+    metric = recipe.evaluation.main_metric or task.main_metric
+    if recipe.federation.early_stopping is not None and keeping is not None and metric not in ("accuracy", "loss"):
+        raise RecipeError(
+            f"federation.early_stopping: {keeping} leaves the server no whole model to score, and clients report "
+            f"accuracy and loss, but the main metric is {metric}; set evaluation.main_metric: loss"
         )
 
 

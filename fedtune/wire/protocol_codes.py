@@ -18,6 +18,7 @@ LACKS_PLUG_IN = frozenset({"metric-unavailable", "source-unreadable", "unit-unav
 """What a device may reply that lacks a package which publishes something the recipe names."""
 SENTENCES: Mapping[str, str] = {
     LACKS_BASE: "it lacks base weights that its train request is based on",
+    "attack-refused": "the recipe has an attack, which only simulated clients may make",
     "code-failed": "training raised an error",
     "data-columns": "its data lack {columns} of the columns that the recipe names",
     "data-values": "some of its examples have no value in a column that the recipe names",
