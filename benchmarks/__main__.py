@@ -36,6 +36,7 @@ CLAIMS = (
     "fedmef",
     "merge_values",
     "merge_cost",
+    "robust_merges",
     "adapters",
     "low_rank_default",
     "base_increments",

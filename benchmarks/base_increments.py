@@ -97,7 +97,7 @@ def federation(shop: RunContext, rounds: int, folder: Path) -> Iterator[Row]:
             merging.build_pipeline(shop.recipe.merge), state, list_trainable_tensors(shop, number), sent, evidence
         )
         seconds = time.process_time() - started
-        bases.record_merge(number, state, *merged)
+        bases.record_merge(number, state, merged.state, merged.increments)
         bases.record_commit(number, records(CLIENTS if number > 1 else CLIENTS + 1))
         yield Row(got.size, away.size, packed_size(state), seconds, device)
         state = stored(merged.state, folder, number)

@@ -20,6 +20,7 @@ __all__ = [
     "models",
     "operands",
     "plain",
+    "reference",
     "settled_and_merged",
     "thinning",
     "whole",
@@ -71,6 +72,12 @@ METHODS: dict[str, Method] = {
     "opcm": Method(full={"alpha": 0.3}, same=False, alone=False, symmetric=False),  # vectors add up; later ones yield
     "sce": Method(full={"select_topk": 0.4}, alone=False),  # squares, not weights, say how much a model counts
     "trimmed-mean": Method({"share": 0.34}, alone=False),  # all models count the same
+    "median": Method(alone=False),
+    "krum": Method(models=5, alone=False),
+    "multi-krum": Method(full={"m": 2}, models=5, alone=False),
+    "bulyan": Method(models=7, alone=False, symmetric=False),  # each of two nearest neighbours has the same score
+    "centred-clipping": Method({"radius": 1e3}, {"iterations": 3}, alone=False),
+    "fltrust": Method(same=False, alone=False),  # the length is that of the root update
     "fisher": Method(),
     "regmean": Method(full={"shrink": 0.5}),
     "lorm": Method(),
@@ -146,8 +153,13 @@ def settled_and_merged(
     step: CombineStep, given: Sequence[MergeInput], shapes: Mapping[str, tuple[int, ...]] = SHAPES, draw: int = 0
 ) -> dict[str, Tensor]:
     """The merged delta of every tensor."""
-    settled = bind_combine(step, shapes, given, MergeContext(round_number=draw))
+    settled = bind_combine(step, shapes, given, MergeContext(round_number=draw, reference=reference(step, shapes)))
     return {name: whole(settled.combine, name, shape, settled.merge_inputs) for name, shape in shapes.items()}
+
+
+def reference(step: CombineStep, shapes: Mapping[str, tuple[int, ...]] = SHAPES) -> dict[str, Tensor]:
+    """What the server trained on its own examples, for a step that compares models with it."""
+    return a_model(77, shapes) if step.reference == "root data" else {}
 
 
 def whole(step: CombineStep, name: str, shape: tuple[int, ...], given: Sequence[MergeInput]) -> Tensor:

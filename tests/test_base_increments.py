@@ -297,10 +297,10 @@ def test_a_round_that_is_begun_again_finds_the_base_it_counts_on(home: Path, tmp
 def _killed_in(number: int) -> Callable[..., object]:
     real = round_merge._merge
 
-    def merged(shop: object, state: object, run: str, now: int, contributions: object) -> object:
+    def merged(run: object, state: object, now: int, contributions: object) -> object:
         if now == number:
             raise Halted
-        return real(shop, state, run, now, contributions)  # type: ignore[arg-type]
+        return real(run, state, now, contributions)  # type: ignore[arg-type]
 
     return merged
 

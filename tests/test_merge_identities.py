@@ -23,7 +23,13 @@ from tests.merge_examples import (
     whole,
 )
 
-WEIGHTS = {1: [1.0], 2: [0.7, 0.3], 3: [0.5, 0.3, 0.2]}
+WEIGHTS = {
+    1: [1.0],
+    2: [0.7, 0.3],
+    3: [0.5, 0.3, 0.2],
+    5: [0.3, 0.3, 0.2, 0.1, 0.1],
+    7: [0.3, 0.2, 0.1, 0.1, 0.1, 0.1, 0.1],
+}
 EACH = pytest.mark.parametrize("name", METHODS)
 
 

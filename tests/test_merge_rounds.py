@@ -11,11 +11,14 @@ from torch import Tensor
 from fedtune.errors import RecipeError
 from fedtune.merging import MergeContext, bind_combine, build_pipeline, merge_client_updates
 from fedtune.recipe.schema import Unit
-from tests.merge_examples import METHODS, models, operands, thinning
+from tests.merge_examples import METHODS, models, operands, reference, thinning
 from tests.merge_examples import SHAPES as MODEL_SHAPES
 from tests.test_merging import SHAPES, a_state, spool
 
-EXAMPLES = [10, 20, 30, 25, 15]
+EXAMPLES = [10, 20, 30, 25, 15, 12, 18]
+
+
+ROBUST = ("median", "krum", "multi-krum", "bulyan", "centred-clipping", "fltrust")
 
 
 def after_round(
@@ -24,7 +27,8 @@ def after_round(
     pipeline = build_pipeline([Unit(name=name, settings=settings)])
     sent = [spool(folder, client, EXAMPLES[client], delta) for client, delta in enumerate(deltas)]
     state = {tensor: torch.zeros_like(value) for tensor, value in deltas[0].items()}
-    return merge_client_updates(pipeline, state, state, sent, MergeContext(round_number=draw))
+    context = MergeContext(round_number=draw, reference=deltas[0] if name == "fltrust" else {})
+    return merge_client_updates(pipeline, state, state, sent, context)
 
 
 def clients(count: int) -> list[dict[str, Tensor]]:
@@ -84,7 +88,7 @@ def test_too_few_or_too_many_clients_are_refused(tmp_path: Path, name: str, coun
 @pytest.mark.parametrize("name", METHODS)
 def test_weights_of_a_round_sum_to_one(name: str) -> None:
     combine = build_pipeline([Unit(name=name)]).combine
-    equal = name in ("model-stock", "sce", "magmax", "opcm", "trimmed-mean")
+    equal = name in ("model-stock", "sce", "magmax", "opcm", "trimmed-mean", *ROBUST)
     assert combine.compute_client_weights([1, 3]) == ([0.5, 0.5] if equal else [0.25, 0.75])
 
 
@@ -128,7 +132,10 @@ def test_a_robust_merge_does_not_pool_the_spread_of_means_that_a_hostile_client_
 def test_a_settled_step_treats_running_statistics_as_the_chosen_one_does(name: str) -> None:
     step = thinning(name)
     settled = bind_combine(
-        step, MODEL_SHAPES, operands(step, models(METHODS[name].models), [0.5] * METHODS[name].models), MergeContext()
+        step,
+        MODEL_SHAPES,
+        operands(step, models(METHODS[name].models), [0.5] * METHODS[name].models),
+        MergeContext(reference=reference(step)),
     )
     assert settled.combine.sparsifies == step.sparsifies
 

@@ -137,7 +137,7 @@ def test_the_command_prints_json_and_ends_with_two_after_a_failure(
         CliRunner().invoke(check_plugin, ["vage"], catch_exceptions=False)
 
 
-@pytest.mark.parametrize("name", ["bias", "deft", "slerp", "fisher", "qlora", "text-classification"])
+@pytest.mark.parametrize("name", ["bias", "deft", "slerp", "fisher", "qlora", "text-classification", "noise"])
 def test_units_of_fedtune_pass(name: str) -> None:
     results = list(check_plug_in(name))
     assert not [one for one in results if one.status == "failed"]

@@ -21,7 +21,7 @@ _COMMANDS = {
     "evaluate": ("evaluate:evaluate", "Score a run, a checkpoint or the base on any data source."),
     "export": ("export:export", "Write the result of a run for transformers or PEFT."),
     "merge": ("merge:merge", "Merge fine-tunes of one base into one model."),
-    "methods": ("methods:methods", "List techniques, merge steps and tasks, or print a card."),
+    "methods": ("methods:methods", "List techniques, merge steps, algorithms and tasks, or print a card."),
     "new": ("new:new", "Write the start of a package with a method of your own."),
     "plan": ("plan:plan", "Predict memory and recommend settings for a memory budget."),
     "profile": ("profile:profile", "Measure what a training step costs with each technique."),

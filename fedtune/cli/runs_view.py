@@ -14,6 +14,7 @@ from fedtune.cli.drift_view import format_drift
 from fedtune.cli.plain_table import make_table
 from fedtune.cli.prediction_table import make_prediction_table
 from fedtune.cli.stream_view import describe_setting_mix, iter_stream_tables, list_stream_rows
+from fedtune.library.attack_text import describe_attackers, is_mere_attack
 from fedtune.library.privacy_text import describe_privacy
 from fedtune.recipe.versions import read_stored_recipe
 from fedtune.tracking import ClientRecord, RoundRecord, RunRecord
@@ -134,6 +135,8 @@ def _facts(run: RunRecord, rounds: Rounds) -> Table:
     grid.add_row("peak", f"{decimal(cost.activation_memory)} activation memory, {decimal(cost.peak_memory)} process")
     if private := describe_privacy(run, rounds):
         grid.add_row("privacy", private)
+    if attackers := describe_attackers(run):
+        grid.add_row("attackers", attackers)
     kept = [record for record in rounds if record.checkpoint and not record.checkpoint.pruned]
     if kept and kept[-1].checkpoint:
         pruned = sum(record.checkpoint is not None for record in rounds) - len(kept)
@@ -234,7 +237,7 @@ def list_problems(rounds: Rounds) -> list[str]:
         f"{clean_text(one.reason, _REASON) or 'no reason given'}"
         for record in rounds
         for one in record.client_records
-        if one.status != "merged" or one.reason
+        if one.status != "merged" or (one.reason and not is_mere_attack(one))
     ]
 
 

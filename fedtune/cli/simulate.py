@@ -148,6 +148,7 @@ def _extend(store: "Store", reference: str, rounds: int, url: str, workers: int 
     from fedtune.errors import StoreError
     from fedtune.library.cached_export import export_base_run
     from fedtune.library.local_runs import LocalRun
+    from fedtune.server.early_stopping import SPLIT
     from fedtune.tracking import claim_run
     from fedtune.training.optimisers import compute_lr_factor
 
@@ -155,6 +156,11 @@ def _extend(store: "Store", reference: str, rounds: int, url: str, workers: int 
     recipe = export_base_run(_read_resumable(store, found, workers), url)
     if found.engine not in ("in-process", "flower"):
         raise StoreError(f"run {found.id} belongs to a server; submit a recipe that starts from its export instead")
+    if any(metric.split == SPLIT for record in store.rounds(found.id) for metric in record.metrics):
+        raise StoreError(
+            f"run {found.id} {found.reason}, and more rounds would end again; start a new run from it with "
+            f"model.source=run:{found.id}"
+        )
     if recipe.stream is not None:
         raise StoreError(
             f"run {found.id} has a stream, whose tasks decide its rounds; start a new run from it with "
@@ -212,6 +218,8 @@ def _show(store: "Store", run: "LocalRun", as_json: bool) -> None:
         show_domain_table(rows, figure, console)
     if private := describe_privacy(record, rounds):
         click.echo(f"\nprivacy   {private}")
+    if record.reason:
+        click.echo(f"\n{record.reason}")
     plot = paths.get_runs_folder() / run.id / "run.png"
     draw_runs([(record, rounds)], plot)
     click.echo(f"\nplot      {plot}")

@@ -18,7 +18,9 @@ def build_expert_merge(units: Sequence[Unit]) -> MergePipeline:
     pipeline = merging.build_pipeline(list(units))
     combine = pipeline.combine
     measured = isinstance(combine, GramRegressionStep | Fisher) or bool(pipeline.needs)
-    if measured or pipeline.align or pipeline.renormalise or combine.update_kind != "tensors":
+    whole = pipeline.align or pipeline.renormalise or pipeline.server_optimiser
+    measured = measured or combine.reference == "root data"
+    if measured or whole or combine.update_kind != "tensors":
         names = ", ".join(step.name for step in pipeline.steps)
         raise RecipeError(
             f"experts: {names}: the server has task vectors and nothing that was measured on examples, and no pairs; "

@@ -17,8 +17,10 @@ from fedtune.device.problems import problem_of
 from fedtune.errors import MemoryBudgetError, NoTaskError
 from fedtune.flower import train_messages
 from fedtune.memory.allocator import fix_mmap_threshold
+from fedtune.recipe.refused_attacks import refuse_attacks
 from fedtune.recipe.required_plug_ins import decode_plug_ins, require_plug_ins
 from fedtune.training import get_run_context
+from fedtune.training.attacked_data import change_training_data
 from fedtune.wire.client_update import TrainRequest
 from fedtune.wire.error_codes import DECLINED_PREFIX, TRAINING_FAILED
 
@@ -42,13 +44,14 @@ def train_round_within_memory(message: Message, _: Context) -> Message:
 
 
 def _train(message: Message, *, enforced: bool) -> Message:
-    request = TrainRequest(**train_messages.read_train_request(message.content))  # type: ignore[arg-type]
+    request = _read_request(message)
     require_plug_ins(decode_plug_ins(request.plug_ins))
     run_context = get_run_context(request.recipe)
     own = paths.get_runs_folder() / request.run_id / "own" / f"client-{request.client:06d}"
     payload = train_messages.state_file(message.content) or train_messages.read_shared_state(message.content)
     state = read_payload(payload, run_context, request.client)
     rows = run_context.client_rows[request.client]
+    run_context = change_training_data(run_context, request.client)
     try:
         if enforced:
             fix_mmap_threshold()
@@ -61,10 +64,15 @@ def _train(message: Message, *, enforced: bool) -> Message:
     return Message(train_messages.make_update_record(deltas, report.to_fields()), reply_to=message)
 
 
+def _read_request(message: Message) -> TrainRequest:
+    return TrainRequest(**train_messages.read_train_request(message.content))  # type: ignore[arg-type]
+
+
 @deployed.train()
 def train_round_and_keep_errors(message: Message, context: Context) -> Message:
     """Do the same as ``train_round``, but write the text of an error only to the log of this machine."""
     try:
+        refuse_attacks(get_run_context(_read_request(message).recipe).recipe)
         return train_round(message, context)
     except Exception as error:
         logging.getLogger("fedtune").exception("a train request failed")

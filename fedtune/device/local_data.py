@@ -13,6 +13,7 @@ from fedtune.data.label_encoders import find_label_column
 from fedtune.data.packed_texts import count_tokens
 from fedtune.errors import DataError
 from fedtune.plan.device_plans import apply_device_plan
+from fedtune.recipe.refused_attacks import refuse_attacks
 from fedtune.recipe.required_plug_ins import decode_plug_ins, require_plug_ins
 from fedtune.recipe.schema import ColumnSettings, DataSettings, Recipe
 from fedtune.training import RunContext, clear_run_context, get_run_context, prepare_model
@@ -41,7 +42,9 @@ class LocalData:
         Raise MemoryBudgetError if no plan of the run fits the device.
         """
         require_plug_ins(decode_plug_ins(request.plug_ins))
-        recipe = apply_device_plan(Recipe.model_validate_json(request.recipe), request.client, self._budget)
+        sent = Recipe.model_validate_json(request.recipe)
+        refuse_attacks(sent)
+        recipe = apply_device_plan(sent, request.client, self._budget)
         key = (recipe.model_dump_json(), request.label_names)
         labels = tuple(json.loads(request.label_names))
         if self._held is None or self._key != key:

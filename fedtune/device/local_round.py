@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from fedtune.accelerator import require_device
 from fedtune.device import local_state
+from fedtune.device.algorithm_memory import read_algorithm_inputs, write_algorithm_memory
 from fedtune.device.held_base import with_base
 from fedtune.device.private_update import make_update_private, redact_report
 from fedtune.device.stream_memory import add_stored_tensors, count_stored_bytes, write_stored_tensors
@@ -73,14 +75,17 @@ def run_local_round(
     stream = make_stream_round(context, rows, request.round, request.client, received=received)
     stream = add_stored_tensors(stream, part.recipe, request, folder)
     rows = rows if stream is None else stream.rows
+    recipe = part.recipe.get_round_recipe(request.round)
     client = ClientRound(
-        part.model, part.techniques, part.recipe, context.train, rows, request.round, request.client, own, micro, stream
+        part.model, part.techniques, recipe, context.train, rows, request.round, request.client, own, micro, stream
     )
+    client = replace(client, algorithm=read_algorithm_inputs(part.recipe, request, received, folder))
     with MemoryWatch() as memory:
         outcome = train_local_model(client, state)
     if outcome.local_tensors:
         local_state.save_local_state(folder, request.round, outcome.local_tensors)
     write_stored_tensors(outcome.remembered, stream, part.recipe, request, folder)
+    write_algorithm_memory(outcome.algorithm_memory, part.recipe, request, folder)
     held_out = count_held_out(len(rows), part.recipe.evaluation.local_holdout)
     loss = outcome.train_loss if len(rows) - held_out >= FEWEST else math.nan
     scores = _told(outcome.holdout_metrics, outcome.trained_score) if held_out >= FEWEST else {}

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedtune.accelerator import fork_random_state, move_tensors
+from fedtune.algorithms import count_copies
 from fedtune.data import EncodedDataset
 from fedtune.device.held_memory import read_held_bytes
 from fedtune.errors import MemoryBudgetError
@@ -82,7 +83,8 @@ def estimate_memory(context: RunContext, rows: NDArray[np.int64], round_number: 
         for name, shape in get_tensor_shapes(model).items()
         if name in set(list_trainable_tensors(model))
     )
-    added = 4 * (count * _per_trained(settings) + _mastered(model))
+    per_trained = _per_trained(settings) + count_copies(context.recipe)
+    added = 4 * (count * per_trained + _mastered(model))
     data = _training_rows(context, rows)
     one, two = (_kept(context, data.examples, _longest(data, count), round_number) for count in (1, 2))
     held = read_held_bytes() + read_allocated_bytes(context.device)

@@ -1,5 +1,7 @@
 """What a device remembers of earlier tasks: one file for each visit to a task, in the folder of the run.
 
+What an algorithm keeps has files of its own, one for each round, which takes the place of the visit.
+
 The file of a visit is written at the end of each of its rounds and read only in later visits, so that a round that is
 begun again finds what it found the first time. The files of the newest two visits are kept. All files together, also
 one that is being written, stay within a budget of bytes. For this, a file has at most half of it.
@@ -18,8 +20,9 @@ from fedtune.device.memory_key import get_key_path, load_or_create_memory_key
 from fedtune.errors import MemoryBudgetError, StoreError
 from fedtune.files import write_bytes_atomically
 
-__all__ = ["MemoryFolder", "delete_own_memory", "delete_unneeded_memory"]
+__all__ = ["ALGORITHM_PREFIX", "MemoryFolder", "delete_own_memory", "delete_unneeded_memory"]
 
+TASK_PREFIX, ALGORITHM_PREFIX = "memory", "algorithm"
 _ENDED = "memory-ended"
 """A file that says that the device has trained in the last round of the stream."""
 
@@ -36,6 +39,8 @@ class MemoryFolder:
     run_id: str
     budget: int | None = None
     key: bytes | None = field(default=None, repr=False)
+    prefix: str = TASK_PREFIX
+    """How the names of its files begin."""
 
     @property
     def file_limit(self) -> float:
@@ -48,10 +53,10 @@ class MemoryFolder:
 
         Raise StoreError for a file that was changed, or is from another run, visit or key.
         """
-        earlier = [number for number in _list_visits(self.folder) if number < visit]
+        earlier = [number for number in self._list_visits() if number < visit]
         if not earlier:
             return {}
-        path = _get_path(self.folder, earlier[-1])
+        path = self._get_path(earlier[-1])
         try:
             content = _read_bytes(path, self.budget)
             return {earlier[-1]: decode_memory(content, self._make_mark(earlier[-1]), self.key)}
@@ -68,7 +73,7 @@ class MemoryFolder:
         content = encode_memory(tensors, self._make_mark(visit), self.key)
         self._require_size(len(content))
         self._make_room(visit, len(content))
-        write_bytes_atomically(_get_path(self.folder, visit), content)
+        write_bytes_atomically(self._get_path(visit), content)
         return len(content)
 
     def require_disk_room(self) -> None:
@@ -89,7 +94,20 @@ class MemoryFolder:
 
     def count_bytes(self) -> int:
         """Return the bytes of all files, also of one that a killed process left half-written."""
-        return sum(path.stat().st_size for path in _list_files(self.folder))
+        return sum(path.stat().st_size for path in _list_files(self.folder, self.prefix))
+
+    def forget_unmerged(self, merged: int, visit: int) -> None:
+        """Delete the files of visits after ``merged`` and before ``visit``, whose results the server did not use."""
+        for number in self._list_visits():
+            if merged < number < visit:
+                self._get_path(number).unlink(missing_ok=True)
+
+    def _get_path(self, visit: int) -> Path:
+        return self.folder / f"{self.prefix}-{visit:04d}.safetensors"
+
+    def _list_visits(self) -> list[int]:
+        names = (path.stem.removeprefix(f"{self.prefix}-") for path in self.folder.glob(f"{self.prefix}-*.safetensors"))
+        return sorted(int(name) for name in names if name.isdecimal())
 
     def _make_mark(self, visit: int) -> str:
         return make_mark(self.run_id, visit, load_or_create_memory_key(self.folder) if self.key is None else b"")
@@ -109,19 +127,20 @@ class MemoryFolder:
 
         Nothing is lost with the latter: only later visits read it, and the round that writes it anew is under way.
         """
-        earlier = [number for number in _list_visits(self.folder) if number < visit][-1:]
-        needed = {_get_path(self.folder, number) for number in (*earlier, visit)}
-        for path in _list_files(self.folder):
+        earlier = [number for number in self._list_visits() if number < visit][-1:]
+        needed = {self._get_path(number) for number in (*earlier, visit)}
+        for path in _list_files(self.folder, self.prefix):
             if path not in needed:
                 path.unlink(missing_ok=True)
         if self.budget is not None and self.count_bytes() + size > self.budget:
-            _get_path(self.folder, visit).unlink(missing_ok=True)
+            self._get_path(visit).unlink(missing_ok=True)
 
 
 def delete_own_memory(folder: Path) -> None:
     """Delete all files of a folder, the key first: without it, encrypted files that remain are worthless."""
     get_key_path(folder).unlink(missing_ok=True)
-    for path in (*_list_files(folder), folder / _ENDED):
+    files = [path for prefix in (TASK_PREFIX, ALGORITHM_PREFIX) for path in _list_files(folder, prefix)]
+    for path in (*files, folder / _ENDED):
         path.unlink(missing_ok=True)
 
 
@@ -144,18 +163,9 @@ def _read_bytes(path: Path, most: int | None) -> bytes:
     return content
 
 
-def _get_path(folder: Path, visit: int) -> Path:
-    return folder / f"memory-{visit:04d}.safetensors"
-
-
-def _list_visits(folder: Path) -> list[int]:
-    names = (path.stem.removeprefix("memory-") for path in folder.glob("memory-*.safetensors"))
-    return sorted(int(name) for name in names if name.isdecimal())
-
-
-def _list_files(folder: Path) -> list[Path]:
+def _list_files(folder: Path, prefix: str) -> list[Path]:
     """Return all files of the memory, also those that a killed process left half-written."""
-    return [*folder.glob("memory-*.safetensors"), *folder.glob(".memory-*.part")]
+    return [*folder.glob(f"{prefix}-*.safetensors"), *folder.glob(f".{prefix}-*.part")]
 
 
 def _find_existing(folder: Path) -> Path:

@@ -16,13 +16,24 @@ __all__ = ["lacks_base", "make_train_messages", "stream_replies"]
 
 
 def make_train_messages(
-    clients: Sequence[int], nodes: Sequence[int], request: TrainRequest, payload: bytes | Path
+    clients: Sequence[int],
+    nodes: Sequence[int],
+    request: TrainRequest,
+    payload: bytes | Path,
+    merged_rounds: Mapping[int, int] | None = None,
 ) -> dict[int, Message]:
-    """Make a message with the train request for each client; client i is on node ``nodes[i]``. All share one state."""
-    state = _state(payload)
+    """Make a message with the train request for each client; client i is on node ``nodes[i]``. All share one state.
+
+    ``merged_rounds`` are the last rounds in which updates of the clients were merged, if they are to know.
+    """
+    state, known = _state(payload), merged_rounds or {}
+
+    def fill_in(client: int) -> TrainRequest:
+        return replace(request, client=client, merged_round=known.get(client))
+
     return {
         client: Message(
-            RecordDict({**state, TRAIN_REQUEST: make_request_record(_list_fields(replace(request, client=client)))}),
+            RecordDict({**state, TRAIN_REQUEST: make_request_record(_list_fields(fill_in(client)))}),
             nodes[client],
             MessageType.TRAIN,
             group_id=str(request.round),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fedtune.errors import RecipeError
 from fedtune.library.check_result import CheckResult, require, run_check
-from fedtune.merging import CombineStep, MergeContext, MergeInput, RelaxStep, bind_combine
+from fedtune.merging import CombineStep, MergeContext, MergeInput, RelaxStep, ServerOptimiserStep, bind_combine
 from fedtune.recipe.schema import Unit
 from fedtune.recipe.unit_registry import NamedUnit, build_unit
 from fedtune.wire.client_update import iter_row_chunks
@@ -19,8 +19,11 @@ _SHAPES = {"matrix": (6, 5), "vector": (5,), "number": (), "kernel": (4, 3, 2, 2
 
 
 def check_merge_step(name: str) -> Iterator[CheckResult]:
-    """Check a step that combines, or relaxes, tensor by tensor; others need a model and are skipped."""
+    """Check a step that combines, relaxes or moves the state, tensor by tensor; others need a model and are skipped."""
     step: NamedUnit = build_unit("fedtune.merging", Unit(name=name), "merge")
+    if isinstance(step, ServerOptimiserStep):
+        yield run_check("moves a tiny state twice", partial(_check_server_step, step))
+        return
     needs = sorted(getattr(step, "needs", ()))
     if needs or not isinstance(step, CombineStep | RelaxStep):
         yield CheckResult("skipped", "merges two tiny states", f"it needs {', '.join(needs) or 'whole models'}")
@@ -31,6 +34,18 @@ def check_merge_step(name: str) -> Iterator[CheckResult]:
     for kind, shape in _SHAPES.items():
         what = f"merges a {kind} of two tiny states"
         yield run_check(what, partial(_check_shape, step, kind, shape), RecipeError)  # e.g. one that needs statistics
+
+
+def _check_server_step(step: ServerOptimiserStep) -> None:
+    delta = _draw_deltas(0)["matrix"].double()
+    moments = {kind: torch.full_like(delta, value) for kind, value in step.initial_moments.items()}
+    kept = {kind: one.clone() for kind, one in moments.items()}
+    first, changed = step.compute_step(delta.clone(), moments)
+    again, _ = step.compute_step(delta.clone(), moments)
+    require(bool(first.isfinite().all()), "the move is not finite")
+    require(torch.equal(first, again), "two steps from the same moments differ")
+    require(changed.keys() == kept.keys(), "the next moments have other names than the initial ones")
+    require(all(torch.equal(one, moments[kind]) for kind, one in kept.items()), "the step changes its moments in place")
 
 
 def _check_shape(step: CombineStep | RelaxStep, name: str, shape: tuple[int, ...]) -> None:

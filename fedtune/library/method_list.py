@@ -1,4 +1,4 @@
-"""All methods that a recipe or a command can name: techniques, merge steps, tasks, and what packages add."""
+"""All methods that a recipe or a command can name: techniques, merge steps, tasks and more, and what packages add."""
 
 import inspect
 from collections.abc import Iterator, Mapping
@@ -15,6 +15,8 @@ UNIT_ROOMS: Mapping[str, str] = {
     "merge": "fedtune.merging",
     "task": "fedtune.tasks",
     "continual": "fedtune.continual",
+    "algorithm": "fedtune.algorithms",
+    "attack": "fedtune.attacks",
 }
 """The package of each kind of unit, which is also the group of its entry points."""
 _OTHER_GROUPS: Mapping[str, str] = {

@@ -6,6 +6,8 @@ import numpy as np
 
 from fedtune.data.partition_plug_in import assign_groups
 from fedtune.errors import RecipeError
+from fedtune.library.algorithm_check import check_algorithm_unit
+from fedtune.library.attack_check import check_attack
 from fedtune.library.check_result import CheckResult, require, run_check
 from fedtune.library.continual_check import check_continual_method
 from fedtune.library.merge_step_check import check_merge_step
@@ -100,6 +102,8 @@ _UNITS: Mapping[str, Callable[[str], Iterator[CheckResult]]] = {
     "merge": check_merge_step,
     "task": check_task,
     "continual": check_continual_method,
+    "algorithm": check_algorithm_unit,
+    "attack": check_attack,
 }
 _SINGLE: Mapping[str, Callable[[str], tuple[str, Callable[[], object]]]] = {
     "metric": _make_metric_check,

@@ -21,15 +21,14 @@ from fedtune.merging._input_hooks import Batch, hook_layer_inputs
 from fedtune.merging._pair_ranks import pad_to_rank, truncate_to_rank
 from fedtune.merging._pipeline import (
     Merged,
-    MergePipeline,
     bind_combine,
     build_client_inputs,
-    build_pipeline,
     measure_averaging_errors,
     merge_client_updates,
     merge_round,
     merge_row_chunks,
 )
+from fedtune.merging._pipeline_steps import MergePipeline, build_pipeline
 from fedtune.merging._staleness import compute_staleness_weight
 from fedtune.merging._step import (
     ActivationStatistics,
@@ -41,10 +40,12 @@ from fedtune.merging._step import (
     RelaxStep,
     RenormaliseStep,
     RowReader,
+    ServerOptimiserStep,
     Shape,
     StatisticsReader,
 )
 from fedtune.merging.combine._statistics_file import StatisticsFile
+from fedtune.merging.combine.robust.fltrust import FlTrust
 from fedtune.merging.relax._activation_step import (
     ActivationRelaxStep,
     CalibrationRequest,
@@ -61,6 +62,7 @@ __all__ = [
     "BoundCombine",
     "CalibrationRequest",
     "CombineStep",
+    "FlTrust",
     "Increment",
     "Increments",
     "InputChannels",
@@ -71,6 +73,7 @@ __all__ = [
     "RelaxStep",
     "RenormaliseStep",
     "RowReader",
+    "ServerOptimiserStep",
     "Shape",
     "StatisticsFile",
     "StatisticsReader",

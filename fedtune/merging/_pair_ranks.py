@@ -31,9 +31,12 @@ def truncate_to_rank(
 def pad_to_rank(
     deltas: Tensors, shapes: Shapes, pairs: Sequence[LowRankPair], own: Sequence[LowRankPair]
 ) -> dict[str, Tensor]:
-    """Return a client's deltas in the ``shapes`` of the shared state. Tensors outside pairs stay the same."""
+    """Return a client's deltas in the ``shapes`` of the shared state. Other tensors of its update stay the same."""
     factors = _left_factors(pairs, own)
-    return {name: _pad(delta / factors.get(name, 1), shapes[name]) for name, delta in deltas.items()}
+    return {
+        name: _pad(delta / factors.get(name, 1), shapes[name]) if name in shapes else delta
+        for name, delta in deltas.items()
+    }
 
 
 def _left_factors(pairs: Sequence[LowRankPair], own: Sequence[LowRankPair]) -> dict[str, float]:

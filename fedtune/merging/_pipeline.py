@@ -1,4 +1,4 @@
-"""The merge pipeline: align -> combine -> relax -> renormalise, one tensor and one row chunk at a time."""
+"""The merge pipeline, tensor by tensor: align -> combine -> relax -> renormalise -> server optimiser."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,19 +10,17 @@ from torch import Tensor
 from fedtune.errors import RecipeError
 from fedtune.merging._batch_norm_statistics import compute_variance_of_means
 from fedtune.merging._increments import Increment
+from fedtune.merging._pipeline_steps import MergePipeline
+from fedtune.merging._server_step import take_server_step
 from fedtune.merging._step import (
-    AlignStep,
     BoundCombine,
     CombineStep,
     MergeContext,
     MergeInput,
-    RelaxStep,
-    RenormaliseStep,
     Shape,
 )
 from fedtune.merging.combine.linear_combinations.linear import Linear
 from fedtune.merging.combine.low_rank._low_rank_pair_step import (
-    LowRankPairCombineStep,
     measure_pair_errors,
     merge_low_rank_pairs,
 )
@@ -31,11 +29,9 @@ from fedtune.recipe.unit_registry import build_unit
 from fedtune.wire.client_update import ClientUpdate, iter_row_chunks
 
 __all__ = [
-    "MergePipeline",
     "Merged",
     "bind_combine",
     "build_client_inputs",
-    "build_pipeline",
     "measure_averaging_errors",
     "merge_client_updates",
     "merge_round",
@@ -43,44 +39,6 @@ __all__ = [
 ]
 
 _MEAN, _VARIANCE = ".running_mean", ".running_var"
-Step = AlignStep | CombineStep | RelaxStep | RenormaliseStep
-_ORDER = (AlignStep, CombineStep, RelaxStep, RenormaliseStep)
-
-
-class MergePipeline(NamedTuple):
-    """The steps of a merge by kind, in the order given; exactly one combines."""
-
-    align: tuple[AlignStep, ...]
-    combine: CombineStep
-    relax: tuple[RelaxStep, ...]
-    renormalise: tuple[RenormaliseStep, ...]
-
-    @property
-    def steps(self) -> tuple[Step, ...]:
-        """All steps, in order."""
-        return (*self.align, self.combine, *self.relax, *self.renormalise)
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """What the context must contain."""
-        return frozenset[str]().union(*(step.needs for step in self.steps))
-
-
-def build_pipeline(units: Sequence[Unit]) -> MergePipeline:
-    """Return the merge of a recipe; raise RecipeError unless the steps are in order and exactly one combines."""
-    steps = [build_unit("fedtune.merging", unit, "merge") for unit in units]
-    kinds = [next(place for place, kind in enumerate(_ORDER) if isinstance(step, kind)) for step in steps]
-    combining = [step for step in steps if isinstance(step, CombineStep)]
-    if len(combining) != 1:
-        raise RecipeError(f"merge: {len(combining)} steps combine, but exactly one must; keep or add one, e.g. mean")
-    if kinds != sorted(kinds):
-        raise RecipeError("merge: steps must come in the order align, combine, relax, renormalise; move them")
-    if isinstance(combining[0], LowRankPairCombineStep) and any(isinstance(step, RelaxStep) for step in steps):
-        raise RecipeError(f"merge: {combining[0].name} makes new factors, which no relax step can scale; drop one")
-    align = tuple(step for step in steps if isinstance(step, AlignStep))
-    relax = tuple(step for step in steps if isinstance(step, RelaxStep))
-    renormalise = tuple(step for step in steps if isinstance(step, RenormaliseStep))
-    return MergePipeline(align, combining[0], relax, renormalise)
 
 
 def bind_combine(
@@ -127,10 +85,14 @@ def build_client_inputs(combine: CombineStep, client_updates: Sequence[ClientUpd
 
 
 class Merged(NamedTuple):
-    """The next shared state, and the low-rank increments that were added to base weights, by the weight's name."""
+    """The next shared state, and the low-rank increments that were added to base weights, by the weight's name.
+
+    ``moments`` are those of the server optimiser.
+    """
 
     state: dict[str, Tensor]
     increments: dict[str, Increment]
+    moments: Mapping[str, Tensor] = {}
 
 
 def merge_client_updates(
@@ -156,11 +118,15 @@ def merge_round(
     context: MergeContext,
 ) -> Merged:
     """``merge_client_updates`` with the increments of base weights; without them if the merge renormalises."""
-    merged = Merged(dict(state), {})
+    merged, sent = Merged(dict(state), {}), list[str]()
     for named, senders in _group_by_senders(names, client_updates):
+        sent += named
         after = _merge_over(pipeline, merged.state, named, senders, context)
         merged = Merged(after.state, merged.increments | after.increments)
-    return merged
+    if pipeline.server_optimiser is None:
+        return merged
+    after_step, moments = take_server_step(pipeline.server_optimiser, state, merged.state, sent, context.moments)
+    return Merged(after_step, {}, moments)
 
 
 def _group_by_senders(

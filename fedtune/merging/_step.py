@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar, NamedTuple, Protocol, Self
+from typing import ClassVar, Literal, NamedTuple, Protocol, Self
 
 from torch import Tensor, nn
 
@@ -16,15 +16,19 @@ __all__ = [
     "CombineStep",
     "MergeContext",
     "MergeInput",
+    "Reference",
     "RelaxStep",
     "RenormaliseStep",
     "RowReader",
+    "ServerOptimiserStep",
     "Shape",
     "StatisticsReader",
 ]
 
 Shape = tuple[int, ...]
 Tensors = Mapping[str, Tensor]
+Reference = Literal["last merge", "root data"]
+"""Whose delta a step compares models with: that of the last merge, or one that the server trained on root data."""
 
 
 class RowReader(Protocol):
@@ -67,7 +71,9 @@ class MergeContext(NamedTuple):
 
     ``activation_statistics`` are those of the base, by tensor name. ``model`` is the architecture; steps may overwrite
     its weights. ``calibration_batches`` are inputs to the model. ``low_rank_pairs`` are the pairs among the tensors.
-    ``round_number`` makes each merge of a run draw its own random masks; it is 0 outside a run.
+    ``round_number`` makes each merge of a run draw its own random masks; it is 0 outside a run. ``moments`` are those
+    of a server optimiser after the last merge. ``reference`` is the delta that the combining step names in its
+    ``reference``, by tensor name.
     """
 
     activation_statistics: Mapping[str, ActivationStatistics] = {}
@@ -75,6 +81,8 @@ class MergeContext(NamedTuple):
     calibration_batches: Sequence[Tensors] = ()
     low_rank_pairs: Sequence[LowRankPair] = ()
     round_number: int = 0
+    moments: Mapping[str, Tensor] = {}
+    reference: Mapping[str, Tensor] = {}
 
 
 class AlignStep(NamedUnit, ABC):
@@ -97,7 +105,8 @@ class CombineStep(NamedUnit, ABC):
     Set ``selects_entries`` when entries win by sign or size, or directions of a tensor count. Such a step cannot merge
     one LoRA factor alone, because entries and directions of a factor are not those of the product. Set ``averages``
     when the result is exactly the weighted sum of the deltas. Clear ``adds_variance_of_means`` when a merged batch-norm
-    variance must not include the spread between the means of the models.
+    variance must not include the spread between the means of the models. Set ``reference`` when the step compares
+    models with a delta of the server, which only a round has.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -107,6 +116,7 @@ class CombineStep(NamedUnit, ABC):
     selects_entries: ClassVar[bool] = False
     averages: ClassVar[bool] = False
     adds_variance_of_means: ClassVar[bool] = True
+    reference: ClassVar[Reference | None] = None
     update_kind: ClassVar[UpdateKind] = "tensors"
 
     @property
@@ -163,3 +173,18 @@ class RenormaliseStep(NamedUnit, ABC):
         self, merged: Tensors, ends: Sequence[tuple[float, Tensors]], context: MergeContext
     ) -> dict[str, Tensor]:
         """The tensors that change; ``ends`` are the weights (they sum to one) and states of the aligned models."""
+
+
+class ServerOptimiserStep(NamedUnit, ABC):
+    """Takes the merged change of each tensor as a gradient. The run keeps its moments; devices never receive them."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    @abstractmethod
+    def initial_moments(self) -> Mapping[str, float]:
+        """The moments of each entry by name, with their values before the first round."""
+
+    @abstractmethod
+    def compute_step(self, delta: Tensor, moments: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return by how much the state moves, and the next moments, given the merged change. It is pure."""

@@ -53,6 +53,11 @@ def build_steps(config: MergeConfig) -> OfflineSteps:
         if step and config.slices is not None:
             raise RecipeError(f"{what} needs whole models; give models in place of slices, or leave {what} out")
     chosen = build_pipeline([*config.align, Unit(name="mean"), *config.relax, *config.renormalise])
+    if chosen.server_optimiser is not None:
+        raise RecipeError(
+            f"relax: {chosen.server_optimiser.name} acts over the rounds of a run, and this is a single merge; leave "
+            "it out, and scale the result with a weight or with lambda"
+        )
     return OfflineSteps(
         chosen.align, build_merge_method(config.merge_method), chosen.relax, chosen.renormalise, chosen.needs
     )

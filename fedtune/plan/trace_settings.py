@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedtune.algorithms import count_copies
 from fedtune.errors import FedtuneError
 from fedtune.models.image_model_files import is_fedtune_image_model
 from fedtune.models.sources import resolve_model_source
@@ -96,11 +97,12 @@ def _count_bytes(recipe: Recipe, trace: ModelTrace) -> dict[str, int]:
     trainable = {name for names in rounds for name in names}
     mapped = _find_mapped(recipe, traced, sizes, trainable)
     halves = {torch.bfloat16, torch.float16}
+    copied = count_copies(recipe) * max(counts)
     mastered = max(sum(prod(shapes[name]) for name in names if _dtypes(traced).get(name) in halves) for names in rounds)
     shared = _make_payload(traced, shapes, _expand(traced, traced.shared))
     return {
         "trained_values": max(counts),
-        "master_values": mastered,
+        "master_values": mastered + copied,
         "mapped_bytes": sum(sizes[name] for name in mapped),
         "weight_bytes": sum(size for name, size in sizes.items() if name not in mapped),
         "shared_bytes": sum(prod(shapes[name]) for name in _expand(traced, traced.shared)) * _BYTES,

@@ -14,7 +14,7 @@ Dtype = Literal["float32", "bfloat16"]
 
 OVERRIDABLE = ("techniques", "batch_size", "dtype", "device")
 """The settings of a recipe that a device class may override."""
-_LEFT_OUT = (("device", None), ("storage", None))
+_LEFT_OUT = (("device", None), ("storage", None), ("attack", None))
 """Recipes without these are written as before there were any, so that their runs resume."""
 
 
@@ -23,6 +23,7 @@ class DeviceClass(SettingsModel):
     devices.
 
     Their techniques may train only tensors that ``train.techniques`` shares. Low-rank pairs may have a smaller rank.
+    Clients with an ``attack`` are hostile. Real devices never are: a server and a device refuse such a recipe.
     """
 
     name: str = "device"
@@ -41,6 +42,7 @@ class DeviceClass(SettingsModel):
     )
     spread: float = Field(0.25, ge=0, le=2, description="standard deviation of the logarithm of simulated durations")
     dropout: float = Field(0.0, ge=0, lt=1, description="probability that a simulated client sends no reply in a round")
+    attack: Unit | None = Field(None, description="what hostile clients do, in simulations only; e.g. sign-flip")
 
     @field_validator("techniques", mode="before")
     @classmethod

@@ -1,13 +1,17 @@
 """The settings of a recipe for the federation: which clients take part in a round, and which updates are merged."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import ByteSize, Field, model_validator
+from pydantic import ByteSize, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from fedtune.recipe.round_schedule import EarlyStopping, ScheduledSettings
 from fedtune.recipe.settings_model import SettingsModel
+from fedtune.recipe.train_settings import Unit
 
 __all__ = ["Asynchronous", "ClientSelection", "Federation", "Tag"]
 
+_LEFT_OUT = (("algorithm", None), ("schedule", None), ("early_stopping", None))
+"""Recipes without these are written as before there were any, so that their runs resume."""
 Tag = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,31}$")]
 
 
@@ -56,6 +60,23 @@ class Federation(SettingsModel):
     )
     selection: ClientSelection = ClientSelection()
     asynchronous: Asynchronous | None = Field(None, description="merge late updates too; default: they are dropped")
+    algorithm: Unit | None = Field(
+        None, description="corrects clients or weighs updates, e.g. fedprox or scaffold: {option: 1}; default: FedAvg"
+    )
+    schedule: list[ScheduledSettings] | None = Field(
+        None,
+        min_length=1,
+        max_length=100,
+        description="lr, local_steps or clients_per_round that change from a round on",
+    )
+    early_stopping: EarlyStopping | None = Field(
+        None, description="end the run before its last round; default: all rounds are done"
+    )
+
+    @model_serializer(mode="wrap")
+    def _leave_out_what_is_unset(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = serialise(self)
+        return {key: value for key, value in written.items() if (key, value) not in _LEFT_OUT}
 
     @model_validator(mode="after")
     def _quorum_fits_buffer(self) -> Self:

@@ -1,8 +1,9 @@
 """What other installed packages publish: entry points, found without importing any of them.
 
 A package names its units in groups of its ``pyproject.toml``: ``fedtune.techniques``, ``fedtune.merging``,
-``fedtune.tasks``, ``fedtune.continual``, ``fedtune.metrics``, ``fedtune.callbacks``, ``fedtune.data_sources``,
-``fedtune.model_sources`` and ``fedtune.partitions``. The name of an entry point is what recipes call it.
+``fedtune.tasks``, ``fedtune.continual``, ``fedtune.algorithms``, ``fedtune.attacks``, ``fedtune.metrics``,
+``fedtune.callbacks``, ``fedtune.data_sources``, ``fedtune.model_sources`` and ``fedtune.partitions``. The name of an
+entry point is what recipes call it.
 """
 
 import sys

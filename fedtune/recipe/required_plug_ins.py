@@ -51,6 +51,8 @@ def _list_names(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for units in (recipe.train.techniques, *(device.techniques or [] for device in recipe.devices)):
         yield from (("fedtune.techniques", unit.name) for unit in units)
     yield from (("fedtune.merging", unit.name) for unit in recipe.merge)
+    if recipe.federation.algorithm is not None:
+        yield "fedtune.algorithms", recipe.federation.algorithm.name
     if recipe.stream is not None:
         yield from (("fedtune.continual", unit.name) for unit in recipe.stream.memory)
     yield _MODEL_SOURCES, recipe.model.source.partition(":")[0]

@@ -22,6 +22,7 @@ from fedtune.recipe.evaluation_settings import EvaluationSettings
 from fedtune.recipe.federation import Asynchronous, ClientSelection, Federation, Tag
 from fedtune.recipe.memory_plans import MemoryPlans
 from fedtune.recipe.preprocessor_settings import Preprocessor
+from fedtune.recipe.round_schedule import change_settings, check_schedule
 from fedtune.recipe.settings_model import SettingsModel
 from fedtune.recipe.stream_rounds import fill_in_rounds
 from fedtune.recipe.stream_settings import Stream
@@ -160,6 +161,10 @@ class Recipe(SettingsModel):
         """Return the recipe of one client: settings of its device class replace the recipe's."""
         return self.apply_device_class(self.get_device_class(client))
 
+    def get_round_recipe(self, round_number: int) -> Self:
+        """Return the recipe of a round: settings of ``federation.schedule`` replace the recipe's."""
+        return change_settings(self, round_number)
+
     def apply_device_class(self, device: DeviceClass) -> Self:
         """Return the recipe of one device class. In the result, no class overrides settings."""
         none = dict.fromkeys(OVERRIDABLE)
@@ -186,10 +191,15 @@ class Recipe(SettingsModel):
         return self
 
     @model_validator(mode="after")
+    def _schedule_fits(self) -> Self:
+        check_schedule(self)
+        return self
+
+    @model_validator(mode="after")
     def _device_classes_differ_by_name(self) -> Self:
         names = [device.name for device in self.devices]
         twice = sorted({name for name in names if names.count(name) > 1})
-        if twice and any(device.overridden_settings for device in self.devices):
+        if twice and any(device.overridden_settings or device.attack for device in self.devices):
             raise ValueError(
                 f"devices: two classes are called {twice[0]}; name them apart to give one its own settings"
             )

@@ -32,9 +32,11 @@ __all__ = [
 
 _KINDS: Mapping[str, tuple[str, ...]] = {
     "fedtune.techniques": ("Technique",),
-    "fedtune.merging": ("AlignStep", "CombineStep", "RelaxStep", "RenormaliseStep"),
+    "fedtune.merging": ("AlignStep", "CombineStep", "RelaxStep", "RenormaliseStep", "ServerOptimiserStep"),
     "fedtune.tasks": ("Task",),
     "fedtune.continual": ("ContinualMethod",),
+    "fedtune.algorithms": ("Algorithm",),
+    "fedtune.attacks": ("Attack",),
 }
 """The base classes of the units that other packages may publish."""
 

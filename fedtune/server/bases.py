@@ -49,6 +49,10 @@ class Bases:
             return None
         return self._log.get_digest_before(self._merged[client]) if client in self._merged else self._start
 
+    def get_merged_round(self, client: int) -> int:
+        """Return the last committed round whose merge used an update of a client; 0 if there is none."""
+        return self._merged.get(client, 0)
+
     def increments(self, held: str, base: str | None) -> list[dict[str, Increment]] | None:
         """Return the increments per round from the ``held`` base weights to ``base``; None if some are missing."""
         chain = None if base is None else self._log.list_rounds_between(held, base)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fedtune import merging, techniques
 from fedtune.files import write_bytes_atomically
+from fedtune.server.algorithm_merge import declare_algorithm_upload
 from fedtune.training import RunContext, get_received_shapes, get_tensor_shapes, list_tensors_of_round
 from fedtune.training.drift_upload import declare_drift_upload
 from fedtune.training.stream_place import declare_task_uploads
@@ -63,6 +64,7 @@ def make_class_payload(context: RunContext, part: RunContext, sent: "RoundPayloa
     extras |= declare_uploaded_statistics(part.model, part.recipe, expected)
     extras |= declare_task_uploads(part, round_number, list(expected))
     extras |= declare_drift_upload(part, round_number)
+    extras |= declare_algorithm_upload(part.recipe, part.model, expected)
     return ClassPayload(add_memory(wire, sent.memory), expected, extras)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedtune.data.packed_texts import count_tokens
+from fedtune.recipe.schema import Recipe
 from fedtune.server.reports import MOST_EXAMPLES
 from fedtune.tracking import Assignment, Store
 from fedtune.training import RunContext
@@ -25,14 +26,20 @@ def most_examples(context: RunContext, store: Store, run: str, client: int) -> i
         return 1
     if recipe.train.local_steps:
         each = 1 if recipe.train.packing == "none" else recipe.train.max_length  # a text has a token at least
-        return min(MOST_EXAMPLES, recipe.train.local_steps * recipe.train.batch_size * each)
+        return min(MOST_EXAMPLES, _find_most(recipe, "local_steps") * recipe.train.batch_size * each)
     assignments, by_tokens = store.access.list_assignments(run), recipe.train.weigh_by == "tokens"
     if assignments:
         held = _declared(store, assignments, client, "tokens" if by_tokens else "examples")
     else:
         rows = context.client_rows[client]
         held = count_tokens(context.train, rows) if by_tokens else len(rows)
-    return min(MOST_EXAMPLES, held * (recipe.train.local_epochs or 1))
+    return min(MOST_EXAMPLES, held * _find_most(recipe, "local_epochs"))
+
+
+def _find_most(recipe: Recipe, name: str) -> int:
+    """Return the largest value of a setting of the recipe in any round."""
+    entries = recipe.federation.schedule or []
+    return max(getattr(one, name) or 1 for one in (recipe.train, *entries))
 
 
 def _declared(store: Store, assignments: Sequence[Assignment], client: int, unit: str) -> int:

@@ -30,7 +30,7 @@ class RoundResult(NamedTuple):
     device_type: str | None = None
     samples: tuple[SampleRecord, ...] = ()
     memory: Mapping[str, Tensor] | None = None
-    """What the server remembers of earlier tasks, in a round that ends one."""
+    """The server's whole memory: of earlier tasks in a round that ends one, and the run state of every round."""
     ledger: RoundLedger = RoundLedger()
 
 

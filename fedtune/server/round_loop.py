@@ -14,25 +14,31 @@ from torch import Tensor
 
 from fedtune import checkpoint, merging, paths
 from fedtune.errors import RunError
+from fedtune.recipe.refused_attacks import refuse_attacks
 from fedtune.server import scoring
+from fedtune.server.algorithm_merge import check_algorithm_model
 from fedtune.server.bases import Bases
 from fedtune.server.client_scoring import ClientScoring
 from fedtune.server.drift_opening import list_opened_rounds, open_task, reopen_tasks
 from fedtune.server.drift_reference import update_memory
 from fedtune.server.drift_watch import DriftWatch
+from fedtune.server.early_stopping import EarlyEnd
 from fedtune.server.events import RunStarted, emit_event
 from fedtune.server.federated_evaluation import average_holdout_metrics, client_scores
 from fedtune.server.pruning import prune_checkpoints
+from fedtune.server.root_data import make_root_data
 from fedtune.server.roster import Roster
-from fedtune.server.round_commit import RoundResult, commit_round, get_checkpoint_path
+from fedtune.server.round_commit import RoundResult, commit_round
+from fedtune.server.round_evaluation import end_early, evaluate_round
 from fedtune.server.round_failures import (
     MERGE_ERRORS,
     explain_shortage,
     mark_updates_unused,
     with_refusals,
 )
-from fedtune.server.round_merge import merge_updates
+from fedtune.server.round_merge import MergedRound, merge_updates
 from fedtune.server.run_clients import RunClients
+from fedtune.server.run_state import join_memory, select_task_memory
 from fedtune.server.safeguards import Safeguards
 from fedtune.server.scheduling.factory import make_round_scheduler
 from fedtune.server.sending import Sending
@@ -55,19 +61,26 @@ __all__ = ["run_rounds"]
 SharedState = Mapping[str, Tensor]
 
 
-def run_rounds(grid: Grid, context: RunContext, store: Store, run_id: str) -> None:
-    """Execute a run from its last committed round to its end; raise RunError if no round was completed."""
+def run_rounds(grid: Grid, context: RunContext, store: Store, run_id: str) -> str:
+    """Execute a run from its last committed round to its end; raise RunError if no round was completed.
+
+    Return why it ended before its last round; an empty text if it did not.
+    """
     recipe = context.recipe
     done = store.rounds(run_id)
     first = done[-1].number + 1 if done else 1
     reopen_tasks(context, done)
-    check_model_counts(recipe, merging.build_pipeline(recipe.merge))
+    pipeline = merging.build_pipeline(recipe.merge)
+    check_model_counts(recipe, pipeline)
+    check_algorithm_model(context)
     emit_event(RunStarted(run_id, first, recipe.federation.rounds, scoring.to_score(context, first if done else 0)))
     sweep(run_id)
     remove_pruned_checkpoints(done)
     state = _read_last_state(run_id, done) if done else _commit_start(context, store, run_id)
     prune_checkpoints(store, run_id, recipe)
     roster = Roster(store, run_id, recipe, grid)
+    if roster.has_devices:
+        refuse_attacks(recipe)
     clients = roster.assemble()
     scheduler = make_round_scheduler(
         grid, context, clients, partial(store.get_last_requested_rounds, run_id), on_devices=roster.has_devices
@@ -77,9 +90,14 @@ def run_rounds(grid: Grid, context: RunContext, store: Store, run_id: str) -> No
     )
     guards, asked_scores = Safeguards(context, store, run_id, done), ClientScoring(grid, context, run_id, sending)
     memory = TaskMemory(read_newest_memory(done))
-    watch = DriftWatch(context, done)
-    run = ServerRun(run_id, context, store, scheduler, guards, sending, asked_scores, memory, watch)
+    watch, early_end = DriftWatch(context, done), EarlyEnd(context, store.rounds(run_id))
+    root_data = make_root_data(context, pipeline.combine)
+    run = ServerRun(
+        run_id, context, store, scheduler, guards, sending, asked_scores, memory, watch, early_end, root_data
+    )
     for round_number in range(first, recipe.federation.rounds + 1):
+        if early_end.reason:
+            break
         ended: SharedState | None = None
         while ended is None:
             clients = roster.refresh_devices(clients, scheduler)
@@ -89,6 +107,7 @@ def run_rounds(grid: Grid, context: RunContext, store: Store, run_id: str) -> No
         prune_checkpoints(store, run_id, context.recipe)
     if not any(record.status == "completed" and record.number for record in store.rounds(run_id)):
         raise RunError("no round got enough usable client updates; see the reasons in: fedtune runs show " + run_id)
+    return early_end.reason
 
 
 def _read_last_state(run_id: str, done: Sequence[RoundRecord]) -> SharedState:
@@ -118,7 +137,7 @@ def _commit_start(context: RunContext, store: Store, run_id: str) -> SharedState
 class _Ending(NamedTuple):
     """What the updates of a round led to: the records of all clients, the updates that were used, and the next state.
 
-    ``memory`` is the server's whole memory of earlier tasks, None if it does not change. ``failure`` says why the
+    ``memory`` is the server's whole memory, None if it is not to be written. ``failure`` says why the
     round failed.
     """
 
@@ -160,18 +179,19 @@ def _end_round(
     failure: str | None,
 ) -> _Ending:
     """Merge the updates unless the round has failed, and end the task if it ends with the round."""
-    context, remembered = run.context, run.memory.tensors
-    figures: tuple[MetricRecord, ...] = ()
+    context, remembered = run.context, select_task_memory(run.memory.tensors)
+    merged = MergedRound(state)
     if not failure:
         try:
-            state, figures = merge_updates(run, state, round_number, updates)
+            merged = merge_updates(run, state, round_number, updates)
         except MERGE_ERRORS as error:
             failure = with_refusals(f"the merge failed: {clean_text(error)}", records)
     if failure:
         records, updates = mark_updates_unused(records), []
-    ended = end_task(context, run.run_id, round_number, state, remembered, updates)
-    memory = update_memory(context, round_number, remembered, ended.memory, updates)
-    return _Ending(records, updates, ended.state, memory, figures, failure)
+    ended = end_task(context, run.run_id, round_number, merged.state, remembered, updates)
+    after_task = update_memory(context, round_number, remembered, ended.memory, updates)
+    memory = join_memory(run.memory.tensors, after_task, merged.run_state)
+    return _Ending(records, updates, ended.state, memory, merged.figures, failure)
 
 
 def _score_round(
@@ -187,12 +207,13 @@ def _score_round(
     metrics = (
         ending.figures
         + average_holdout_metrics(updates, context.task)
-        + _evaluate(context, state, run.run_id, round_number)
+        + evaluate_round(run, state, round_number)
         + _simulated_seconds(run.scheduler.seconds())
         + run.safeguards.spending.compute_epsilon_after_round(
             ("failed" if ending.failure else "completed", ending.records)
         )
     )
+    metrics = end_early(run, state, round_number, metrics)
     scores = client_scores(updates, context.recipe.evaluation.metrics, context.task)
     scores += run.drift.list_client_scores(ending.used)
     task_scores = list_received_task_scores(context, clients, updates)
@@ -221,6 +242,7 @@ def _record_commit(run: ServerRun, round_number: int, result: RoundResult, drift
     if result.memory is not None:
         run.memory.tensors = result.memory
     run.drift.record_commit(result.metrics, result.client_scores)
+    run.early_end.record_commit(round_number, result.metrics)
     for last_round in list_opened_rounds(drift):
         open_task(run.context, last_round)
         run.sending.change_recipe(run.context.recipe)
@@ -230,13 +252,3 @@ def _record_commit(run: ServerRun, round_number: int, result: RoundResult, drift
 
 def _simulated_seconds(seconds: float | None) -> tuple[MetricRecord, ...]:
     return () if seconds is None else (MetricRecord(split="simulation", domain="all", name="seconds", value=seconds),)
-
-
-def _evaluate(context: RunContext, state: SharedState, run_id: str, round_number: int) -> tuple[MetricRecord, ...]:
-    """Return validation metrics of the rounds that are scored; after the last, also test metrics of start and end."""
-    metrics = scoring.validation(context, state, round_number) if scoring.scored_after(context, round_number) else ()
-    metrics += scoring.score_border(context, state, round_number)
-    if round_number == context.recipe.federation.rounds:
-        start = StoredState(paths.get_runs_folder() / get_checkpoint_path(run_id, 0))
-        metrics += scoring.test(context, start, state)
-    return metrics

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fedtune.errors import StoreError
 from fedtune.flower.superlink import SuperLink
+from fedtune.recipe.refused_attacks import refuse_attacks
 from fedtune.recipe.schema import Recipe
 from fedtune.server.assignment import assign_devices
 from fedtune.server.presence import Presence
@@ -55,6 +56,7 @@ class RunManager:
 
     def submit_run(self, recipe: Recipe) -> str:
         """Queue a run and return its id. Every round has a deadline. Raise RecipeError if too few devices qualify."""
+        refuse_attacks(recipe)
         check_enough_enrolled_devices(recipe, self._store.access.list_devices())
         federation = recipe.federation
         bounded = federation.model_copy(update={"deadline": federation.deadline or self._deadline})

@@ -8,6 +8,7 @@ import numpy as np
 
 from fedtune.errors import RecipeError
 from fedtune.recipe.federation import ClientSelection
+from fedtune.recipe.round_schedule import list_cohort_sizes
 from fedtune.recipe.schema import Recipe
 from fedtune.seeds import derive_seed
 from fedtune.tracking import DeviceRecord
@@ -59,6 +60,7 @@ def check_enough_eligible_clients(recipe: Recipe) -> None:
     among, federation = list_eligible_clients(recipe), recipe.federation
     needed = max(
         federation.clients_per_round or 1,
+        *list_cohort_sizes(recipe)[1:],
         federation.quorum,
         federation.asynchronous.buffer_size if federation.asynchronous else 1,
     )
@@ -102,7 +104,7 @@ def sample_cohort(
     clients; the default is that of the recipe.
     """
     there = range(recipe.num_clients) if among is None else among
-    count = count_cohort(recipe, there) if asked is None else asked
+    count = count_cohort(recipe.get_round_recipe(round_number), there) if asked is None else asked
     if recipe.federation.selection.sampling == "least-recent":
         return sorted(rank_clients(recipe, round_number, there, last)[:count])
     random = np.random.default_rng(derive_seed(recipe.seed, round_number, "sample"))

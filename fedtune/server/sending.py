@@ -1,12 +1,13 @@
 """The messages of a run's rounds, and the bytes that each client was sent for its next reply."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from flwr.app import Message
 
 from fedtune import paths
+from fedtune.algorithms import find_algorithm
 from fedtune.flower.exchange import make_train_messages
 from fedtune.flower.reply_limit import OVERHEAD, raise_reply_limit
 from fedtune.recipe.required_plug_ins import encode_plug_ins, list_required_plug_ins
@@ -34,6 +35,8 @@ class Sending:
             json.dumps(context.corpus.label_names),
             plug_ins=encode_plug_ins(self.plug_ins),
         )
+        algorithm = find_algorithm(context.recipe)
+        self._tells_merged = algorithm is not None and algorithm.remembers
         self._asked: dict[int, tuple[int, int]] = {}
 
     def change_recipe(self, recipe: Recipe) -> None:
@@ -50,7 +53,8 @@ class Sending:
         for client in clients:
             download = self._download(client, downloads)
             shared.setdefault(id(download), (download, []))[1].append(client)
-        return _made(self._request, run_clients, shared.values(), downloads.round_number)
+        merged = {client: self.bases.get_merged_round(client) for client in clients} if self._tells_merged else {}
+        return _made(self._request, run_clients, shared.values(), downloads.round_number, merged)
 
     def scoring_messages(
         self, clients: Sequence[int], run_clients: RunClients, downloads: Downloads
@@ -85,11 +89,15 @@ class Sending:
 
 
 def _made(
-    request: TrainRequest, run_clients: RunClients, shared: Iterable[tuple[Download, Sequence[int]]], round_number: int
+    request: TrainRequest,
+    run_clients: RunClients,
+    shared: Iterable[tuple[Download, Sequence[int]]],
+    round_number: int,
+    merged_rounds: Mapping[int, int] | None = None,
 ) -> dict[int, Message]:
     """Return a message with the train request and the shared download for each client."""
     found: dict[int, Message] = {}
     for download, own in shared:
         one = replace(request, round=round_number, base_digest=download.base_digest, held_digest=download.held_digest)
-        found |= make_train_messages(own, run_clients.node_ids, one, download.payload)
+        found |= make_train_messages(own, run_clients.node_ids, one, download.payload, merged_rounds)
     return dict(sorted(found.items()))

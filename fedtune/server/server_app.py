@@ -37,7 +37,7 @@ def run_to_completion(grid: Grid, store: Store, run: str) -> None:
     try:
         run_context = get_run_context(store.run(run).recipe)
         store.record_recipe(run, run_context.recipe.model_dump_json())
-        run_rounds(grid, run_context, store, run)
+        reason = run_rounds(grid, run_context, store, run)
     except KeyboardInterrupt:
         store.finish(run, "interrupted", "stopped by the user")
         raise
@@ -48,4 +48,4 @@ def run_to_completion(grid: Grid, store: Store, run: str) -> None:
         raise
     finally:
         clear_run_context()
-    store.finish(run, "completed")
+    store.finish(run, "completed", reason)

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from fedtune.server.client_scoring import ClientScoring
 from fedtune.server.drift_watch import DriftWatch
+from fedtune.server.early_stopping import EarlyEnd
+from fedtune.server.root_data import RootData
 from fedtune.server.safeguards import Safeguards
 from fedtune.server.scheduling.round_scheduler import RoundScheduler
 from fedtune.server.sending import Sending
@@ -27,3 +29,5 @@ class ServerRun:
     scoring: ClientScoring
     memory: TaskMemory
     drift: DriftWatch
+    early_end: EarlyEnd
+    root_data: RootData | None = None

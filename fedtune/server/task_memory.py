@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedtune import checkpoint, continual, paths
+from fedtune.server.algorithm_merge import list_sent_algorithm_memory
+from fedtune.server.class_payloads import list_trainable_tensors
 from fedtune.server.drift_reference import list_sent_reference
+from fedtune.server.run_state import select_run_state
 from fedtune.tracking import RoundRecord
 from fedtune.training import RunContext
 
@@ -35,11 +38,13 @@ def read_newest_memory(done: Sequence[RoundRecord]) -> dict[str, Tensor]:
 
 
 def list_sent_memory(context: RunContext, memory: Tensors, round_number: int) -> dict[str, Tensor]:
-    """Return the memory that clients receive in a round, named by its method."""
+    """Return the memory that clients receive in a round, named by its method or algorithm."""
+    own = select_run_state(memory, "algorithm")
+    found = list_sent_algorithm_memory(context, own, list_trainable_tensors(context, round_number)) if own else {}
     plan = context.stream_plan
     if plan is None or not memory:
-        return {}
-    found = list_sent_reference(memory)
+        return found
+    found |= list_sent_reference(memory)
     places = (plan.find_place(round_number, client) for client in range(context.recipe.num_clients))
     place = next((place for place in places if place is not None), None)
     if place is None:

@@ -8,6 +8,7 @@ from flwr.app import Message
 from torch import Tensor
 
 from fedtune import paths
+from fedtune.server.attacked_updates import attack_updates, note_attackers
 from fedtune.server.class_payloads import RoundPayloads, pad_update_to_shared_rank
 from fedtune.server.downloads import Downloads
 from fedtune.server.events import ReplyReceived, RoundStarted, emit_event
@@ -73,11 +74,14 @@ def gather_updates(
         sent_bytes = run.sending.count_bytes_sent(client, downloads)
         records[client] = make_missing_record(client, clients.devices[client], sent_bytes, reason)
         emit_event(ReplyReceived(round_number, records[client]))
+    if not clients.deployed:
+        records, updates = attack_updates(context.recipe, records, updates, parts)
     ordered = sorted(weight_clients_equally(context.recipe, updates), key=lambda one: one.client)
     in_order = [records[client] for client in sorted(records)]
-    return run.safeguards.bound.refuse_large_updates(
+    in_order, ordered = run.safeguards.bound.refuse_large_updates(
         in_order, ordered, lambda client: parts.get_for_client(client).values
     )
+    return note_attackers(context.recipe, in_order), ordered
 
 
 def read_start_state(run_id: str, round_number: int) -> SharedState:

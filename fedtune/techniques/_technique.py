@@ -59,6 +59,9 @@ class Technique(NamedUnit):
     fits_plain_blocks: ClassVar[bool] = False
     """Whether it works on the models of ``fedtune.models.blocks``, which are not transformers' classes."""
 
+    renewed_tensors: ClassVar[str | None] = None
+    """Why an entry of a trained tensor is another one in the next round, as the end of a sentence; None if not."""
+
     def find_conflict(self, other: "Technique") -> str | None:
         """Why both cannot be combined with their settings, as the end of a sentence; None if they can."""
         return self.conflicts_with.get(other.name)

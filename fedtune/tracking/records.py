@@ -29,8 +29,8 @@ class MetricRecord:
     """One metric of a round.
 
     ``split`` is what was scored: train, validation, test, test-before or local (what clients hold out). A metric of no
-    split has its subject there: merge, updates, privacy or simulation. ``domain`` is one of the data's, ``mean`` or
-    ``all``.
+    split has its subject there: merge, updates, privacy, simulation or end. ``domain`` is one of the data's, ``mean``
+    or ``all``.
     """
 
     split: str

@@ -5,8 +5,9 @@ from fedtune.training.client_round import ClientRound
 from fedtune.training.cpu_threads import use_cpu_threads
 from fedtune.training.device_classes import get_received_shapes, list_tensors_of_round
 from fedtune.training.evaluation import EvaluatedModel, Metric, evaluate_model
-from fedtune.training.local_training import LocalTrainingResult, apply_optimiser_step, train_local_model
+from fedtune.training.local_training import LocalTrainingResult, train_local_model
 from fedtune.training.model_state import get_model_state, get_tensor_shapes, named_tensors, precise, set_model_state
+from fedtune.training.optimiser_step import apply_optimiser_step
 from fedtune.training.received_state import score_received
 from fedtune.training.run_context import RunContext, clear_run_context, get_run_context, prepare_model, set_run_context
 from fedtune.training.step_loss import compute_step_loss

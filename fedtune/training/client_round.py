@@ -7,12 +7,14 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedtune.algorithms import AlgorithmRound
 from fedtune.continual import MethodRound
 from fedtune.data import EncodedDataset
 from fedtune.recipe.schema import Recipe
 from fedtune.seeds import derive_seed
 from fedtune.tasks import Task, get_task
 from fedtune.techniques import Technique
+from fedtune.training.algorithm_inputs import AlgorithmInputs
 from fedtune.training.holdout_split import split_holdout
 from fedtune.training.stream_round import StreamRound
 
@@ -39,6 +41,9 @@ class ClientRound:
     stream: StreamRound | None = None
     method_rounds: Sequence[MethodRound] = ()
     """The continual methods, once the round has begun."""
+    algorithm: AlgorithmInputs | None = None
+    algorithm_round: AlgorithmRound = field(default_factory=AlgorithmRound)
+    """The algorithm, once the round has begun."""
 
     @property
     def task(self) -> Task:

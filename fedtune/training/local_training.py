@@ -23,14 +23,12 @@ from fedtune.memory import (
     reset_accelerator_peak,
     reset_peak_rss,
 )
-from fedtune.recipe.schema import Train
 from fedtune.techniques import (
     StepInfo,
-    Technique,
-    before_optimiser_step,
     compute_extra_payload,
     list_trainable_tensors,
 )
+from fedtune.training.algorithm_training import begin_algorithm, end_algorithm
 from fedtune.training.backward_updates import refuse_smaller_batch, update_in_backward
 from fedtune.training.batches import batches, total_steps
 from fedtune.training.client_round import ClientRound
@@ -39,7 +37,8 @@ from fedtune.training.drift_measurement import DriftMeasurement, measure_drift
 from fedtune.training.evaluation import score_held_out
 from fedtune.training.master_weights import make_stepper, masters_of
 from fedtune.training.model_state import get_model_state, named_tensors
-from fedtune.training.optimisers import LocalOptimiser, compute_lr_factor
+from fedtune.training.optimiser_step import apply_optimiser_step
+from fedtune.training.optimisers import compute_lr_factor
 from fedtune.training.received_state import receive_state
 from fedtune.training.start import Start
 from fedtune.training.stream_training import (
@@ -60,7 +59,7 @@ from fedtune.wire.task_figures import TaskFigures
 
 IntArray = NDArray[np.int64]
 
-__all__ = ["LocalTrainingResult", "apply_optimiser_step", "train_local_model"]
+__all__ = ["LocalTrainingResult", "train_local_model"]
 
 
 @dataclass(frozen=True)
@@ -89,6 +88,8 @@ class LocalTrainingResult:
     task_figures: TaskFigures | None = None
     """Scores of the received model on the held-out examples of each task begun so far."""
     drift: DriftScore | None = None
+    algorithm_memory: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the algorithm keeps on the device."""
 
 
 class _Received(NamedTuple):
@@ -142,16 +143,17 @@ def train_local_model(client: ClientRound, state: Mapping[str, Tensor]) -> Local
     start = Start(model, names, client.local_tensors, state)
     masters = masters_of(model, start)
     with use_cpu_threads(client.recipe.train.threads), fork_random_state(device):
-        client = begin_methods(client)
+        client = begin_algorithm(begin_methods(client))
         received = _measure_received(client, rows, held_out, names)
         steps = _train(client, rows, masters)
         changes = _read_changes(client, start, masters, names)
+        corrected = end_algorithm(client, changes.delta)
         collected = _collect(client, rows, steps, received)
         with mask_seen_classes(client):  # last, so that it cannot affect anything else
             trained_score = score_held_out(client, held_out.tolist())
     return LocalTrainingResult(
         changes.delta,
-        collected.extras,
+        {**collected.extras, **corrected.upload},
         changes.kept,
         received.score,
         trained_score,
@@ -164,6 +166,7 @@ def train_local_model(client: ClientRound, state: Mapping[str, Tensor]) -> Local
         accelerator_peak=read_accelerator_peak(device),
         micro_batch_size=steps.micro_batch_size,
         remembered=collected.remembered,
+        algorithm_memory=corrected.stored,
         task_figures=received.task_figures,
         drift=received.drift.score,
     )
@@ -179,7 +182,7 @@ def _measure_received(client: ClientRound, rows: IntArray, held_out: IntArray, n
 def _train(client: ClientRound, rows: IntArray, masters: Mapping[str, nn.Parameter]) -> _RoundSteps:
     torch.manual_seed(client.derive_seed("dropout"))
     release_freed()
-    with mask_trained_classes(client):
+    with mask_trained_classes(client), client.algorithm_round.change_model():
         steps = _run_steps(client, rows, masters) if client.trains else _skip_steps(client, rows)
     release_freed()
     return steps
@@ -273,7 +276,9 @@ def _run_steps(client: ClientRound, rows: IntArray, masters: Mapping[str, nn.Par
         if result.losses:
             for one in client.method_rounds:
                 one.change_gradients()
-            apply_optimiser_step(model, client.techniques, optimiser, parameters, settings, info)
+            client.algorithm_round.change_gradients()
+            taken = apply_optimiser_step(model, client.techniques, optimiser, parameters, settings, info)
+            client.algorithm_round.record_step(taken)
         results.append(result)
         examples += data.count_weight(chosen)
     losses = [result.compute_loss() for result in results if result.losses]
@@ -282,19 +287,3 @@ def _run_steps(client: ClientRound, rows: IntArray, masters: Mapping[str, nn.Par
             "no example of the client has a second token, so there is nothing to predict; bring longer texts"
         )
     return _RoundSteps(float(np.mean(losses)), max(result.kept_bytes for result in results), examples, size)
-
-
-def apply_optimiser_step(
-    model: nn.Module,
-    techniques: Sequence[Technique],
-    optimiser: LocalOptimiser,
-    parameters: Sequence[nn.Parameter],
-    settings: Train,
-    info: StepInfo,
-) -> None:
-    """Apply the gradients of a step and release them."""
-    lr = before_optimiser_step(techniques, model, info)
-    if settings.max_grad_norm is not None:
-        nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
-    optimiser.step(lr)
-    model.zero_grad()

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from fedtune import data, merging, tasks, techniques
+from fedtune import algorithms, data, merging, tasks, techniques
+from fedtune.attacks import check_attacks, write_out_attack
 from fedtune.errors import RecipeError
 from fedtune.recipe.memory_plans import MemoryPlans
 from fedtune.recipe.schema import DeviceClass, EvaluationSettings, Recipe, TaskUnit, Train, Unit
@@ -10,9 +11,11 @@ from fedtune.recipe.unit_registry import NamedUnit
 from fedtune.recipe.validation_errors import suggest_nearest
 from fedtune.techniques import Technique
 from fedtune.training.backward_updates import check_backward_updates
+from fedtune.training.carried_state_checks import check_server_optimiser
 from fedtune.training.metrics import check_metrics
 from fedtune.training.model_checks import check_privacy_settings
 from fedtune.training.model_counts import check_model_counts
+from fedtune.training.root_data_checks import check_root_data
 from fedtune.training.stream_tasks import check_stream_settings, follow_stream, list_stream_tasks
 from fedtune.wire.client_update import UpdateKind
 
@@ -36,9 +39,17 @@ def resolve_recipe(recipe: Recipe) -> Recipe:
     _check_fit(chosen, pipeline.combine)
     _check_own(chosen, pipeline, recipe.evaluation)
     check_privacy_settings(recipe, pipeline)
-    check_backward_updates(recipe, [*chosen, *_of_classes(recipe.devices)])
+    every = [*chosen, *_of_classes(recipe.devices)]
+    check_server_optimiser(every, pipeline)
+    algorithm = algorithms.find_algorithm(recipe)
+    if algorithm is not None:
+        algorithms.check_algorithm(algorithm, recipe, every, pipeline)
+    check_backward_updates(recipe, every)
     check_model_counts(recipe, pipeline)
+    check_root_data(recipe, pipeline.combine)
     check_metrics(recipe)
+    check_attacks(recipe)
+    _check_early_stopping(recipe, chosen, task)
     data.check_partition(recipe)
     check_stream_settings(recipe)
     _check_copies(recipe)
@@ -46,12 +57,14 @@ def resolve_recipe(recipe: Recipe) -> Recipe:
     train = recipe.train.fill_in_packing().model_copy(
         update={"techniques": _written_out(follow_stream(recipe, chosen))}
     )
-    devices = [_resolved(recipe, device, chosen, pipeline) for device in recipe.devices]
+    devices = [write_out_attack(_resolved(recipe, device, chosen, pipeline)) for device in recipe.devices]
     if recipe.federation.asynchronous is not None:
-        _check_late([*chosen, *_of_classes(recipe.devices)], pipeline, recipe.evaluation)
+        _check_late(every, pipeline, recipe.evaluation)
     merge = _written_out(pipeline.steps)
     written = TaskUnit(name=task.name, settings=task.model_dump(mode="json"))
     changes = {"task": written, "train": train, "devices": devices, "merge": merge}
+    if algorithm is not None:
+        changes["federation"] = recipe.federation.model_copy(update={"algorithm": _written_out([algorithm])[0]})
     changes |= {
         "plans": _resolve_plans(recipe, train, devices),
         "evaluation": _resolve_evaluation(recipe.evaluation, task),
@@ -174,9 +187,21 @@ def _check_own(chosen: Sequence[Technique], pipeline: merging.MergePipeline, eva
             f"evaluation.prompts: {keeping} leaves the server no whole model to generate text with; drop the prompts"
         )
     unfit = [step.name for step in pipeline.steps if step.needs or step in (*pipeline.align, *pipeline.renormalise)]
+    unfit += [pipeline.combine.name] if pipeline.combine.reference == "root data" else []
     if unfit:
         raise RecipeError(
             f"merge: {unfit[0]} needs a whole model, but {keeping} keeps some tensors on devices; drop one"
+        )
+
+
+def _check_early_stopping(recipe: Recipe, chosen: Sequence[Technique], task: tasks.Task) -> None:
+    """Raise RecipeError if nobody measures the metric that ends the run."""
+    keeping = next((technique.name for technique in chosen if technique.has_local_tensors()), None)
+    metric = recipe.evaluation.main_metric or task.main_metric
+    if recipe.federation.early_stopping is not None and keeping is not None and metric not in ("accuracy", "loss"):
+        raise RecipeError(
+            f"federation.early_stopping: {keeping} leaves the server no whole model to score, and clients report "
+            f"accuracy and loss, but the main metric is {metric}; set evaluation.main_metric: loss"
         )
 
 

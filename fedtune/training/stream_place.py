@@ -11,6 +11,7 @@ from torch import Tensor
 from fedtune import continual
 from fedtune.continual._drift_phases import find_phase
 from fedtune.errors import NoTaskError
+from fedtune.recipe.round_schedule import list_cohort_sizes
 from fedtune.recipe.schema import Recipe
 from fedtune.seeds import derive_seed
 from fedtune.training.holdout_split import split_holdout
@@ -88,7 +89,7 @@ def _asks_every_client(recipe: Recipe) -> bool:
     Otherwise a client scores whenever it trains.
     """
     federation = recipe.federation
-    sampled = federation.clients_per_round not in (None, recipe.num_clients) or federation.fraction_train < 1
+    sampled = any(size < recipe.num_clients for size in list_cohort_sizes(recipe)) or federation.fraction_train < 1
     return not sampled and federation.take_first is None and not any(one.dropout for one in recipe.devices)
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "compute_method_terms",
     "mask_seen_classes",
     "mask_trained_classes",
+    "run_forward",
 ]
 
 
@@ -50,7 +51,7 @@ def begin_methods(client: ClientRound) -> ClientRound:
                 micro_batch_size=client.micro_batch_size,
                 all_rows=stream.all_rows,
                 list_classes=stream.list_classes,
-                run_forward=partial(_run_forward, client),
+                run_forward=partial(run_forward, client),
                 num_tasks=stream.num_tasks,
                 held_rows={task: replace(client, rows=own).split_rows()[0] for task, own in stream.held_rows.items()},
             )
@@ -60,7 +61,7 @@ def begin_methods(client: ClientRound) -> ClientRound:
     return replace(client, method_rounds=started)
 
 
-def _run_forward(client: ClientRound, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+def run_forward(client: ClientRound, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
     """Return the loss of a batch of other examples, as a step computes it, and the model's logits."""
     moved = move_tensors(batch, find_device(client.model))
     begin_step(client.techniques, client.model, moved, client.number / client.recipe.federation.rounds)

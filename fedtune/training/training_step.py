@@ -137,6 +137,7 @@ def _add_gradients(
             with capture_logits(model, wanted=bool(methods)) as logits:
                 loss = compute_step_loss(task, model, batch)
             terms = compute_method_terms(methods, chosen, batch, logits)
+            terms += client.algorithm_round.compute_batch_terms(batch)
             loss = torch.stack([loss, *terms]).sum() if terms else loss
             kept = max(kept, meter.current_bytes if meter is not None else 0)
         (loss if len(parts) == 1 else loss * share).backward()

@@ -88,6 +88,8 @@ class TrainRequest:
     ``base_digest`` is the digest of the base weights at the start of the round, if the server tracks them. The state
     holds the base weights in full, unless ``held_digest`` names the base weights that the state's increments are added
     to. ``plug_ins`` names what other packages publish of the recipe, see ``fedtune.recipe.required_plug_ins``.
+    ``merged_round`` is the last round whose merge used an update of the client, 0 for none; it is sent for algorithms
+    that keep something on devices.
     """
 
     recipe: str
@@ -99,6 +101,7 @@ class TrainRequest:
     base_digest: str | None = None
     held_digest: str | None = None
     plug_ins: str | None = None
+    merged_round: int | None = None
 
 
 class HoldoutMetrics(NamedTuple):

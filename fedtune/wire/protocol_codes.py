@@ -18,6 +18,7 @@ LACKS_PLUG_IN = frozenset({"metric-unavailable", "source-unreadable", "unit-unav
 """What a device may reply that lacks a package which publishes something the recipe names."""
 SENTENCES: Mapping[str, str] = {
     LACKS_BASE: "it lacks base weights that its train request is based on",
+    "attack-refused": "the recipe has an attack, which only simulated clients may make",
     "code-failed": "training raised an error",
     "data-columns": "its data lack {columns} of the columns that the recipe names",
     "data-values": "some of its examples have no value in a column that the recipe names",
@@ -28,6 +29,7 @@ SENTENCES: Mapping[str, str] = {
     "memory-model": "holding model and data takes more than the {allowed_mb} MB this device allows",
     "memory-damaged": "what it remembers of earlier tasks was changed or is of another run; fedtune device forget on "
     "the device starts anew",
+    "memory-lost": "it has lost what the algorithm of the run kept on it, as after a rollback; start a new run",
     "memory-key": "its key for what it remembers of earlier tasks cannot be used",
     "memory-plan": "no plan of the run fits the {allowed_mb} MB that this device allows, and the smallest needs "
     "{needed_mb} MB; allow that with fedtune device join --memory",

@@ -14,7 +14,15 @@ from pydantic import Field
 from torch import Tensor
 
 from fedtune.errors import RecipeError
-from fedtune.merging._step import ActivationStatistics, AlignStep, CombineStep, MergeContext, RelaxStep, RenormaliseStep
+from fedtune.merging._step import (
+    ActivationStatistics,
+    AlignStep,
+    CombineStep,
+    MergeContext,
+    RelaxStep,
+    RenormaliseStep,
+    ServerOptimiserStep,
+)
 
 __all__ = [
     "ActivationRelaxStep",
@@ -86,7 +94,7 @@ def find_dominated_weights(activity: Mapping[str, ActivationStatistics], quantil
 
 
 def build_calibration_request(
-    steps: Sequence[AlignStep | CombineStep | RelaxStep | RenormaliseStep],
+    steps: Sequence[AlignStep | CombineStep | RelaxStep | RenormaliseStep | ServerOptimiserStep],
 ) -> CalibrationRequest | None:
     """The measurement that the steps of a merge need in a federation; RecipeError if they need different ones."""
     by_activity = [step for step in steps if isinstance(step, ActivationRelaxStep) and step.needs]

@@ -11,6 +11,7 @@ from starlette.requests import Request
 
 from fedtune.flower.control_client import ControlClient
 from fedtune.plan.device_plans import describe_plans
+from fedtune.recipe.refused_attacks import refuse_attacks
 from fedtune.recipe.schema import Recipe
 from fedtune.recipe.validation_errors import explain_validation_error
 from fedtune.server.gateway.access_api import read_tags
@@ -47,6 +48,7 @@ class OperatorApi:
             recipe = Recipe.model_validate(sent.get("recipe") if isinstance(sent, dict) else None)
         except ValidationError as error:
             raise RequestRefusedError(400, explain_validation_error(error, Recipe, "the recipe"), who) from error
+        refuse_attacks(recipe)
         check_base_for_devices(recipe)
         checked = self.check.check_recipe(recipe)
         run = self.manager.submit_run(checked)

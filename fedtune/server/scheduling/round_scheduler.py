@@ -95,7 +95,8 @@ class SynchronousScheduler(RoundScheduler):
         """Sample the round's clients."""
         last = self._last() if self._recipe.federation.selection.sampling == "least-recent" else {}
         self._removed = set()
-        count = min(self._count, len(self._among))
+        now = self._recipe.get_round_recipe(round_number).federation
+        count = min(now.clients_per_round or self._count, len(self._among))
         sampled = sample_cohort(self._recipe, round_number, self._among, last, count)
         self._number, self._clients = round_number, prefer_clients(sampled, self._among, self._preferred)
         return len(self._clients)

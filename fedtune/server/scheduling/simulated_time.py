@@ -32,7 +32,7 @@ def duration(recipe: Recipe, size: int, client: int, round_number: int) -> float
     This is the number of examples divided by the class's ``examples_per_second`` (1 by default), times a log-normal
     random number whose logarithm has the standard deviation ``spread``.
     """
-    train, device = recipe.train, recipe.get_device_class(client)
+    train, device = recipe.get_round_recipe(round_number).train, recipe.get_device_class(client)
     examples = (
         train.local_steps * (device.batch_size or train.batch_size)
         if train.local_steps

@@ -53,6 +53,7 @@ class Compact(Technique):
     name: ClassVar[str] = "compact"
     has_exact_gradients: ClassVar[bool] = False
     allows_kv_cache: ClassVar[bool] = True
+    renewed_tensors: ClassVar[str | None] = "which trains another random subspace in every round"
     conflicts_with: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(("full", "bias", "head-only", "batch-norm", "last-blocks"), _TRAINS_ALL),
         **dict.fromkeys(("lora", "qlora", "o-lora", "inf-lora", "meft", "mobiletl", "tinytl"), _FREEZES),

@@ -59,6 +59,7 @@ class DynamicPruning(Technique):
     name: ClassVar[str] = "dynamic-pruning"
     fits_plain_blocks: ClassVar[bool] = True
     has_exact_gradients: ClassVar[bool] = False
+    renewed_tensors: ClassVar[str | None] = "which moves the active weights to other places"
     unsupported_devices: ClassVar[Mapping[str, str]] = {"mps": "which has no double precision"}
     conflicts_with: ClassVar[Mapping[str, str]] = {
         "bias": "all weights are trained under masks",

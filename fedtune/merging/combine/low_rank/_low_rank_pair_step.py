@@ -37,6 +37,10 @@ class LowRankPairCombineStep(CombineStep, ABC):
     """Merges the factors of several models into one pair. Factors are read whole, because they are small."""
 
     update_kind: ClassVar[UpdateKind] = "pairs"
+    keeps_factors: ClassVar[bool] = False
+    """Whether an entry of a merged factor corresponds to the same entry before."""
+    rewrites: ClassVar[str] = "factors the merged product anew"
+    """What it does otherwise, as a part of a sentence."""
 
     def combine(self, name: str, shape: Shape, merge_inputs: Sequence[MergeInput]) -> Iterator[Tensor]:
         """The weighted mean, for heads, biases and magnitudes, which belong to no product."""

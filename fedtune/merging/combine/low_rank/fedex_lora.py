@@ -34,6 +34,7 @@ class FedexLora(LowRankPairCombineStep):
     """Averages the factors and adds the residual to the base weight."""
 
     name: ClassVar[str] = "fedex-lora"
+    rewrites: ClassVar[str] = "rewrites the base"
     update_kind: ClassVar[UpdateKind] = "pairs and base"
 
     def combine_pair(

@@ -27,6 +27,7 @@ class Fedit(LowRankPairCombineStep):
     """Averages the factors."""
 
     name: ClassVar[str] = "fedit"
+    keeps_factors: ClassVar[bool] = True
 
     def combine_pair(
         self,

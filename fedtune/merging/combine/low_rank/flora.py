@@ -38,6 +38,7 @@ class Flora(LowRankPairCombineStep):
     """Adds the stacked product to the base weight and restarts the pairs."""
 
     name: ClassVar[str] = "flora"
+    rewrites: ClassVar[str] = "rewrites the base"
     update_kind: ClassVar[UpdateKind] = "pairs and base"
     seed: int = Field(0, ge=0, description="seed for A, together with the round")
 

@@ -29,6 +29,7 @@ class Hetlora(LowRankPairCombineStep):
     """Averages padded factors, weighted by the norms of the products."""
 
     name: ClassVar[str] = "hetlora"
+    keeps_factors: ClassVar[bool] = True
 
     def combine_pair(
         self,

@@ -1,0 +1,1 @@
+"""Merges that a minority of hostile or broken models cannot move far."""
