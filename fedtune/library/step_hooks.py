@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from fedtune import techniques
+from fedtune.accelerator import move_tensors
 from fedtune.errors import ModelError
 from fedtune.tasks import Task
 from fedtune.techniques import ExtraPayload, StepInfo, Technique
@@ -146,7 +147,7 @@ class StepHooks:
             for layer, training in mode.items():
                 layer.training = training
         state = get_model_state(model, self._shared_names)
-        payloads = [ExtraPayload(1.0, extras)]
+        payloads = [ExtraPayload(1.0, move_tensors(extras, torch.device("cpu")))]  # where a server has them
         set_model_state(model, techniques.after_aggregation(self._techniques, state, number, payloads))
 
 
