@@ -62,6 +62,10 @@ def prepare(
         raise ModelError(
             f"this {type(model).__name__} is prepared already; call merge() on it, or load the model again"
         )
+    if getattr(model, "peft_config", None):
+        raise ModelError(
+            f"this {type(model).__name__} has adapters of PEFT; prepare the model that merge_and_unload() returns"
+        )
     chosen = techniques.build_techniques(_parse_units(units), "techniques")
     quantising = [one.name for one in chosen if one.make_quantisation_config() is not None]
     if quantising and not getattr(model, "is_quantized", False):
