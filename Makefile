@@ -23,9 +23,11 @@ devices-demo: $(READY)
 quick: $(READY)
 	$(BIN)/python -m tests.quick $(BASE)
 
-# One process per core, at most four: each loads the libraries and models of its tests.
+# One process per core and one more, at most four: many tests wait for processes that they start.
+PROCESSES := $(shell $(PYTHON) -c 'import os; print(min(4, 1 + (os.cpu_count() or 1)))')
+
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test-devices: $(READY)
 	$(BIN)/python -m pytest -m deployed

@@ -97,7 +97,7 @@ def _verdicts() -> Iterator[tuple[str, str]]:
     yield from ((word, "bad") for word in _BAD)
 
 
-def tiny_bert(folder: Path, width: int = 16) -> None:
+def tiny_bert(folder: Path, width: int = 16, layers: int = 2) -> None:
     """A BERT body of random weights, 9 thousand unless it is wider, without a head, and its tokenizer."""
     known = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "film", "was", *_GOOD, *_BAD, *map(str, range(20))]
     tokenizer = Tokenizer(WordPiece({word: number for number, word in enumerate(known)}, unk_token="[UNK]"))
@@ -110,7 +110,7 @@ def tiny_bert(folder: Path, width: int = 16) -> None:
             hidden_size=width,
             intermediate_size=2 * width,
             num_attention_heads=2,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
         )
         BertModel(shape).save_pretrained(folder)
 

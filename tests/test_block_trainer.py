@@ -86,9 +86,11 @@ def run_alone(script: str, *arguments: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("kind", "joined", "paged"),
     [
-        ("llama", "lora+gradient-checkpointing+fused-cross-entropy", "bf16"),
         ("bert", "lora", False),
-        pytest.param("llama", "meft", False, marks=pytest.mark.deployed),  # three processes each
+        pytest.param(  # three processes each
+            "llama", "lora+gradient-checkpointing+fused-cross-entropy", "bf16", marks=pytest.mark.deployed
+        ),
+        pytest.param("llama", "meft", False, marks=pytest.mark.deployed),
         pytest.param("bert", "meft", True, marks=pytest.mark.deployed),
     ],
 )

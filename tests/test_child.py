@@ -89,7 +89,9 @@ def test_a_servers_processes_import_nothing_of_the_working_folder(trap: Path, tm
     [
         ("--workers", "1"),
         ("--workers", "2"),
-        pytest.param(("--engine", "flower"), marks=pytest.mark.skipif(not RAY, reason="it needs ray")),
+        pytest.param(
+            ("--engine", "flower"), marks=[pytest.mark.skipif(not RAY, reason="it needs ray"), pytest.mark.deployed]
+        ),
     ],
 )
 def test_a_simulation_imports_nothing_of_the_folder_by_which_its_paths_go(

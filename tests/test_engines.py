@@ -5,8 +5,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from multiprocessing import forkserver
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -16,11 +20,12 @@ from flwr.clientapp import ClientApp
 from fedtune.device.client_app import train_round
 from fedtune.errors import RunError
 from fedtune.recipe.schema import Recipe
+from fedtune.simulation import workers
 from fedtune.simulation.flower_engine import run_on_flower_engine
 from fedtune.simulation.workers import ProcessPoolWorkers
 from fedtune.tracking import Store, get_default_url
 from fedtune.training import RunContext, get_run_context
-from tests.federations import TRIVIAL, begin, execute, order_of, outcome, silent, trivial, words
+from tests.federations import TRIVIAL, begin, execute, order_of, outcome, silent, tiny_bert, trivial, words
 
 RAY = importlib.util.find_spec("ray") is not None
 
@@ -76,7 +81,7 @@ with _ray_with_a_secret():
 """
 
 
-@pytest.mark.slow
+@pytest.mark.deployed
 @pytest.mark.skipif(not RAY, reason="Flower's engine needs ray, which is not installed: pip install 'fedtune[ray]'")
 def test_ray_takes_work_only_from_those_who_know_the_runs_secret() -> None:
     done = subprocess.run([sys.executable, "-c", _BEGIN, _JOIN], capture_output=True, text=True, check=False)
@@ -154,3 +159,33 @@ def test_workers_that_would_share_more_tensors_than_they_may_open_are_refused(mo
     monkeypatch.setattr("fedtune.simulation.workers.raise_file_limit", lambda: 257)
     with pytest.raises(RunError, match=r"2 tensors.*the limit of open files is 257; .*--workers 1"):
         ProcessPoolWorkers(shop(trivial()), 2)
+
+
+@pytest.mark.slow
+def test_workers_share_more_tensors_than_a_starting_process_can_be_given_files(home: Path, tmp_path: Path) -> None:
+    recipe = words(tmp_path, "train.techniques=[lora]", "federation.rounds=1")
+    tiny_bert(tmp_path / "bert", layers=20)
+    context = shop(recipe)
+    assert context.count_tensors() > forkserver.MAXFDS_TO_SEND
+    in_turn = execute(recipe, run="in-turn")
+    pool = execute(recipe, ProcessPoolWorkers(context, 2), run="pool")
+    assert pool.run.status == "completed"
+    assert in_turn.hashes == pool.hashes
+
+
+def test_a_broken_pool_is_left_to_its_own_thread_before_its_queue_is_closed() -> None:
+    """Two threads that closed the queue at once raised 'Bad file descriptor' in one of them."""
+    order: list[str] = []
+    reader = SimpleNamespace(close=lambda: order.append("closed"))
+
+    def end() -> None:
+        time.sleep(0.1)
+        order.append("ended by its thread")
+
+    thread = threading.Thread(target=end)
+    executor: Any = SimpleNamespace(
+        _call_queue=SimpleNamespace(_reader=reader), _executor_manager_thread=thread, _broken="killed"
+    )
+    thread.start()
+    workers._let_go_of_half_written_messages(executor)
+    assert order == ["ended by its thread", "closed"]

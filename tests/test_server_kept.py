@@ -65,6 +65,7 @@ def test_the_log_needs_an_operators_key_and_a_sensible_count(server: Server) -> 
             connection.request_json("GET", "runs/nothing/logs")
 
 
+@pytest.mark.deployed
 def test_a_server_at_rest_logs_less_than_a_megabyte_a_day_also_while_a_run_waits(server: Server) -> None:
     with server.operator() as connection:
         run = submit(server, trivial(TWO))
@@ -75,6 +76,7 @@ def test_a_server_at_rest_logs_less_than_a_megabyte_a_day_also_while_a_run_waits
         connection.request_json("POST", f"runs/{run}/stop")
 
 
+@pytest.mark.deployed
 def test_a_run_in_such_homes_ends_well_and_both_outlive_their_terminals(server: Server, folder: Path) -> None:
     with joined(server, folder, "partition:0", "partition:1") as devices:
         _until_online(devices)

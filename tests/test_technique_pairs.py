@@ -248,6 +248,12 @@ def moved(outcome: LocalTrainingResult) -> bool:
 
 ALLOWED = [(base, joined) for base in BASES for joined in PAIRS if reason(base, joined) is None]
 REFUSED = [(base, joined) for base in BASES for joined in PAIRS if reason(base, joined) is not None]
+IN_TURN = {joined: BASES[number % len(BASES)] for number, joined in enumerate(PAIRS)}
+"""One base for each pair, where a test's outcome does not depend on it."""
+ONCE_REFUSED = [(base, joined) for base, joined in REFUSED if joined not in CLASHES or IN_TURN[joined] == base]
+ONCE_TRAINED = [
+    (base, joined) for base, joined in ALLOWED if IN_TURN[joined] == base or (IN_TURN[joined], joined) not in ALLOWED
+]
 
 
 def test_every_technique_is_driven_and_no_entry_is_stale() -> None:
@@ -257,7 +263,7 @@ def test_every_technique_is_driven_and_no_entry_is_stale() -> None:
     assert len(ALLOWED) + len(REFUSED) == len(BASES) * len(NAMES) * (len(NAMES) - 1) / 2
 
 
-@pytest.mark.parametrize(("base", "joined"), REFUSED)
+@pytest.mark.parametrize(("base", "joined"), ONCE_REFUSED)
 def test_a_pair_that_makes_no_sense_is_refused_with_the_reason(bench: Bench, base: str, joined: str) -> None:
     for chain in (joined, "+".join(reversed(joined.split("+")))):
         with pytest.raises((ModelError, RecipeError), match=reason(base, joined)):
@@ -282,7 +288,7 @@ def test_a_pair_has_the_gradients_of_the_same_network_with_everything_stored(
     assert any(gradient.any() for gradient in wanted.values())
 
 
-@pytest.mark.parametrize(("base", "joined"), ALLOWED)
+@pytest.mark.parametrize(("base", "joined"), ONCE_TRAINED)
 def test_a_pair_trains_a_round_in_either_order_as_its_pickled_copy_does(bench: Bench, base: str, joined: str) -> None:
     """A pool's workers get the model pickled, its storages shared."""
     model, names, chosen = bench.chosen(base, "+".join(reversed(joined.split("+"))))

@@ -22,12 +22,14 @@ from fedtune.errors import RunError
 from fedtune.file_limit import raise_file_limit
 from fedtune.flower.message_identity import set_node_identity
 from fedtune.interrupts import start_without_interrupts
+from fedtune.simulation.handed_context import HandedContext
 from fedtune.training import RunContext, set_run_context
 
 __all__ = ["ClientWorkers", "ProcessPoolWorkers", "SequentialWorkers"]
 
 ClientResult = tuple[Message, Context] | Exception
 _PATIENCE = 0.05
+_END_OF_BROKEN_POOL = 2.0
 _CLIENT = 2
 _OWN_FILES = 256
 """Open files of a process beside its shared tensors."""
@@ -90,7 +92,7 @@ class ProcessPoolWorkers(ClientWorkers):
     """
 
     def __init__(self, run_context: RunContext, processes: int, app: ClientApp = client_app) -> None:
-        _require_files(run_context.count_tensors())
+        _require_files(run_context.count_tensors(), processes)
         run_context.share_memory()
         self._run_context, self._processes, self._app = run_context, processes, app
         self._queue: deque[tuple[str, Message, Context]] = deque()
@@ -105,7 +107,7 @@ class ProcessPoolWorkers(ClientWorkers):
         context = torch.multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_list_modules(self._run_context))
         watched, lifeline = context.Pipe(duplex=False)
-        begin = (self._run_context, watched, dict(os.environ))
+        begin: tuple[Any, ...] = (HandedContext(self._run_context), watched, dict(os.environ))
         return ProcessPoolExecutor(self._processes, mp_context=context, initializer=_begin, initargs=begin), lifeline
 
     def submit(self, message_id: str, message: Message, context: Context) -> None:
@@ -145,9 +147,13 @@ def _let_go_of_half_written_messages(executor: ProcessPoolExecutor) -> None:
     """Close the parent's read end of the call queue.
 
     Early releases of Python 3.11 wait forever if workers exit while a message to them is being written. Later releases
-    close this end themselves, so that the writer gets an error, which is ignored.
+    close this end themselves, so that the writer gets an error, which is ignored. Two threads must not close it at
+    once, so the executor's own thread, which ends a broken pool, has time for it first.
     """
     queue: Any = vars(executor).get("_call_queue")
+    thread: threading.Thread | None = vars(executor).get("_executor_manager_thread")
+    if thread is not None and vars(executor).get("_broken"):
+        thread.join(_END_OF_BROKEN_POOL)
     if queue is not None:
         queue._reader.close()
 
@@ -161,10 +167,12 @@ def _result(future: Future[tuple[Message, Context]]) -> ClientResult:
     return error if isinstance(error, Exception) else RuntimeError(repr(error))
 
 
-def _require_files(shared: int) -> None:
-    """Raise RunError if this process may not open a file for each tensor in shared memory."""
+def _require_files(shared: int, processes: int) -> None:
+    """Raise RunError if this process may not open a file for each tensor in shared memory, and a copy for each worker
+    that is being started.
+    """
     limit = raise_file_limit()
-    if shared + _OWN_FILES > limit:
+    if shared * (1 + processes) + _OWN_FILES > limit:
         raise RunError(
             f"the workers would share {shared:,} tensors, and each takes an open file, but the limit of open files is "
             f"{limit:,}; raise it (ulimit -n) or run the clients in one process (--workers 1)"

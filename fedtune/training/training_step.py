@@ -65,7 +65,7 @@ def run_step(
         restore = _save_random_state(device)
         try:
             parts = split_into_micro_batches(rows, size or len(rows))
-            return StepResult(*_add_gradients(client, examples, parts, progress, metered=metered), size)
+            return StepResult(*_add_gradients(client, examples, parts, progress, device, metered=metered), size)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -115,6 +115,7 @@ def _add_gradients(
     examples: EncodedDataset,
     rows: Sequence[Sequence[int]],
     progress: float,
+    device: torch.device,
     *,
     metered: bool,
 ) -> tuple[list[tuple[float, Tensor]], int]:
@@ -123,7 +124,7 @@ def _add_gradients(
     Micro-batches without predictions, such as texts of one token, are skipped.
     """
     model, task = client.model, client.task
-    device, excluded = find_device(model), [*model.parameters(), *model.buffers()]
+    excluded = [*model.parameters(), *model.buffers()] if metered else []
     losses: list[tuple[float, Tensor]] = []
     kept = 0
     methods, parts = client.method_rounds, [examples.make_batch(part) for part in rows]
