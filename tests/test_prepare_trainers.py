@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainerControl, TrainingArguments
 
 import fedtune
 from fedtune.errors import ModelError
@@ -109,28 +110,40 @@ def test_autocast_of_a_trainer_takes_a_fused_loss(tmp_path: Path) -> None:
         assert (found[name] - one).norm() < 0.02 * moved, name
 
 
-def test_a_trainer_that_begins_again_begins_at_the_first_step(tmp_path: Path) -> None:
-    prepared, trainer = make_trainer(
-        {"lora": {"trained_factors": "both"}, "deft": {"eps_start": 1e-2}}, tmp_path, [BATCH] * 2
-    )
+def begin_training(prepared: fedtune.PreparedModel, optimiser: torch.optim.Optimizer, cards: int = 1) -> None:
+    """What a Trainer calls before its first step."""
+    arguments: Any = SimpleNamespace(n_gpu=cards, save_strategy="no")
+    state: Any = SimpleNamespace(max_steps=2, global_step=0)
+    prepared.make_callback().on_train_begin(arguments, state, TrainerControl(), optimizer=optimiser)
+
+
+def test_a_trainer_that_begins_again_begins_at_the_first_step() -> None:
+    prepared, optimiser = prepare(BOTH)
     seen: list[float] = []
     prepared.model.register_forward_pre_hook(lambda *_: seen.append(prepared._hooks.progress))
-    trainer.train()
-    trainer.train()
+    for _ in range(2):
+        begin_training(prepared, optimiser)
+        for _ in range(2):
+            prepared.model.train()(**BATCH).loss.backward()
+            optimiser.step()
     assert seen == [0.0, 0.5] * 2
 
 
-def test_a_loss_outside_the_model_is_refused_where_a_technique_changes_it(tmp_path: Path) -> None:
-    _, trainer = make_trainer({**BOTH, "error-norm-truncation": {}}, tmp_path, [BATCH], label_smoothing_factor=0.1)
-    with pytest.raises(ModelError, match="error-norm-truncation changes how the model computes its loss"):
-        trainer.train()
-
-
-def test_copies_of_a_model_on_several_cards_are_refused(tmp_path: Path) -> None:
-    _, trainer = make_trainer(BOTH, tmp_path, [BATCH])
-    trainer.args._n_gpu = 2
+def test_copies_of_a_model_on_several_cards_are_refused() -> None:
     with pytest.raises(ModelError, match="copies of the prepared model on 2 cards"):
-        trainer.train()
+        begin_training(*prepare(BOTH), cards=2)
+
+
+def test_a_loss_outside_the_model_is_refused_where_a_technique_works_inside() -> None:
+    """A Trainer with label smoothing gives the model no labels, and those of TRL ask for what they make a loss from."""
+    unlabelled = {name: one for name, one in BATCH.items() if name != "labels"}
+    truncated, fused = (prepare({**BOTH, name: {}})[0] for name in ("error-norm-truncation", "fused-cross-entropy"))
+    with pytest.raises(ModelError, match="error-norm-truncation changes how the model computes its loss"):
+        truncated.model.train()(**unlabelled)
+    assert fused.model.train()(**unlabelled).logits is not None
+    for prepared in (truncated, fused):
+        with pytest.raises(ModelError, match="computed outside the model"):
+            prepared.model.train()(**BATCH, fused_lm_head=True)
 
 
 def test_rounds_are_refused_where_several_processes_train_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
