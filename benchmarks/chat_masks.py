@@ -1,6 +1,6 @@
 """The targets of conversations, token for token as TRL 1.16 gives them, for ten published chat templates.
 
-TRL is needed here alone: pip install --no-deps trl==1.16.0. It ships each template twice: as the model's makers publish
+It needs TRL, which the extra dev installs. TRL ships each template twice: as the model's makers publish
 it, and with ``{% generation %}`` around what the assistant writes, which TRL trains with. Two hundred conversations are
 tokenised by SmolLM2's tokenizer, to which the signs of each template are added, and compared in three ways:
 
@@ -198,7 +198,7 @@ def main() -> None:
     try:
         from trl import chat_template_utils
     except ImportError as error:
-        raise SystemExit("TRL is not installed; run: pip install --no-deps trl==1.16.0") from error
+        raise SystemExit("TRL is not installed; run: pip install trl==1.16.0") from error
     folder = Path(chat_template_utils.__file__).parent / "chat_templates"
     plain = make_conversations()
     calling = add_calls(plain)

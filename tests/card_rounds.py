@@ -1,7 +1,7 @@
 """Trains each technique for a round on the CPU and on the pretended card, in a process of its own.
 
-``python -m tests.card_rounds`` prints a JSON object by data type and case. It is a process of its own because torch
-cannot forget a backend that was registered.
+``python -m tests.card_rounds`` prints a JSON object by data type and case, and with the cases of ``tests.card_uses``.
+It is a process of its own because torch cannot forget a backend that was registered.
 """
 
 import json
@@ -21,6 +21,7 @@ from fedtune.library.tiny_models import TINY_MODELS, TinyModel
 from fedtune.recipe.schema import Recipe, TaskUnit, Unit
 from fedtune.tasks import get_task
 from fedtune.training import ClientRound, LocalTrainingResult, get_model_state, train_local_model
+from tests.card_uses import run_uses, try_case
 from tests.pretend_card import CARD, CardTensor, use_card
 from tests.tiny import a_training_recipe
 
@@ -133,14 +134,8 @@ def _difference(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> fl
     return math.sqrt(sum(gaps) / sum(float(one.double().square().sum()) for one in wanted.values()))
 
 
-def _try(case: str, dtype: torch.dtype) -> dict[str, Any]:
-    try:
-        return _compare(case, dtype)
-    except Exception as error:
-        return {"failed": f"{type(error).__name__}: {error}"}
-
-
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     kinds = {"float32": (torch.float32, tuple(CASES)), "bfloat16": (torch.bfloat16, UNDER_AUTOCAST)}
-    print(json.dumps({name: {case: _try(case, kind) for case in cases} for name, (kind, cases) in kinds.items()}))
+    rounds = {name: {case: try_case(_compare, case, kind) for case in cases} for name, (kind, cases) in kinds.items()}
+    print(json.dumps({**rounds, "uses": run_uses()}))

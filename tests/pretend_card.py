@@ -8,6 +8,7 @@ or tensor that goes back to the CPU. So the same numbers come out as on the CPU,
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -119,6 +120,14 @@ for _names, _dtype in ((_LOWER, None), ((*_FP32, *_MORE_FP32), torch.float32)):
 _autocast[1].fallback(torch.library.fallthrough_kernel)
 
 
+@dataclass
+class Seen:
+    """What a real card would be waited for, and the bytes of each tensor that was sent to it."""
+
+    waits: Counter[str] = field(default_factory=Counter)
+    arrived: list[int] = field(default_factory=list)
+
+
 class CardTensor(Tensor):
     """A tensor of the card; ``held`` has its numbers."""
 
@@ -139,6 +148,12 @@ class CardTensor(Tensor):
         out.held = held
         return out
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CardTensor":
+        return memo.setdefault(id(self), CardTensor(self.held.clone()))  # type: ignore[no-any-return]
+
+    def data_ptr(self) -> int:
+        return self.held.data_ptr()
+
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
@@ -152,15 +167,16 @@ class CardTensor(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        return _run(func, args, dict(kwargs or {}), Counter())
+        return _run(func, args, dict(kwargs or {}), Seen())
 
 
 class Card(TorchDispatchMode):
-    """Makes the tensors that are asked for on the card, and counts in ``waits`` what a card would be waited for."""
+    """Makes the tensors that are asked for on the card, and counts what a card would be waited for and sent."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.waits: Counter[str] = Counter()
+        self._seen = Seen()
+        self.waits, self.arrived = self._seen.waits, self._seen.arrived
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -169,27 +185,27 @@ class Card(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        return _run(func, args, dict(kwargs or {}), self.waits)
+        return _run(func, args, dict(kwargs or {}), self._seen)
 
 
-def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], waits: Counter[str]) -> Any:
+def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], seen: Seen) -> Any:
     """Run an operation on what the tensors hold; the result is on the card if its inputs, or its device, are."""
     asked = kwargs.get("device")
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     ours = [one for one in tensors if isinstance(one, CardTensor)]
     on_card = asked.type == NAME if asked is not None else bool(ours)
     if func in _WAITS or func in _SHAPES:
-        waits[{**_WAITS, **_SHAPES}[func]] += bool(ours)
+        seen.waits[{**_WAITS, **_SHAPES}[func]] += bool(ours)
     if func in (_aten.index.Tensor,) and any(
         isinstance(one, CardTensor) and one.dtype in (torch.bool, torch.uint8) for one in tree_leaves(args[1])
     ):
-        waits["mask"] += 1
+        seen.waits["mask"] += 1
     if func in _TWO_DEVICES:
-        on_card = _move(func, args, asked, waits)
+        on_card = _move(func, args, asked, seen)
     else:
         _refuse_mixed(func, args, tensors, ours)
     plain_args, plain_kwargs = tree_map(_unwrap, (args, kwargs))
-    if asked is not None:
+    if asked is not None and asked.type == NAME:
         plain_kwargs["device"] = _CPU
     plain_kwargs.pop("pin_memory", None)
     out = func(*plain_args, **plain_kwargs)
@@ -199,7 +215,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], waits: Counte
     return return_and_correct_aliasing(func, args, kwargs, wrapped) if ours else wrapped
 
 
-def _move(func: Any, args: tuple[Any, ...], asked: torch.device | None, waits: Counter[str]) -> bool:
+def _move(func: Any, args: tuple[Any, ...], asked: torch.device | None, seen: Seen) -> bool:
     """Whether the result of a copy is on the card; a copy to the CPU is waited for."""
     source = args[1] if func is _aten.copy_.default else args[0]
     here = isinstance(source, CardTensor)
@@ -207,7 +223,9 @@ def _move(func: Any, args: tuple[Any, ...], asked: torch.device | None, waits: C
         target = isinstance(args[0], CardTensor)
     else:
         target = here if asked is None else asked.type == NAME
-    waits["to cpu"] += here and not target
+    seen.waits["to cpu"] += here and not target
+    if target and not here:
+        seen.arrived.append(source.nbytes)
     return target
 
 

@@ -62,15 +62,19 @@ def prepare(
         raise ModelError(
             f"this {type(model).__name__} is prepared already; call merge() on it, or load the model again"
         )
+    if getattr(model, "peft_config", None):
+        raise ModelError(
+            f"this {type(model).__name__} has adapters of PEFT; prepare the model that merge_and_unload() returns"
+        )
     chosen = techniques.build_techniques(_parse_units(units), "techniques")
     quantising = [one.name for one in chosen if one.make_quantisation_config() is not None]
     if quantising and not getattr(model, "is_quantized", False):
         raise ModelError(f"{quantising[0]} needs a model in four bits; load it with quantization_config, or take lora")
     found, device = get_task(task), find_device(model)
     techniques.check_device_type(chosen, device.type)
+    model.to("cpu")  # as for a run: techniques draw what they add on the CPU, and some run the model with it
     shared = techniques.apply_techniques(chosen, model, found, derive_seed(seed, "techniques"))
-    if device.type != "cpu":
-        model.to(device)  # what techniques added was drawn on the CPU
+    model.to(device)
     vars(model)[_MARK] = True
     return PreparedModel(model, chosen, found, shared)
 
@@ -174,7 +178,7 @@ class PreparedModel:
     def save(self, folder: str | Path) -> Path:
         """Write the merged model to a new folder that transformers loads. The model itself stays as it is.
 
-        Before ``merge()`` a copy of the model is merged, which needs the memory of a second model.
+        Before ``merge()`` a copy of the model is merged, which needs the memory of a second model on the CPU.
         """
         target = Path(folder)
         if target.exists():
@@ -197,7 +201,7 @@ class PreparedModel:
     def _copy_merged(self) -> nn.Module:
         self._remove_hooks()
         try:
-            copied = copy.deepcopy(self.model)
+            copied = _copy_to_cpu(self.model)
         finally:
             self._handles = self._hooks.install(self.model)
         techniques.merge_into_weights(self.techniques, copied)
@@ -211,6 +215,15 @@ class PreparedModel:
     def _require_unmerged(self) -> None:
         if self._merged:
             raise ModelError("the techniques are merged into the model already; prepare it again to train on")
+
+
+def _copy_to_cpu(model: nn.Module) -> nn.Module:
+    """A copy of a model on the CPU. Weights in four bits stay where they are: they know how to copy themselves."""
+    if getattr(model, "is_quantized", False) or find_device(model).type == "cpu":
+        return copy.deepcopy(model)
+    made: dict[int, Any] = {id(one): nn.Parameter(one.detach().cpu(), one.requires_grad) for one in model.parameters()}
+    made |= {id(one): one.detach().cpu() for one in model.buffers()}
+    return copy.deepcopy(model, made)
 
 
 def _unwrap(optimiser: Any) -> Optimizer:

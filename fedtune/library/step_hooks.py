@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from fedtune import techniques
+from fedtune.accelerator import move_tensors
 from fedtune.errors import ModelError
 from fedtune.tasks import Task
 from fedtune.techniques import ExtraPayload, StepInfo, Technique
@@ -60,8 +61,7 @@ class StepHooks:
             techniques.begin_step(self._techniques, model, inputs, 1.0)
             return
         self._require_optimiser()
-        if kwargs.get(_TRL_HEAD) and any(one.name == "fused-cross-entropy" for one in self._techniques):
-            raise ModelError("this Trainer computes the loss in chunks by itself; leave out fused-cross-entropy")
+        self._require_own_loss(inputs, outside=bool(kwargs.get(_TRL_HEAD)))
         freeze_batch_norm_statistics(model)
         self._inputs = {**inputs}
         techniques.begin_step(self._techniques, model, inputs, self.progress)
@@ -95,8 +95,21 @@ class StepHooks:
                 "steps_per_round=...) first, or give the Trainer make_callback(steps_per_round=...)"
             )
 
+    def _require_own_loss(self, inputs: Mapping[str, Any], *, outside: bool) -> None:
+        """ModelError if the loss is computed outside the model, and a technique works inside the model's own.
+
+        If the model gets no labels, that matters only for techniques whose loss is another one.
+        """
+        unlabelled = "labels" not in inputs and torch.is_grad_enabled()
+        for one in self._techniques:
+            if one.replaces_loss and (outside or (unlabelled and not one.has_exact_gradients)):
+                raise ModelError(
+                    f"{one.name} changes how the model computes its loss, but this loss is computed outside the model; "
+                    f"leave {one.name} out, or pass labels to the model and train with its loss"
+                )
+
     def check_rounds(self, steps_per_round: int | None) -> None:
-        """ModelError if a technique acts between rounds and nobody said how long a round is."""
+        """ModelError if a technique acts between rounds whose length nobody said, or that several processes count."""
         if steps_per_round is not None and steps_per_round < 1:
             raise ModelError(f"steps_per_round is {steps_per_round}, but must be at least 1")
         acting = [one.name for one in self._techniques if one.changes_per_round()]
@@ -104,6 +117,11 @@ class StepHooks:
             raise ModelError(
                 f"{acting[0]} trains something else in each round; say how many steps a round has, e.g. "
                 "steps_per_round=100"
+            )
+        if acting and _count_processes() > 1:
+            raise ModelError(
+                f"{acting[0]} trains something else in each round, which {_count_processes()} processes that train one "
+                "model do not agree on; train in one process, or take lora with trained_factors: both"
             )
 
     def before_step(self, model: nn.Module, optimiser: Optimizer) -> None:
@@ -146,8 +164,14 @@ class StepHooks:
             for layer, training in mode.items():
                 layer.training = training
         state = get_model_state(model, self._shared_names)
-        payloads = [ExtraPayload(1.0, extras)]
+        payloads = [ExtraPayload(1.0, move_tensors(extras, torch.device("cpu")))]  # where a server has them
         set_model_state(model, techniques.after_aggregation(self._techniques, state, number, payloads))
+
+
+def _count_processes() -> int:
+    """The number of processes that train one model together."""
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def _changes_gradients(technique: Technique) -> bool:

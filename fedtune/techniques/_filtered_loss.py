@@ -20,6 +20,7 @@ __all__ = [
 ]
 
 _IGNORED = -100
+_TOTAL = "num_items_in_batch"
 _ROWS = 128
 """Tokens whose logits are looked at together."""
 
@@ -59,7 +60,8 @@ class FilteredLoss:
         if torch.equal(kept, following):
             return self.base(logits, labels, vocab_size, shift_labels=shift_labels, **others)
         counted, left = (int((one != _IGNORED).sum()) for one in (following, kept))
-        others["num_items_in_batch"] = torch.tensor(max(left, self.least_share * counted), device=logits.device)
+        divisor, total = torch.tensor(max(left, self.least_share * counted), device=logits.device), others.get(_TOTAL)
+        others[_TOTAL] = divisor if total is None else divisor * total / counted  # a part of a batch with ``total``
         return self.base(logits, labels, vocab_size, shift_labels=kept, **others)
 
     @torch.no_grad()

@@ -31,5 +31,5 @@ def allow_saving(model: nn.Module, name: str) -> None:
 def _refuse(unmerged: list[str], *_: Any, **__: Any) -> None:
     raise ModelError(
         f"the configuration of this model cannot describe {' and '.join(unmerged)}; merge it into plain layers before "
-        "saving: techniques.merge_into_weights(chosen, model)"
+        "saving: save(folder) or merge() of a prepared model, techniques.merge_into_weights(chosen, model) elsewhere"
     )

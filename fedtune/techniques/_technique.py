@@ -42,6 +42,8 @@ class Technique(NamedUnit):
     """Whether it selects trained tensors; a run needs at least one technique that does."""
     has_exact_gradients: ClassVar[bool] = True
     """Whether gradients are those of the plain model, or of one with adapters, up to rounding."""
+    replaces_loss: ClassVar[bool] = False
+    """Whether it works inside the loss that the model computes from its labels, and not where another loss is taken."""
     allows_kv_cache: ClassVar[bool] = False
     """Whether text can be generated with cached keys and values: the model computes each token from those before it."""
     conflicts_with: ClassVar[Mapping[str, str]] = {}

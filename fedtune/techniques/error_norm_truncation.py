@@ -50,6 +50,7 @@ class ErrorNormTruncation(Technique):
     paged_base_problem: ClassVar[str | None] = None
     has_exact_gradients: ClassVar[bool] = False
     selects_trainable_tensors: ClassVar[bool] = False
+    replaces_loss: ClassVar[bool] = True
     allows_kv_cache: ClassVar[bool] = True
 
     threshold: float = Field(1.35, gt=0, description="tokens with a larger error norm are dropped; √2 is the largest")

@@ -61,7 +61,7 @@ class _Fused(torch.autograd.Function):
             loss += _loss_and_gradient_in_place(z, labels[rows, None])
             z /= divisor
             if by_hidden is not None:
-                by_hidden[rows] = z.to(weight.dtype) @ weight
+                by_hidden[rows] = (z.to(weight.dtype) @ weight).to(by_hidden.dtype)  # autocast gives another type
             if by_weight is not None:
                 by_weight.addmm_(z.T, h.to(fine))
             if by_bias is not None:

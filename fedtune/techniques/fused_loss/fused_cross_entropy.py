@@ -50,6 +50,7 @@ class FusedCrossEntropy(Technique):
     fits_plain_blocks: ClassVar[bool] = True
     paged_base_problem: ClassVar[str | None] = None
     selects_trainable_tensors: ClassVar[bool] = False
+    replaces_loss: ClassVar[bool] = True
     allows_kv_cache: ClassVar[bool] = True
 
     chunk_size: int = Field(128, ge=1, description="tokens whose logits exist at the same time")
