@@ -271,5 +271,7 @@ def test_two_of_seven_clients_that_turn_back_ruin_the_mean_and_not_a_robust_merg
 
 
 def test_a_centre_of_the_last_merge_goes_with_no_server_optimiser() -> None:
-    with pytest.raises(RecipeError, match="centred-clipping compares updates with what the last merge gave, and fedavgm"):
+    with pytest.raises(
+        RecipeError, match="centred-clipping compares updates with what the last merge gave, and fedavgm"
+    ):
         trivial("merge=[centred-clipping, fedavgm]")
