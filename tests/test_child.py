@@ -87,7 +87,6 @@ def test_a_servers_processes_import_nothing_of_the_working_folder(trap: Path, tm
 @pytest.mark.parametrize(
     "options",
     [
-        ("--workers", "1"),
         ("--workers", "2"),
         pytest.param(
             ("--engine", "flower"), marks=[pytest.mark.skipif(not RAY, reason="it needs ray"), pytest.mark.deployed]

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = """
 import re, sys, threading, time
 from pathlib import Path
@@ -38,6 +40,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.deployed
 def test_full_fine_tuning_holds_four_copies_of_the_model_and_half_a_one(tmp_path: Path) -> None:
     copies = [measured(tmp_path / "once")]
     if copies[0] >= 4.5:  # what the allocator holds on to varies by a tenth of the model from run to run

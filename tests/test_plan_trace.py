@@ -42,15 +42,8 @@ DECODER = (
     "full+activation-pruning",
     "lora+chunked-mlp",
     "full+error-norm-truncation",
-    "full+int8-activations",
-    "full+offload",
-    "compact",
-    "badam",
 )
-IMAGES = (
-    *("full", "mobiletl", "tinytl", "bias", "full+activation-pruning", "dynamic-pruning", "last-blocks"),
-    *("full+int8-activations", "full+division", "full+offload"),
-)
+IMAGES = (*("full", "mobiletl", "tinytl", "bias", "full+activation-pruning", "dynamic-pruning", "last-blocks"),)
 
 
 def a_decoder(folder: Path) -> Path:

@@ -87,7 +87,7 @@ def assert_nothing_is_left(home: Path, run: str) -> None:
     assert not list(home.rglob("*.part"))
 
 
-@pytest.mark.slow
+@pytest.mark.deployed
 def test_a_run_killed_at_random_moments_ends_as_one_left_alone(
     home: Path, recipe: str, left_alone: tuple[Bits, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
