@@ -177,6 +177,7 @@ def test_a_stock_supernode_s_app_replies_with_a_code_and_not_the_exception(
         raise DataError(SECRET, code="unknown-labels", counts={"rows": 3})
 
     monkeypatch.setattr(apps, "train_round", fail)
+    monkeypatch.setattr(apps, "_without_attack", lambda message: message)  # the message has no request
     set_node_identity(1)
     message = Message(RecordDict(), 2, "train")
     set_message_id(message, "1")

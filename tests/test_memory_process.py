@@ -68,7 +68,9 @@ def test_a_mapped_file_counts_as_file_backed_and_a_tensor_as_anonymous(tmp_path:
         with MemoryWatch() as watch:
             first = read_resident_memory()
             assert sum(mapped[::4096]) > 0
-            held = torch.ones(32 * MEGABYTES, dtype=torch.uint8)
+            # Not of the heap, which may hold free blocks that are resident.
+            fresh = mmap.mmap(-1, 32 * MEGABYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            held = torch.frombuffer(fresh, dtype=torch.uint8).fill_(1)
         assert held.numel()
     assert first is not None
     assert watch.anonymous is not None

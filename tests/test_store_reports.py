@@ -209,6 +209,7 @@ def test_every_split_that_is_recorded_is_documented() -> None:
         "border",
         "local",
         "drift",
+        "end",
         "merge",
         "privacy",
         "updates",

@@ -15,7 +15,7 @@ from datasets import (
     Image,
     List,
     are_progress_bars_disabled,
-    load_dataset,
+    load_dataset_builder,
     load_from_disk,
 )
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
@@ -24,6 +24,7 @@ from huggingface_hub.utils import logging as hub_logging
 
 from fedtune.data.arrow import Arrow
 from fedtune.data.column import Column, Values
+from fedtune.data.prepared_splits import open_prepared_splits
 from fedtune.data.table import Classes, ClassLists, Greys, Kind, Pictures, Table
 from fedtune.errors import DataError, SourceError
 from fedtune.paths import get_cache_folder
@@ -36,7 +37,7 @@ def from_hub(name: str) -> dict[str, Table]:
     identity, _, configuration = name.partition(":")
     try:
         with _quiet():
-            return _tables(load_dataset(identity, configuration or None))
+            return _tables(open_prepared_splits(load_dataset_builder(identity, configuration or None)))
     except DatasetNotFoundError as error:
         raise SourceError(f"the hub has no data set {identity!r}, or it is gated; check the id or log in") from error
     except (DatasetGenerationError, OSError, RuntimeError, ValueError) as error:
@@ -47,7 +48,8 @@ def from_files(path: Path, builder: str, **where: object) -> dict[str, Table]:
     """Load files with a builder of ``datasets``. Messages name ``path``."""
     try:
         with _quiet():
-            return _tables(load_dataset(builder, cache_dir=str(get_cache_folder() / "datasets"), **where))
+            cache = str(get_cache_folder() / "datasets")
+            return _tables(open_prepared_splits(load_dataset_builder(builder, cache_dir=cache, **where)))
     except StopIteration as error:  # datasets, of an empty file of JSON lines
         raise DataError(f"{path} holds no example; bring data") from error
     except (DatasetGenerationError, OSError, ValueError) as error:

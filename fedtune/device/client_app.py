@@ -68,12 +68,17 @@ def _read_request(message: Message) -> TrainRequest:
     return TrainRequest(**train_messages.read_train_request(message.content))  # type: ignore[arg-type]
 
 
+def _without_attack(message: Message) -> Message:
+    """Return the message; RecipeError if its recipe has attacks, which are for simulations."""
+    refuse_attacks(get_run_context(_read_request(message).recipe).recipe)
+    return message
+
+
 @deployed.train()
 def train_round_and_keep_errors(message: Message, context: Context) -> Message:
     """Do the same as ``train_round``, but write the text of an error only to the log of this machine."""
     try:
-        refuse_attacks(get_run_context(_read_request(message).recipe).recipe)
-        return train_round(message, context)
+        return train_round(_without_attack(message), context)
     except Exception as error:
         logging.getLogger("fedtune").exception("a train request failed")
         return Message(Error(TRAINING_FAILED, problem_of(error).text), reply_to=message)
