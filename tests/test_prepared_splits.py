@@ -12,9 +12,10 @@ from fedtune.data.prepared_splits import open_prepared_splits
 def test_splits_are_those_of_the_loader_and_pages_are_dropped_after_each_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = {part: str(tmp_path / f"{part}.csv") for part in ("train", "test")}
-    for number, file in enumerate(files.values()):
-        rows = [f"text {row},{row % 3}" for row in range(2_500 + number)]
+    names = {"train": ("one", "two", "three"), "test": ("four",)}
+    files = {part: [str(tmp_path / f"{name}.csv") for name in inner] for part, inner in names.items()}
+    for number, file in enumerate(file for inner in files.values() for file in inner):
+        rows = [f"text {row},{row % 3}" for row in range(50 + number)]
         Path(file).write_text("\n".join(["text,label", *rows]) + "\n", encoding="utf-8")
     cache = str(tmp_path / "cache")
     dropped: list[MappedPages] = []
