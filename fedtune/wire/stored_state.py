@@ -35,6 +35,9 @@ class StoredState(Mapping[str, Tensor]):
             tensor: Tensor = file.get_tensor(name)
         return tensor
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
