@@ -72,12 +72,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as home:
         os.environ["FEDTUNE_HOME"] = home
         for seed, merge, attack in itertools.product(arguments.seeds, MERGES, arguments.attacks):
-            rows.append(measure(seed, merge, attack, arguments.rounds))
+            rows.append(measure_accuracy(seed, merge, attack, arguments.rounds))
             print(rows[-1], file=sys.stderr, flush=True)
-    save("robust_merges", {"rounds": arguments.rounds, "rows": rows, "mean_accuracy": average(rows, arguments.attacks)})
+    save(
+        "robust_merges",
+        {"rounds": arguments.rounds, "rows": rows, "mean_accuracy": average_over_seeds(rows, arguments.attacks)},
+    )
 
 
-def measure(seed: int, merge: str, attack: str, rounds: int) -> dict[str, Any]:
+def measure_accuracy(seed: int, merge: str, attack: str, rounds: int) -> dict[str, Any]:
     """The test accuracy of one run, and its processor seconds."""
     hostile = {"name": "bad", "count": HOSTILE, **({} if attack == "none" else {"attack": {attack: ATTACKS[attack]}})}
     devices = [{"name": "good", "count": CLIENTS - HOSTILE}, hostile]
@@ -92,7 +95,7 @@ def measure(seed: int, merge: str, attack: str, rounds: int) -> dict[str, Any]:
     return {"seed": seed, "merge": merge, "attack": attack, "accuracy": accuracy, "seconds": seconds}
 
 
-def average(rows: Sequence[dict[str, Any]], attacks: Sequence[str]) -> dict[str, dict[str, float]]:
+def average_over_seeds(rows: Sequence[dict[str, Any]], attacks: Sequence[str]) -> dict[str, dict[str, float]]:
     """By merge and attack, over the seeds."""
     return {
         merge: {

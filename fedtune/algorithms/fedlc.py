@@ -60,10 +60,10 @@ class _FedlcRound(AlgorithmRound):
     def change_model(self) -> Iterator[None]:
         """Lower the logits."""
 
-        def lower(_: nn.Module, __: Any, logits: Tensor) -> Tensor:
+        def lower_logits(_: nn.Module, __: Any, logits: Tensor) -> Tensor:
             return logits - self._margins.to(logits.dtype)
 
-        handle = self._layer.register_forward_hook(lower)
+        handle = self._layer.register_forward_hook(lower_logits)
         try:
             yield
         finally:

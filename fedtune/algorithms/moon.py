@@ -76,10 +76,10 @@ class _MoonRound(AlgorithmRound):
     def change_model(self) -> Iterator[None]:
         """Collect what enters the last layer."""
 
-        def keep(_: nn.Module, given: tuple[Any, ...]) -> None:
+        def collect_input(_: nn.Module, given: tuple[Any, ...]) -> None:
             self._inputs.append(given[0])
 
-        handle = find_last_layer(self._method.name, self._setup.model).register_forward_pre_hook(keep)
+        handle = find_last_layer(self._method.name, self._setup.model).register_forward_pre_hook(collect_input)
         try:
             yield
         finally:
