@@ -10,9 +10,11 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+from pydantic import model_serializer
 from sqlalchemy import Connection, Engine, text
 
 from fedtune.interrupts import hold_interrupts, start_without_interrupts
+from fedtune.recipe.settings_model import SettingsModel
 from fedtune.tracking.database import make_engine, make_file_url, reader, writer
 
 _CHILD = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
@@ -91,3 +93,17 @@ def test_an_interrupted_transaction_is_whole_and_leaves_the_database_free(tmp_pa
     with reader(engine) as connection:
         assert connection.execute(text("select number from numbers")).scalars().all() == [1, 2, 2]
     engine.dispose()
+
+
+@pytest.mark.parametrize("write", [SettingsModel.model_dump, SettingsModel.model_dump_json])
+def test_ctrl_c_is_no_error_of_a_recipe_that_is_written(write: Callable[[SettingsModel], object]) -> None:
+    class Interrupted(SettingsModel):
+        value: int = 1
+
+        @model_serializer
+        def serialise(self) -> dict[str, int]:
+            interrupt()
+            return {"value": self.value}
+
+    with pytest.raises(KeyboardInterrupt):
+        write(Interrupted())
