@@ -41,6 +41,8 @@ PREPARED: dict[str, Any] = {
 """Techniques with a backward pass of their own, with a term in the loss, and with work between rounds."""
 
 _CPU = torch.device("cpu")
+_SCORED = ("validation", "test", "test-before", "local")
+"""The splits of metrics that a model was scored for."""
 
 
 def _build() -> nn.Module:
@@ -204,8 +206,10 @@ def _list_metrics(ended: Ended) -> list[Any]:
 
 
 def _list_devices(ended: Ended) -> list[str | None]:
-    own = [one.device_type for round_ in ended.rounds for one in round_.client_records]
-    return [*(round_.device_type for round_ in ended.rounds), *own]
+    own = [one.device_type for done in ended.rounds for one in done.client_records]
+    own += [one.device_type for done in ended.rounds for one in done.client_scores]
+    scored = [one for done in ended.rounds for one in done.metrics if one.split in _SCORED]
+    return [*(done.device_type for done in ended.rounds), *own, *(one.device_type for one in scored)]
 
 
 def _gap(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:

@@ -139,7 +139,7 @@ def test_show_and_export_tell_the_spread_and_each_client(recorded: list[RoundRec
     CliRunner().invoke(runs, ["export", "latest", "-o", str(tmp_path / "out")], catch_exceptions=False)
     rows = (tmp_path / "out" / "client_scores.csv").read_text().splitlines()
     assert len(rows) == 1 + 48
-    assert rows[0] == '"run_id","round","client","moment","name","value","num_predictions"'
+    assert rows[0] == '"run_id","round","client","moment","name","value","num_predictions","device_type"'
 
 
 def test_the_picture_has_a_row_more_where_clients_scored(recorded: list[RoundRecord], tmp_path: Path) -> None:

@@ -155,6 +155,7 @@ def test_a_document_has_the_promised_keys_and_the_newest_checkpoint(recorded: Re
         "domain": "all",
         "name": "accuracy",
         "value": 0.55,
+        "device_type": None,
     }
     assert len(found["metrics"]) == 4 * 3
 
@@ -254,6 +255,7 @@ def test_csv_tables_hold_every_row(recorded: Recorded, tmp_path: Path) -> None:
         "domain": "all",
         "name": "accuracy",
         "value": "0.55",
+        "device_type": "",
     }
 
 

@@ -24,7 +24,7 @@ from sqlalchemy import create_engine
 
 from fedtune.cli.main import cli
 from fedtune.errors import StoreError
-from fedtune.tracking import Store, claim_run, schema_upgrade
+from fedtune.tracking import MetricRecord, Store, claim_run, schema_upgrade
 from fedtune.tracking.schema_version import HEAD_REVISION
 from tests.machine_bits import skip_on_other_bits
 
@@ -88,6 +88,11 @@ def test_client_records_keep_their_values_and_tell_classes_from_devices(old: Pat
     ]
 
 
+def read_metrics(run: str) -> list[MetricRecord]:
+    with Store.open() as store:
+        return [one for record in store.rounds(run) for one in record.metrics]
+
+
 def test_what_clients_hold_out_is_the_split_local(old: Path) -> None:
     with Store.open() as store:
         splits = {
@@ -97,6 +102,8 @@ def test_what_clients_hold_out_is_the_split_local(old: Path) -> None:
     assert splits == {"validation", "test", "test-before", "local", "privacy", "updates", "train"}
     assert {one.moment for one in scores} == {"before", "after", "shared"}
     assert all(one.num_predictions > 0 for one in scores)
+    assert {one.device_type for one in scores} == {None}  # not known
+    assert {one.device_type for run in (KILLED, SERVED) for one in read_metrics(run)} == {None}
 
 
 def test_a_servers_tables_keep_their_rows(old: Path) -> None:
@@ -169,9 +176,9 @@ Store.open()
 """
 
 
-@pytest.mark.parametrize("statement", [1, 12, 20, 23, 27, 30, 40, 41, 42])
+@pytest.mark.parametrize("statement", [1, 12, 20, 23, 27, 30, 40, 42, 43, 45, 46])
 def test_a_process_that_is_killed_leaves_the_old_store(old: Path, statement: int) -> None:
-    """The upgrade has 42 statements that write, the last of which records the revision."""
+    """The upgrade has 46 statements that write, the last of which records the revision."""
     before = read_all(old)
     killed = subprocess.run([sys.executable, "-c", DIE, str(statement)], cwd=ROOT, check=False)
     assert killed.returncode == -signal.SIGKILL

@@ -10,6 +10,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
+from fedtune.cli.device_type_view import describe_device_types, list_compared_types
 from fedtune.cli.drift_view import format_drift
 from fedtune.cli.plain_table import make_table
 from fedtune.cli.prediction_table import make_prediction_table
@@ -100,6 +101,8 @@ def show_comparison(recorded: Recorded, settings: Mapping[str, Sequence[Any]]) -
     table.add_row("sent back", *(decimal(cost.bytes_up) for cost in costs))
     table.add_row("activations", *(decimal(cost.activation_memory) for cost in costs))
     table.add_row("time", *(_seconds(cost.seconds) for cost in costs))
+    if types := list_compared_types([rounds for _, rounds in recorded]):
+        table.add_row("computed on", *types)
     for name, cells in list_stream_rows(recorded):
         table.add_row(name, *cells)
     if settings:
@@ -133,6 +136,8 @@ def _facts(run: RunRecord, rounds: Rounds) -> Table:
     grid.add_row("started", f"{_local(run.created_at):%Y-%m-%d %H:%M}, engine {run.engine}, seed {run.seed}")
     grid.add_row("sent", f"{decimal(cost.bytes_down)} to clients, {decimal(cost.bytes_up)} back")
     grid.add_row("peak", f"{decimal(cost.activation_memory)} activation memory, {decimal(cost.peak_memory)} process")
+    if computed := describe_device_types(rounds):
+        grid.add_row("computed on", Text(computed, overflow="fold"))
     if private := describe_privacy(run, rounds):
         grid.add_row("privacy", private)
     if attackers := describe_attackers(run):
@@ -192,11 +197,14 @@ def _clients(rounds: Rounds) -> Table:
     """Return how metrics vary between clients in the last round that clients scored."""
     found = compute_spreads(rounds)
     last = max(one.round for one in found)
-    table = make_table("clients' own", f"round {last}", "clients>", "mean>", "deviation>", "worst tenth>")
-    for one in (one for one in found if one.round == last):
+    shown = [one for one in found if one.round == last]
+    kinds = {one.device_type or "-" for one in shown}
+    types = ["on"] if len(kinds) > 1 or "+" in min(kinds) else []
+    table = make_table("clients' own", f"round {last}", "clients>", "mean>", "deviation>", "worst tenth>", *types)
+    for one in shown:
         moment = "shared model" if one.moment == "shared" else f"{one.moment} training"
         figures = map(_number, (one.mean, one.deviation, one.worst_tenth))
-        table.add_row(one.name, moment, str(one.clients), *figures)
+        table.add_row(one.name, moment, str(one.clients), *figures, *([one.device_type or "-"] if types else []))
     return table
 
 

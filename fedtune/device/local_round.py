@@ -135,7 +135,8 @@ def _scored(
     tells = count_held_out(len(rows), recipe.evaluation.local_holdout) >= FEWEST and recipe.privacy is None
     figures = _told(score) if tells else {}
     figures |= _tell_tasks(of_tasks) if recipe.privacy is None else {}
-    return ClientReport(0, math.nan, time.perf_counter() - started, 0, peak_rss(), **figures)
+    cost = time.perf_counter() - started, 0, peak_rss()
+    return ClientReport(0, math.nan, *cost, device_code=DEVICE_TYPES.index(part.device.type), **figures)
 
 
 def _own(part: RunContext, folder: Path, before: int) -> dict[str, Tensor]:

@@ -52,7 +52,7 @@ class Run:
 
     @property
     def metrics(self) -> Any:
-        """Every metric as an Arrow table: run_id, round, split, domain, name and value. See ``to_pandas`` of Arrow."""
+        """Every metric as an Arrow table with a row per round, split, domain and name. See ``to_pandas`` of Arrow."""
         return self.to_arrow("metrics")
 
     @property

@@ -47,7 +47,7 @@ def runs(store: str | None = None) -> Runs:
     >>> import fedtune, tempfile
     >>> found = fedtune.runs(f"sqlite:///{tempfile.mkdtemp()}/runs.db")
     >>> len(found), found.to_pandas("metrics").columns.tolist()
-    (0, ['run_id', 'round', 'split', 'domain', 'name', 'value'])
+    (0, ['run_id', 'round', 'split', 'domain', 'name', 'value', 'device_type'])
     """
     url = store or get_default_url()
     with Store.open(url) as opened:

@@ -16,7 +16,7 @@ from fedtune.seeds import derive_seed
 from fedtune.server.class_payloads import RoundPayloads
 from fedtune.server.downloads import Downloads
 from fedtune.server.events import Unscored, emit_event
-from fedtune.server.federated_evaluation import list_client_scores
+from fedtune.server.federated_evaluation import ScoredClient, list_client_scores
 from fedtune.server.replies import read_error
 from fedtune.server.reports import read_score
 from fedtune.server.run_clients import RunClients
@@ -77,9 +77,9 @@ class ClientScoring:
             emit_event(Unscored(round_number, len(scorers), reasons))
         scored = {client: said for client, said in found.items() if isinstance(said, ClientReport)}
         metrics, task = self.context.recipe.evaluation.metrics, self.context.task
-        whole = [(client, one.holdout_metrics) for client, one in scored.items()]
+        whole = [(ScoredClient(client, one.scoring_device_type), one.holdout_metrics) for client, one in scored.items()]
         told = [
-            ClientFigures(client, clients.devices[client].device_class, one.task_figures)
+            ClientFigures(client, clients.devices[client].device_class, one.task_figures, one.scoring_device_type)
             for client, one in scored.items()
             if one.task_figures is not None
         ]

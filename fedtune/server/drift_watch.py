@@ -9,6 +9,7 @@ is the mean over its clients.
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import fmean
 
 from fedtune.continual._drift_opening import can_end_visit
@@ -16,6 +17,7 @@ from fedtune.continual._drift_threshold import DEFAULT_THRESHOLDS, compute_thres
 from fedtune.server.drift_reference import add_scores
 from fedtune.server.events import DriftNoticed, emit_event
 from fedtune.tracking import ClientScore, MetricRecord, RoundRecord
+from fedtune.tracking.device_types import join_device_types
 from fedtune.training import RunContext
 from fedtune.wire.client_update import ClientUpdate
 
@@ -73,15 +75,24 @@ class DriftWatch:
                     found["opens"] = float(round_number + 1)
                 drifting = {client: scores[client] for client in above}
                 emit_event(DriftNoticed(round_number, drifting, mean, threshold, streak if alarm else 0))
+        device_type = join_device_types(one.device_type for one in updates if one.drift is not None)
         rows = [MetricRecord(split=SPLIT, domain="all", name=name, value=value) for name, value in found.items()]
-        return (*rows, *self._average_classes(scores))
+        means = (replace(one, device_type=device_type) if one.name == self._settings.signal else one for one in rows)
+        return (*means, *self._average_classes(updates))
 
     def list_client_scores(self, updates: Sequence[ClientUpdate]) -> tuple[ClientScore, ...]:
         """Return the signal of each client before it trained, and the examples it is of."""
         if self._settings is None:
             return ()
         return tuple(
-            ClientScore(client=one.client, moment="before", name=self._score_name, value=value, num_predictions=count)
+            ClientScore(
+                client=one.client,
+                moment="before",
+                name=self._score_name,
+                value=value,
+                num_predictions=count,
+                device_type=one.device_type,
+            )
             for one in updates
             if one.drift is not None
             for value, count in (one.drift,)
@@ -97,17 +108,24 @@ class DriftWatch:
             return self._threshold
         return DEFAULT_THRESHOLDS.get(self._settings.signal)
 
-    def _average_classes(self, scores: dict[int, float]) -> Metrics:
+    def _average_classes(self, updates: Sequence[ClientUpdate]) -> Metrics:
         """Return the mean of each device class, where there are several."""
         assert self._settings is not None
         recipe = self._context.recipe
-        found: dict[str, list[float]] = defaultdict(list)
-        for client, value in scores.items():
-            found[recipe.get_device_class(client).name].append(value)
+        found: dict[str, list[tuple[float, str | None]]] = defaultdict(list)
+        for one in updates:
+            if one.drift is not None:
+                found[recipe.get_device_class(one.client).name].append((one.drift.value, one.device_type))
         if len(recipe.devices) < 2:
             return ()
         return tuple(
-            MetricRecord(split=SPLIT, domain=name, name=self._settings.signal, value=fmean(values))
-            for name, values in sorted(found.items())
+            MetricRecord(
+                split=SPLIT,
+                domain=name,
+                name=self._settings.signal,
+                value=fmean(value for value, _ in figures),
+                device_type=join_device_types(device_type for _, device_type in figures),
+            )
+            for name, figures in sorted(found.items())
             if name != "all"
         )

@@ -92,7 +92,13 @@ def receive_update(reply: Message, expected: ExpectedReply, spool: Path) -> tupl
     )
     scores = report.holdout_metrics, report.trained_metrics
     return record, ClientUpdate(
-        expected.client, report.num_examples, path, *scores, task_figures=report.task_figures, drift=report.drift
+        expected.client,
+        report.num_examples,
+        path,
+        *scores,
+        task_figures=report.task_figures,
+        drift=report.drift,
+        device_type=report.device_type,
     )
 
 

@@ -94,7 +94,10 @@ def _score_stream(
     total = sum(map(len, rows.values()))
     emit_event(Scoring(called, 0, total))
     scores = score_tasks(context, part, rows, lambda done: emit_event(Scoring(called, done, total)))
-    return tuple(MetricRecord(split=called, domain=domain, name=name, value=value) for domain, name, value in scores)
+    return tuple(
+        MetricRecord(split=called, domain=domain, name=name, value=value, device_type=context.device.type)
+        for domain, name, value in scores
+    )
 
 
 def write_samples(context: RunContext, state: State) -> tuple[SampleRecord, ...]:
@@ -140,4 +143,7 @@ def _scores(
 
     told(0)
     scores = evaluate_model(context.evaluated_model, examples, rows, told)
-    return tuple(MetricRecord(split=called, domain=domain, name=name, value=value) for domain, name, value in scores)
+    return tuple(
+        MetricRecord(split=called, domain=domain, name=name, value=value, device_type=context.device.type)
+        for domain, name, value in scores
+    )

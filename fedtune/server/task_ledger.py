@@ -8,6 +8,7 @@ from fedtune.continual import StreamPlan, list_classes
 from fedtune.server.run_clients import RunClients
 from fedtune.server.stream_scoring import select_task_rows
 from fedtune.tracking import TaskRecord, TaskScore
+from fedtune.tracking.device_types import join_device_types
 from fedtune.training import RunContext
 from fedtune.wire.client_update import ClientUpdate
 from fedtune.wire.task_figures import TaskFigures
@@ -16,11 +17,21 @@ __all__ = ["ClientFigures", "RoundLedger", "list_received_task_scores", "list_ta
 
 
 class ClientFigures(NamedTuple):
-    """What a client of a device class told of each task."""
+    """What a client of a device class told of each task, and the type of the device that it scored on, if known."""
 
     client: int
     device_class: str | None
     figures: TaskFigures
+    device_type: str | None = None
+
+
+class _Figure(NamedTuple):
+    """A client's score of one task."""
+
+    num_predictions: int
+    accuracy: float
+    loss: float
+    device_type: str | None
 
 
 class RoundLedger(NamedTuple):
@@ -51,7 +62,7 @@ def list_received_task_scores(
 ) -> tuple[TaskScore, ...]:
     """Return the scores of the model that a round began with, by the clients that trained in it."""
     told = [
-        ClientFigures(one.client, clients.devices[one.client].device_class, one.task_figures)
+        ClientFigures(one.client, clients.devices[one.client].device_class, one.task_figures, one.device_type)
         for one in updates
         if one.task_figures is not None
     ]
@@ -63,20 +74,26 @@ def list_task_scores(context: RunContext, moment: str, told: Sequence[ClientFigu
     plan = context.stream_plan
     if plan is None:
         return ()
-    found: dict[tuple[str, int], list[tuple[int, float, float]]] = defaultdict(list)
+    found: dict[tuple[str, int], list[_Figure]] = defaultdict(list)
     for one in told:
         scopes = [f"client:{one.client}", *([f"class:{one.device_class}"] if one.device_class else [])]
         for task, *figures in one.figures.list_reported():
             for scope in scopes:
-                found[scope, task].append((int(figures[0]), figures[1], figures[2]))
+                found[scope, task].append(_Figure(int(figures[0]), figures[1], figures[2], one.device_type))
     return tuple(_average(scope, moment, plan.task_names[task], found[scope, task]) for scope, task in sorted(found))
 
 
-def _average(scope: str, moment: str, task: str, figures: Sequence[tuple[int, float, float]]) -> TaskScore:
-    total = sum(count for count, *_ in figures)
-    accuracy = sum(count * value for count, value, _ in figures) / total
-    loss = sum(count * value for count, _, value in figures) / total
-    return TaskScore(scope=scope, moment=moment, task=task, num_predictions=total, accuracy=accuracy, loss=loss)
+def _average(scope: str, moment: str, task: str, figures: Sequence[_Figure]) -> TaskScore:
+    total = sum(one.num_predictions for one in figures)
+    return TaskScore(
+        scope=scope,
+        moment=moment,
+        task=task,
+        num_predictions=total,
+        accuracy=sum(one.num_predictions * one.accuracy for one in figures) / total,
+        loss=sum(one.num_predictions * one.loss for one in figures) / total,
+        device_type=join_device_types(one.device_type for one in figures),
+    )
 
 
 def _describe_visit(context: RunContext, plan: StreamPlan, visit: int, round_number: int) -> TaskRecord:

@@ -30,13 +30,15 @@ class MetricRecord:
 
     ``split`` is what was scored: train, validation, test, test-before or local (what clients hold out). A metric of no
     split has its subject there: merge, updates, privacy, simulation or end. ``domain`` is one of the data's, ``mean``
-    or ``all``.
+    or ``all``. ``device_type`` is that of the device the metric was computed on; of a mean over clients, all their
+    types, as in ``cpu+cuda``. It is None for what no model was scored for, and in rounds recorded before it was.
     """
 
     split: str
     domain: str
     name: str
     value: float
+    device_type: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +103,7 @@ class ClientScore:
     """One metric of one client in a round, on what it held out.
 
     ``moment`` is ``before`` or ``after`` it trained, or ``shared`` for the model at the end of the round.
+    ``device_type`` is that of the device it was computed on: cpu, cuda or mps; None if not known.
     """
 
     client: int
@@ -108,6 +111,7 @@ class ClientScore:
     name: str
     value: float
     num_predictions: int
+    device_type: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,8 +147,8 @@ class SampleRecord:
 class RoundRecord:
     """One round, completed or failed. Number 0 has the state and the metrics before any training.
 
-    ``device_type`` is that of the device that the metrics were computed on, None if it was not recorded. ``tasks`` are
-    the visits of a stream that begin in the round; ``ends_visit`` is the one that ends with it.
+    ``device_type`` is that of the device that the server scored and generated samples on, None if it was not recorded.
+    ``tasks`` are the visits of a stream that begin in the round; ``ends_visit`` is the one that ends with it.
     """
 
     number: int

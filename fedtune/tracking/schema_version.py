@@ -23,7 +23,7 @@ from fedtune.tracking.tables import metadata
 
 __all__ = ["HEAD_REVISION", "prepare_schema", "read_revision"]
 
-HEAD_REVISION = "0014"
+HEAD_REVISION = "0015"
 
 _TIMEOUT = 60.0  # seconds
 _ADVISORY_LOCK = 0x66656474756E65  # "fedtune" in ASCII: the key of the lock in PostgreSQL

@@ -116,6 +116,7 @@ metrics = Table(
     Column("domain", String(255), primary_key=True),
     Column("name", String(64), primary_key=True),
     Column("value", Measured),
+    Column("device_type", String(16)),
 )
 
 checkpoints = Table(
@@ -139,6 +140,7 @@ client_scores = Table(
     Column("name", String(64), primary_key=True),
     Column("value", Measured),
     Column("num_predictions", BigInteger, nullable=False),
+    Column("device_type", String(16)),
 )
 
 samples = Table(
@@ -161,6 +163,7 @@ task_scores = Table(
     Column("num_predictions", BigInteger, nullable=False),
     Column("accuracy", Measured),
     Column("loss", Measured),
+    Column("device_type", String(16)),
 )
 
 ROUND_CHILD_TABLES = (client_records, metrics, checkpoints, client_scores, samples, task_scores)

@@ -27,7 +27,8 @@ class TaskScore:
     """What clients scored on their held-out examples of one task.
 
     ``scope`` is ``client:3``, or ``class:phone`` for the mean over a device class, weighted by predictions. ``moment``
-    is ``before`` for the model at the start of the round, ``shared`` for the model at its end.
+    is ``before`` for the model at the start of the round, ``shared`` for the model at its end. ``device_type`` is that
+    of the device it was computed on; of a mean over several types, all of them, as in ``cpu+cuda``; None if not known.
     """
 
     scope: str
@@ -36,3 +37,4 @@ class TaskScore:
     num_predictions: int
     accuracy: float
     loss: float
+    device_type: str | None = None

@@ -130,7 +130,8 @@ class ClientReport:
     ``loss`` is NaN if the client does not share it. ``activation_memory`` is the memory of activations kept for
     backward, ``peak_memory`` that of the process. ``micro_batch_size`` is None if the whole batch fitted in memory.
 
-    ``device_code`` is the place of the device's type in ``DEVICE_TYPES``, None for the CPU. On CUDA,
+    ``device_code`` is the place of the device's type in ``DEVICE_TYPES``. A client that trained on the CPU leaves it
+    out. One that only scored always has it, except in older versions, which did not say it. On CUDA,
     ``accelerator_memory`` and ``accelerator_reserved`` are torch's peaks of allocated and reserved memory.
 
     The holdout fields are metrics of the received model on held-out examples; ``extra_holdout_metrics`` are the
@@ -185,8 +186,13 @@ class ClientReport:
 
     @property
     def device_type(self) -> str:
-        """The type of the device that the figures were measured on."""
+        """The type of the device that the figures of a client that trained were measured on."""
         return DEVICE_TYPES[self.device_code or 0]
+
+    @property
+    def scoring_device_type(self) -> str | None:
+        """The same of a client that only scored; None if it does not say."""
+        return None if self.device_code is None else DEVICE_TYPES[self.device_code]
 
     @property
     def holdout_metrics(self) -> HoldoutMetrics | None:
@@ -213,7 +219,8 @@ class ClientReport:
 class ClientUpdate:
     """A client update on disk.
 
-    ``path`` holds one fp32 delta per trained tensor, which is multiplied by ``scale`` when read.
+    ``path`` holds one fp32 delta per trained tensor, which is multiplied by ``scale`` when read. ``device_type`` is
+    that of the device that its metrics were computed on, None if not known.
     """
 
     client: int
@@ -224,6 +231,7 @@ class ClientUpdate:
     scale: float = 1.0
     task_figures: TaskFigures | None = None
     drift: DriftScore | None = None
+    device_type: str | None = None
 
     def list_tensor_names(self) -> set[str]:
         """Return the names of its tensors, including extra tensors besides the deltas."""
