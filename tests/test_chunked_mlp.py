@@ -85,3 +85,17 @@ def test_what_has_no_such_mlps_is_refused() -> None:
             techniques.apply_techniques(chosen("chunked-mlp+full"), FAMILIES[family].model(), task, 0)
     with pytest.raises(RecipeError, match="densities are measured over all tokens"):
         chosen("chunked-mlp+deft+full")
+
+
+def test_in_training_the_chunks_are_the_same_without_gradients() -> None:
+    """meft runs its blocks both ways, and the bits of a product may depend on the number of its rows."""
+    model = llama().train()
+    rows: dict[bool, list[int]] = {True: [], False: []}
+    techniques.apply_techniques(chosen("chunked-mlp+full", chunk_size=4), model, LANGUAGE, 0)
+    layer = model.get_submodule("model.layers.0.mlp.up_proj")
+    layer.register_forward_pre_hook(lambda _, inputs: rows[torch.is_grad_enabled()].append(inputs[0].shape[0]))
+    batch = texts(model, rows=2, length=7)
+    with torch.no_grad():
+        model(**batch)
+    model(**batch)
+    assert rows[False] == rows[True] == [4, 4, 4, 2]

@@ -20,11 +20,19 @@ from fedtune.seeds import derive_seed
 from fedtune.tasks import get_task
 from fedtune.techniques import ExtraPayload
 from fedtune.training import ClientRound, get_model_state, set_model_state, train_local_model
+from fedtune.training.cpu_threads import use_cpu_threads
 from tests.tiny import FewTexts, a_training_recipe, bert, few_texts, llama, texts
 
 STEPS = 20
 MEFT = "meft+fused-cross-entropy"
 OPTIMISERS = ["sgd", "adamw"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As many as fedtune's own loop takes. On some processors bits depend on their number."""
+    with use_cpu_threads(1):
+        yield
 
 
 @dataclass

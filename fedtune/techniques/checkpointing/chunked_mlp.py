@@ -73,10 +73,15 @@ def _find_mlp_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def _run_in_chunks(mlp: nn.Module, size: int, hidden: Tensor) -> Tensor:
-    """The MLP of hidden states [..., h]."""
+    """The MLP of hidden states [..., h].
+
+    In training the chunks are the same without gradients: meft runs a block both ways, and on some processors the bits
+    of a product depend on the number of its rows.
+    """
     run = partial(type(mlp).forward, mlp)
-    if not (mlp.training and torch.is_grad_enabled()):
+    if not mlp.training:
         plain: Tensor = run(hidden)
         return plain
-    made: list[Any] = [recompute_in_backward(run, chunk) for chunk in hidden.flatten(0, -2).split(size)]
+    run_chunk = partial(recompute_in_backward, run) if torch.is_grad_enabled() else run
+    made: list[Any] = [run_chunk(chunk) for chunk in hidden.flatten(0, -2).split(size)]
     return torch.cat(made).view_as(hidden)
