@@ -209,13 +209,11 @@ def test_what_clients_cannot_keep_is_refused(name: str, overrides: tuple[str, ..
 
 
 @pytest.mark.parametrize("name", PERSONAL)
-def test_merges_that_rewrite_the_base_and_streams_are_refused(tmp_path: Path, name: str) -> None:
+def test_merges_that_rewrite_the_base_are_refused(tmp_path: Path, name: str) -> None:
     base = 'train.techniques=[{lora: {trained_factors: "both-and-base"}}]'
     for merge in ("flora", "fedex-lora"):
         with pytest.raises(RecipeError, match=f"{merge} rewrites the base"):
             on_texts(tmp_path, name, base, f"merge=[{merge}]")
-    with pytest.raises(RecipeError, match="keeps what belongs to one task"):
-        on_texts(tmp_path, name, "stream={setting: domain, by: label, tasks: {size: 1, rounds: 1}, memory: [lwf]}")
 
 
 @pytest.mark.parametrize(
