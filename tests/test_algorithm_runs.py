@@ -31,16 +31,30 @@ from tests.breaks import kill_and_resume
 from tests.federations import Ended, execute, spoilt, trivial, words
 
 SETTINGS: dict[str, dict[str, Any]] = {
+    "apfl": {"adaptive": True},
+    "ditto": {"lam": 0.3},
     "fedlc": {"tau": 0.5},
     "feddyn": {"alpha": 0.5},
     "fednova": {},
+    "fedper": {"keep": "head"},
+    "fedrep": {"keep": "head", "head_share": 0.4},
     "fedprox": {"mu": 0.1},
     "moon": {"mu": 0.5},
+    "private-adapter": {},
     "q-fedavg": {"q": 0.5},
     "scaffold": {"option": 2},
 }
 """The settings that drive every algorithm of the package."""
-LAST_STEPS = {"scaffold": "fedavgm", "fedlc": "fedadam", "fedprox": "fedyogi", "moon": "fedadagrad"}
+ON_TEXTS = ("fedper", "fedrep", "private-adapter")
+"""Those that need more than one layer, or adapters."""
+LAST_STEPS = {
+    "scaffold": "fedavgm",
+    "fedper": "fedadam",
+    "ditto": "fedavgm",
+    "fedlc": "fedadam",
+    "fedprox": "fedyogi",
+    "moon": "fedadagrad",
+}
 """Server optimisers that are killed and resumed together with an algorithm."""
 NAMES = list_unit_names("fedtune.algorithms")
 SGD = ("train.max_grad_norm=null", "train.lr=0.05")
@@ -58,17 +72,34 @@ def test_every_algorithm_is_driven_and_no_entry_is_stale() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_killed_run_ends_with_the_bits_of_one_left_alone(
-    home: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """Each algorithm, with one of the server optimisers where it takes any, breaks off in its second round."""
-    recipe = with_algorithm(name, *FEW, f"merge=[mean, {LAST_STEPS[name]}]" if name in LAST_STEPS else "merge=[mean]")
+    merge = f"merge=[mean, {LAST_STEPS[name]}]" if name in LAST_STEPS else "merge=[mean]"
+    recipe = on_texts(tmp_path, name, merge) if name in ON_TEXTS else with_algorithm(name, *FEW, merge)
     alone = execute(recipe, run="alone")
     killed = kill_and_resume(recipe, monkeypatch)
     assert alone.run.status == killed.run.status == "completed"
     assert killed.hashes == alone.hashes
     assert read_memories(killed) == read_memories(alone)
+    assert hash_own_files("killed") == hash_own_files("alone")
     keeps = name in LAST_STEPS or name in ("scaffold", "feddyn")
     assert len({*read_memories(alone)} - {None}) == (2 if keeps else 0), "what the server keeps changes in each round"
+
+
+def on_texts(folder: Path, name: str, *overrides: str, **settings: Any) -> Recipe:
+    chosen = json.dumps({name: settings or SETTINGS[name]})
+    more = ("evaluation.local_holdout=0.25", "train.lr=0.05")
+    return words(folder, f"federation.algorithm={chosen}", *more, *overrides)
+
+
+def hash_own_files(run: str) -> dict[str, str]:
+    """The digest of what each client keeps, by file."""
+    folder = paths.get_runs_folder() / run / "own"
+    return {
+        str(path.relative_to(folder)): checkpoint.hash_tensors(load_file(path))
+        for path in sorted(folder.rglob("*.safetensors"))
+    }
 
 
 def read_memories(ended: Ended) -> list[str | None]:
@@ -251,7 +282,7 @@ def test_a_recipe_without_an_algorithm_is_written_as_before() -> None:
     assert written == {"fedprox": {"mu": 0.1}}
 
 
-@pytest.mark.parametrize("name", ["moon", "q-fedavg", "scaffold"])
+@pytest.mark.parametrize("name", ["apfl", "fedrep", "moon", "q-fedavg", "scaffold"])
 def test_an_algorithm_passes_the_checks_of_a_plug_in(name: str) -> None:
     results = list(check_plug_in(name))
     assert {(one.status, one.what, one.reason) for one in results if one.status != "ok"} == set()

@@ -1,6 +1,7 @@
 """Each algorithm equals its twin in NumPy over twenty rounds, in double precision, with clients that come and go."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,10 @@ class Federation:
         found = find_algorithm(recipe)
         assert found is not None
         self.algorithm: Algorithm = found
-        self.state = {name: one.detach().clone() for name, one in model.named_parameters()}
+        start = {name: one.detach().clone() for name, one in model.named_parameters()}
+        kept = found.select_kept(model, list(start), ())
+        self.kept = [{name: start[name] for name in kept} for _ in losses]
+        self.state = {name: one for name, one in start.items() if name not in self.kept[0]}
         self.stored: Stored = {}
         self.memory: Mapping[str, Tensor] = {}
 
@@ -67,8 +71,9 @@ class Federation:
     def train(self, client: int, clients: Clients, batch: Mapping[str, Tensor]) -> ClientUpdate:
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
-                parameter.copy_(self.state[name])
-        parameters, loss = dict(self.model.named_parameters()), self.losses[client]
+                parameter.copy_({**self.state, **self.kept[client]}[name])
+        every, loss = dict(self.model.named_parameters()), self.losses[client]
+        parameters = {name: every[name] for name in self.state}
         names = self.algorithm.list_sent_memory(self.memory, list(parameters))
         current = self.algorithm.begin_round(
             AlgorithmSetup(
@@ -81,11 +86,19 @@ class Federation:
                 run_forward=lambda batch: (loss(self.model, batch), None),
                 stored=self.stored.get(client, {}),
                 received={name: self.memory[name] for name in names},
+                kept={name: every[name] for name in self.kept[client]},
+                make_optimiser=partial(make_optimiser, self.recipe.train),
             )
         )
-        optimiser = make_optimiser(self.recipe.train, list(parameters.values()))
+        optimiser = make_optimiser(self.recipe.train, list(every.values()))
         with current.change_model():
-            for _ in range(clients.steps[client]):
+            for step in range(clients.steps[client]):
+                if current.personal is not None:
+                    with current.personal.use():
+                        loss(self.model, batch).backward()
+                        current.personal.take_step(clients.lr)
+                        self.model.zero_grad()
+                current.begin_step(step, clients.steps[client])
                 terms = [loss(self.model, batch), *current.compute_batch_terms(batch)]
                 torch.stack(terms).sum().backward()
                 current.change_gradients()
@@ -94,7 +107,8 @@ class Federation:
                 current.record_step(clients.lr)
         delta = {name: one.detach() - self.state[name] for name, one in parameters.items()}
         end = current.end_round(delta)
-        self.stored[client] = end.stored
+        self.stored[client] = {name: one.clone() for name, one in end.stored.items()}
+        self.kept[client] = {name: every[name].detach().clone() for name in self.kept[client]}
         path = self.folder / f"{client}.safetensors"
         save_file({**delta, **{f"{self.algorithm.name}/{name}": one for name, one in end.upload.items()}}, path)
         return ClientUpdate(client, clients.examples[client], path)

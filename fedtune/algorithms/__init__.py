@@ -17,6 +17,7 @@ from fedtune.algorithms._algorithm import (
     Weighing,
 )
 from fedtune.algorithms._checks import check_algorithm
+from fedtune.algorithms._personal_model import PersonalModel
 from fedtune.recipe.schema import Recipe
 from fedtune.recipe.unit_registry import build_unit
 
@@ -25,6 +26,7 @@ __all__ = [
     "AlgorithmRound",
     "AlgorithmSetup",
     "MergedUpdates",
+    "PersonalModel",
     "RoundEnd",
     "ServerResult",
     "Weighing",

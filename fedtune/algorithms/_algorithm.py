@@ -9,12 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedtune.algorithms._personal_model import Optimiser, PersonalModel, refuse_optimiser
 from fedtune.data import EncodedDataset
 from fedtune.errors import RecipeError
 from fedtune.merging import MergePipeline
 from fedtune.recipe.schema import Recipe
 from fedtune.recipe.unit_registry import NamedUnit
-from fedtune.wire.client_update import ClientUpdate, TensorSpec
+from fedtune.wire.client_update import ClientUpdate, LowRankPair, TensorSpec
 
 __all__ = [
     "Algorithm",
@@ -39,6 +40,10 @@ class AlgorithmSetup:
     ``parameters`` are those that it trains and sends. ``stored`` is what the device kept after the last of its rounds
     whose update was merged, and ``received`` is what the server sent of its own memory; both are empty at first.
     ``run_forward`` returns the loss of a batch, as a training step computes it, and the model's logits.
+    ``statistics`` are running statistics that it updates and sends, ``resting`` the tensors that it received and does
+    not train in this round, such as the other factor of a low-rank pair, ``kept`` the parameters that the algorithm
+    keeps on the device, and ``pairs`` the low-rank pairs of the model. ``make_optimiser`` returns an optimiser as the
+    recipe wants it.
     """
 
     model: nn.Module
@@ -50,6 +55,11 @@ class AlgorithmSetup:
     run_forward: Callable[[Tensors], tuple[Tensor, Tensor | None]]
     stored: Tensors = field(default_factory=dict)
     received: Tensors = field(default_factory=dict)
+    statistics: Tensors = field(default_factory=dict)
+    resting: Tensors = field(default_factory=dict)
+    kept: Mapping[str, nn.Parameter] = field(default_factory=dict)
+    pairs: Sequence[LowRankPair] = ()
+    make_optimiser: Callable[[Sequence[nn.Parameter]], Optimiser] = refuse_optimiser
 
 
 class RoundEnd(NamedTuple):
@@ -62,10 +72,16 @@ class RoundEnd(NamedTuple):
 class AlgorithmRound:
     """An algorithm during one client's round. Every hook is optional; without any, it is FedAvg."""
 
+    personal: PersonalModel | None = None
+    """The client's own model, which takes each step before the shared one does."""
+
     @contextmanager
     def change_model(self) -> Iterator[None]:
         """Change what the model computes while it trains."""
         yield
+
+    def begin_step(self, step: int, local_steps: int) -> None:
+        """Called before each step with its number 0, 1, ... and that of all steps of the round."""
 
     def compute_batch_terms(self, batch: Tensors) -> list[Tensor]:
         """Return terms that are added to the loss of a micro-batch, after its forward pass."""
@@ -131,6 +147,10 @@ class Algorithm(NamedUnit):
     """Whether it computes with the steps of SGD."""
     changes_gradients: ClassVar[bool] = False
     """Whether it changes gradients before a step."""
+    keeps_tensors: ClassVar[bool] = False
+    """Whether trained tensors stay on the devices, so that the server's state is not a whole model."""
+    has_personal_model: ClassVar[bool] = False
+    """Whether each client trains a model of its own beside the shared one."""
     copies: ClassVar[int] = 0
     """How many more copies of what is trained the training holds, for the estimates of memory."""
     weighs_equally: ClassVar[bool] = False
@@ -141,6 +161,14 @@ class Algorithm(NamedUnit):
 
     def check_model(self, model: nn.Module) -> None:
         """Raise ModelError if the algorithm does not fit the model."""
+
+    def select_kept(self, model: nn.Module, trained: Sequence[str], pairs: Sequence[LowRankPair]) -> list[str]:
+        """Return the names of the ``trained`` tensors that stay on the devices; ModelError if they are none or all."""
+        return []
+
+    def describe_export(self) -> str:
+        """Return a sentence about what an exported model lacks, or an empty text."""
+        return ""
 
     def begin_round(self, setup: AlgorithmSetup) -> AlgorithmRound:
         """Begin a client's round on the device."""

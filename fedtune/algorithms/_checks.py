@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from fedtune.algorithms._algorithm import Algorithm
+from fedtune.algorithms._personal_checks import find_personal_problem
 from fedtune.errors import RecipeError
 from fedtune.merging import MergePipeline
 from fedtune.recipe.schema import Recipe
@@ -17,6 +18,7 @@ def check_algorithm(algorithm: Algorithm, recipe: Recipe, chosen: Sequence[Techn
         _find_optimiser_problem(algorithm, recipe)
         or _find_federation_problem(algorithm, recipe)
         or (_find_loss_problem(recipe, chosen, pipeline) if algorithm.fits_one_loss else None)
+        or find_personal_problem(algorithm, recipe, chosen, pipeline)
     )
     if problem is not None:
         raise RecipeError(f"federation.algorithm: {algorithm.name} {problem}")

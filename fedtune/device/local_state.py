@@ -20,10 +20,15 @@ def load_local_state(folder: Path, before: int) -> dict[str, Tensor]:
 
 
 def save_local_state(folder: Path, round_number: int, tensors: Mapping[str, Tensor]) -> None:
-    """Save the tensors of a round. Only these and those of the latest earlier round are kept."""
+    """Save the tensors of a round. Only these and those of the latest earlier round are kept.
+
+    Later ones are of rounds that a rollback removed.
+    """
     checkpoint.write_checkpoint(_path(folder, round_number), tensors)
-    for old in _rounds(folder)[:-2]:
-        _path(folder, old).unlink()
+    found = _rounds(folder)
+    needed = [number for number in found if number <= round_number][-2:]
+    for other in set(found) - set(needed):
+        _path(folder, other).unlink()
 
 
 def _path(folder: Path, round_number: int) -> Path:

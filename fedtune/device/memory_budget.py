@@ -15,7 +15,7 @@ from fedtune.device.held_memory import read_held_bytes
 from fedtune.errors import MemoryBudgetError
 from fedtune.memory import StorageMeter, read_allocated_bytes
 from fedtune.recipe.schema import Train
-from fedtune.techniques import begin_round, begin_step, list_trainable_tensors
+from fedtune.techniques import begin_round, begin_step, list_local_tensors, list_trainable_tensors
 from fedtune.training import RunContext, compute_step_loss, get_tensor_shapes, set_train_mode, use_cpu_threads
 from fedtune.training.micro_batches import can_split_batch
 from fedtune.training.training_rows import TrainingRows, make_training_rows
@@ -81,7 +81,7 @@ def estimate_memory(context: RunContext, rows: NDArray[np.int64], round_number: 
     count = sum(
         math.prod(shape)
         for name, shape in get_tensor_shapes(model).items()
-        if name in set(list_trainable_tensors(model))
+        if name in {*list_trainable_tensors(model), *list_local_tensors(model)}
     )
     per_trained = _per_trained(settings) + count_copies(context.recipe)
     added = 4 * (count * per_trained + _mastered(model))

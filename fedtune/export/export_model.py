@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from fedtune import continual, tasks, techniques
+from fedtune import algorithms, continual, tasks, techniques
 from fedtune.errors import ModelError, StoreError
 from fedtune.export.peft_adapter import describe_adapter_loading, make_peft_adapter, save_peft_adapter
 from fedtune.export.safetensors_model import save_whole_model
@@ -59,12 +59,14 @@ def write_export(
 
 def describe_missing_tensors(recipe: Recipe) -> str:
     """Return a note about trained tensors that the export cannot contain, or an empty text."""
+    algorithm = algorithms.find_algorithm(recipe)
+    note = "" if algorithm is None else algorithm.describe_export()
     if any(technique.has_local_tensors() for technique in techniques.build_techniques(recipe.train.techniques)):
-        return (
+        note += (
             "The batch-norm layers have their values from before training, because each device keeps its own trained "
             "batch norms.\n"
         )
-    return ""
+    return note
 
 
 def _join_names(chosen: tuple[Technique, ...]) -> str:

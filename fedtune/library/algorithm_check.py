@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from fedtune import algorithms
+from fedtune import algorithms, techniques
 from fedtune.algorithms import Algorithm, MergedUpdates, Weighing
 from fedtune.data.encoded_texts import EncodedTexts
 from fedtune.errors import ModelError, RecipeError
@@ -43,21 +43,28 @@ class _Client:
             ids = torch.cat([tiny.make_batch(seed)["input_ids"] for seed in range(_ROWS // 4)]).int()
         labels = torch.arange(_ROWS) % 3
         self._examples = EncodedTexts(ids, torch.full((_ROWS,), ids.shape[1]), labels, None, None)
-        self.state = get_model_state(self._prepared.model, self._prepared.shared_names)
+        self.kept = self._keep_tensors()
+        shared = [name for name in self._prepared.shared_names if name not in self.kept]
+        self.state = get_model_state(self._prepared.model, shared)
         self.shapes = {name: tuple(one.shape) for name, one in self.state.items()}
         self.stored: Tensors = {}
         self.memory: Tensors = {}
         algorithm.check_model(self._prepared.model)
 
+    def _keep_tensors(self) -> Tensors:
+        """Mark what stays on the client, and return its values before training."""
+        model, shared = self._prepared.model, self._prepared.shared_names
+        pairs = techniques.list_low_rank_pairs(self._prepared.techniques, model)
+        techniques.keep_tensors(model, self.algorithm.select_kept(model, shared, pairs))
+        return get_model_state(model, techniques.list_local_tensors(model))
+
     def train(self, number: int) -> LocalTrainingResult:
         sent = self.algorithm.list_sent_memory(self.memory, list(self.state))
         received = {name: self.memory[name] for name in sent}
         inputs = AlgorithmInputs(self.algorithm, self.stored, received)
-        model, chosen = self._prepared.model, self._prepared.techniques
-        return train_local_model(
-            ClientRound(model, chosen, self.recipe, self._examples, np.arange(_ROWS), number, 0, algorithm=inputs),
-            self.state,
-        )
+        model, chosen, rows = self._prepared.model, self._prepared.techniques, np.arange(_ROWS)
+        client = ClientRound(model, chosen, self.recipe, self._examples, rows, number, 0, self.kept, algorithm=inputs)
+        return train_local_model(client, self.state)
 
     def merge(self, result: LocalTrainingResult, folder: Path) -> None:
         """Let the server merge the round's only update, and go on from there."""
@@ -75,7 +82,7 @@ class _Client:
         require(all(torch.equal(after[name], kept[name]) for name in kept), "it changes the merged state in place")
         require(all(bool(one.isfinite().all()) for one in first.state.values()), "the next state is not finite")
         self.state, self.memory = dict(first.state), first.memory
-        self.stored = result.algorithm_memory
+        self.stored, self.kept = result.algorithm_memory, result.local_tensors
 
 
 def check_algorithm_unit(name: str) -> Iterator[CheckResult]:

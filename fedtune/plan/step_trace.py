@@ -20,6 +20,7 @@ from fedtune.seeds import derive_seed
 from fedtune.tasks import get_task
 from fedtune.techniques import Technique, begin_round, begin_step, list_trainable_tensors
 from fedtune.training import compute_step_loss, get_tensor_shapes, set_train_mode
+from fedtune.training.kept_tensors import mark_kept_tensors
 
 __all__ = ["RoundTrace", "TracedModel", "build_traced_model", "trace_rounds", "use_fake_tensors"]
 
@@ -81,7 +82,8 @@ def build_traced_model(recipe: Recipe, labels: Sequence[str], more: int | None) 
         chosen = shallow
     for method in continual.list_methods(recipe):
         method.rewrite_model(model, task, recipe)
-    shared = techniques.apply_techniques(chosen, model, task, derive_seed(recipe.seed, "techniques"))
+    trained = techniques.apply_techniques(chosen, model, task, derive_seed(recipe.seed, "techniques"))
+    shared = mark_kept_tensors(recipe, model, chosen, trained)
     return TracedModel(model, chosen, shared, blocks, depth)
 
 

@@ -18,6 +18,7 @@ from fedtune.plan.settings_trace import BatchTrace, SettingsTrace
 from fedtune.plan.step_trace import RoundTrace, TracedModel, use_fake_tensors
 from fedtune.recipe.schema import Recipe
 from fedtune.tasks import get_task
+from fedtune.techniques import list_kept_tensors
 from fedtune.training.micro_batches import can_split_batch
 from fedtune.wire.tensor_payload import packed_size
 
@@ -92,9 +93,10 @@ def _count_bytes(recipe: Recipe, trace: ModelTrace) -> dict[str, int]:
     """Count weights by where they lie, trained values, and what a round sends in each direction."""
     traced, shapes = trace.model, trace.shapes
     rounds = [one.trained for one in trace.by_batch_size[0]]
-    counts = [sum(prod(shapes[name]) for name in names) for names in rounds]
+    kept = _expand(traced, list_kept_tensors(traced.model))  # trained and not sent
+    counts = [sum(prod(shapes[name]) for name in (*names, *kept)) for names in rounds]
     sizes = _list_storages(traced)
-    trainable = {name for names in rounds for name in names}
+    trainable = {name for names in (*rounds, kept) for name in names}
     mapped = _find_mapped(recipe, traced, sizes, trainable)
     halves = {torch.bfloat16, torch.float16}
     copied = count_copies(recipe) * max(counts)

@@ -14,11 +14,8 @@ from fedtune.models.paging.paged_layers import replace_paged_layers
 from fedtune.recipe.schema import Unit
 from fedtune.recipe.unit_registry import build_unit
 from fedtune.tasks import Task
-from fedtune.techniques._layers.unfrozen_batch_norm import (
-    UnfrozenBatchNorm2d,
-    list_local_tensors,
-    list_running_statistics,
-)
+from fedtune.techniques._layers.unfrozen_batch_norm import UnfrozenBatchNorm2d, list_running_statistics
+from fedtune.techniques._local_tensors import keep_tensors, list_kept_tensors, list_local_tensors
 from fedtune.techniques._loss_terms import collect_loss_terms
 from fedtune.techniques._saving import refuse_saving
 from fedtune.techniques._technique import ExtraPayload, StepInfo, Technique, list_head_parameters
@@ -41,7 +38,9 @@ __all__ = [
     "collect_metrics",
     "compute_extra_payload",
     "declare_extra_payload",
+    "keep_tensors",
     "list_head_parameters",
+    "list_kept_tensors",
     "list_local_tensors",
     "list_low_rank_pairs",
     "list_trainable_tensors",
@@ -179,4 +178,4 @@ def list_trainable_tensors(model: nn.Module) -> list[str]:
     """Return the names of the tensors that are trained and sent now: parameters, then updated running statistics."""
     parameters = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     kept = set(list_local_tensors(model))
-    return [*(name for name in parameters if name not in kept), *list_running_statistics(model)]
+    return [name for name in (*parameters, *list_running_statistics(model)) if name not in kept]

@@ -1,17 +1,19 @@
 """What the recipe's algorithm changes in a client's round."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedtune import algorithms
 from fedtune.algorithms import AlgorithmSetup
-from fedtune.techniques import list_trainable_tensors
+from fedtune.techniques import list_kept_tensors, list_low_rank_pairs, list_trainable_tensors
 from fedtune.training.client_round import ClientRound
+from fedtune.training.model_state import named_tensors
+from fedtune.training.optimisers import make_optimiser
 from fedtune.training.stream_training import mask_trained_classes, run_forward
 
 __all__ = ["AlgorithmEnd", "begin_algorithm", "end_algorithm"]
@@ -24,12 +26,13 @@ class AlgorithmEnd(NamedTuple):
     stored: Mapping[str, Tensor] = {}
 
 
-def begin_algorithm(client: ClientRound) -> ClientRound:
-    """Return the round with its algorithm, which sees the received state in the model."""
+def begin_algorithm(client: ClientRound, received: Collection[str] = ()) -> ClientRound:
+    """Return the round with its algorithm, which sees the received state in the model. ``received`` are its names."""
     inputs = client.algorithm
     if inputs is None:
         return client
     trained, (rows, _) = set(list_trainable_tensors(client.model)), client.split_rows()
+    kept = set(list_kept_tensors(client.model))
     setup = AlgorithmSetup(
         model=client.model,
         recipe=client.recipe,
@@ -40,9 +43,18 @@ def begin_algorithm(client: ClientRound) -> ClientRound:
         run_forward=partial(run_forward, client),
         stored=inputs.stored,
         received=inputs.received,
+        resting=_select_resting(client.model, {*received} - trained - kept),
+        statistics={name: one for name, one in client.model.named_buffers() if name in trained},
+        kept={name: one for name, one in client.model.named_parameters() if name in kept},
+        pairs=list_low_rank_pairs(client.techniques, client.model),
+        make_optimiser=partial(make_optimiser, client.recipe.train),
     )
     with mask_trained_classes(client):
         return replace(client, algorithm_round=inputs.algorithm.begin_round(setup))
+
+
+def _select_resting(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
+    return {name: one for name, one in named_tensors(model).items() if name in names and one.is_floating_point()}
 
 
 def end_algorithm(client: ClientRound, delta: Mapping[str, Tensor]) -> AlgorithmEnd:

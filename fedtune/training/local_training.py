@@ -39,6 +39,7 @@ from fedtune.training.master_weights import make_stepper, masters_of
 from fedtune.training.model_state import get_model_state, named_tensors
 from fedtune.training.optimiser_step import apply_optimiser_step
 from fedtune.training.optimisers import compute_lr_factor
+from fedtune.training.personal_training import take_personal_step, use_personal_model
 from fedtune.training.received_state import receive_state
 from fedtune.training.start import Start
 from fedtune.training.stream_training import (
@@ -67,7 +68,8 @@ class LocalTrainingResult:
     """The result of one client's round: ``delta`` is trained minus received, in fp32 on the CPU.
 
     ``local_tensors`` stay on the device. ``holdout_metrics`` are those of the received model on the held-out examples,
-    and ``trained_score`` those of the trained model. ``micro_batch_size`` is None if whole batches passed.
+    and ``trained_score`` those of the trained model; where a client has its own model, they are of that one.
+    ``micro_batch_size`` is None if whole batches passed.
     """
 
     delta: dict[str, Tensor]
@@ -143,13 +145,13 @@ def train_local_model(client: ClientRound, state: Mapping[str, Tensor]) -> Local
     start = Start(model, names, client.local_tensors, state)
     masters = masters_of(model, start)
     with use_cpu_threads(client.recipe.train.threads), fork_random_state(device):
-        client = begin_algorithm(begin_methods(client))
+        client = begin_algorithm(begin_methods(client), state.keys())
         received = _measure_received(client, rows, held_out, names)
         steps = _train(client, rows, masters)
         changes = _read_changes(client, start, masters, names)
         corrected = end_algorithm(client, changes.delta)
         collected = _collect(client, rows, steps, received)
-        with mask_seen_classes(client):  # last, so that it cannot affect anything else
+        with mask_seen_classes(client), use_personal_model(client):  # last, so that it cannot affect anything else
             trained_score = score_held_out(client, held_out.tolist())
     return LocalTrainingResult(
         changes.delta,
@@ -173,7 +175,7 @@ def train_local_model(client: ClientRound, state: Mapping[str, Tensor]) -> Local
 
 
 def _measure_received(client: ClientRound, rows: IntArray, held_out: IntArray, names: Sequence[str]) -> _Received:
-    with mask_seen_classes(client):
+    with mask_seen_classes(client), use_personal_model(client):
         score = score_held_out(client, held_out.tolist())
     task_figures = score_task_holdouts(client)
     return _Received(score, task_figures, measure_drift(client), compute_uploaded_statistics(client, rows, names))
@@ -269,10 +271,12 @@ def _run_steps(client: ClientRound, rows: IntArray, masters: Mapping[str, nn.Par
     for step, chosen in enumerate(order):
         progress = ((client.number - 1) + step / steps) / recipe.federation.rounds
         lr = settings.lr * compute_lr_factor(settings, compute_lr_progress(client, step, steps))
+        info = StepInfo(client.number, step, steps, settings.lr, lr)
+        size = take_personal_step(client, data.at_step(step), chosen, info, size)
+        client.algorithm_round.begin_step(step, steps)
         with update_in_backward(optimiser, parameters, lr, active=settings.optimiser == "lomo"):
             result = run_step(client, data.at_step(step), chosen, progress, size, metered=step == 0)
         size = result.micro_batch_size
-        info = StepInfo(client.number, step, steps, settings.lr, lr)
         if result.losses:
             for one in client.method_rounds:
                 one.change_gradients()

@@ -12,6 +12,7 @@ from fedtune.recipe.validation_errors import suggest_nearest
 from fedtune.techniques import Technique
 from fedtune.training.backward_updates import check_backward_updates
 from fedtune.training.carried_state_checks import check_server_optimiser
+from fedtune.training.kept_tensors import find_keeping_unit
 from fedtune.training.metrics import check_metrics
 from fedtune.training.model_checks import check_privacy_settings
 from fedtune.training.model_counts import check_model_counts
@@ -37,19 +38,18 @@ def resolve_recipe(recipe: Recipe) -> Recipe:
     chosen = techniques.build_techniques(recipe.train.techniques)
     pipeline = merging.build_pipeline(recipe.merge)
     _check_fit(chosen, pipeline.combine)
-    _check_own(chosen, pipeline, recipe.evaluation)
-    check_privacy_settings(recipe, pipeline)
-    every = [*chosen, *_of_classes(recipe.devices)]
-    check_server_optimiser(every, pipeline)
-    algorithm = algorithms.find_algorithm(recipe)
+    every, algorithm = [*chosen, *_of_classes(recipe.devices)], algorithms.find_algorithm(recipe)
     if algorithm is not None:
         algorithms.check_algorithm(algorithm, recipe, every, pipeline)
+    _check_own(find_keeping_unit(recipe, chosen), pipeline, recipe.evaluation)
+    check_privacy_settings(recipe, pipeline)
+    check_server_optimiser(every, pipeline)
     check_backward_updates(recipe, every)
     check_model_counts(recipe, pipeline)
     check_root_data(recipe, pipeline.combine)
     check_metrics(recipe)
     check_attacks(recipe)
-    _check_early_stopping(recipe, chosen, task)
+    _check_early_stopping(recipe, find_keeping_unit(recipe, chosen), task)
     data.check_partition(recipe)
     check_stream_settings(recipe)
     _check_copies(recipe)
@@ -169,12 +169,11 @@ def _check_factor(name: str, combine: merging.CombineStep) -> None:
         )
 
 
-def _check_own(chosen: Sequence[Technique], pipeline: merging.MergePipeline, evaluation: EvaluationSettings) -> None:
+def _check_own(keeping: str | None, pipeline: merging.MergePipeline, evaluation: EvaluationSettings) -> None:
     """Check recipes whose devices keep local tensors, so that the server has no complete model.
 
     The server then cannot evaluate, align or measure a model. Raises RecipeError when the recipe requires it.
     """
-    keeping = next((technique.name for technique in chosen if technique.has_local_tensors()), None)
     if keeping is None:
         return
     if not evaluation.local_holdout:
@@ -194,9 +193,8 @@ def _check_own(chosen: Sequence[Technique], pipeline: merging.MergePipeline, eva
         )
 
 
-def _check_early_stopping(recipe: Recipe, chosen: Sequence[Technique], task: tasks.Task) -> None:
+def _check_early_stopping(recipe: Recipe, keeping: str | None, task: tasks.Task) -> None:
     """Raise RecipeError if nobody measures the metric that ends the run."""
-    keeping = next((technique.name for technique in chosen if technique.has_local_tensors()), None)
     metric = recipe.evaluation.main_metric or task.main_metric
     if recipe.federation.early_stopping is not None and keeping is not None and metric not in ("accuracy", "loss"):
         raise RecipeError(

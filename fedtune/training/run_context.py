@@ -1,6 +1,4 @@
-"""The run context: the model, its techniques and the encoded data, built once per process for all clients and
-rounds.
-"""
+"""The run context: the model, its techniques and encoded data, built once per process for all clients and rounds."""
 
 import os
 from collections import Counter
@@ -25,6 +23,7 @@ from fedtune.techniques import Technique
 from fedtune.training.device_classes import check_device_class
 from fedtune.training.evaluation import EvaluatedModel
 from fedtune.training.generation import GeneratedText, TextGenerator, require_positions
+from fedtune.training.kept_tensors import mark_kept_tensors
 from fedtune.training.model_checks import check_model_privacy
 from fedtune.training.model_state import get_model_state, named_tensors
 from fedtune.training.packing_checks import check_packing
@@ -60,7 +59,8 @@ def prepare_model(
     )
     for method in continual.list_methods(recipe):
         method.rewrite_model(model, task, recipe)
-    shared = techniques.apply_techniques(chosen, model, task, derive_seed(recipe.seed, "techniques"))
+    trained = techniques.apply_techniques(chosen, model, task, derive_seed(recipe.seed, "techniques"))
+    shared = mark_kept_tensors(recipe, model, chosen, trained)
     check_packing(recipe, model)
     check_paging(model, shared)
     return _move_model(model, choose_device(device or recipe.train.device), chosen), chosen, shared
