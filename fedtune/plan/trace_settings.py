@@ -18,6 +18,7 @@ from fedtune.plan.settings_trace import BatchTrace, SettingsTrace
 from fedtune.plan.step_trace import RoundTrace, TracedModel, use_fake_tensors
 from fedtune.recipe.schema import Recipe
 from fedtune.tasks import get_task
+from fedtune.techniques import list_rebuilt_tensors
 from fedtune.training.micro_batches import can_split_batch
 from fedtune.wire.tensor_payload import packed_size
 
@@ -65,6 +66,7 @@ def _trace(recipe: Recipe, labels: Sequence[str], answers: DataAnswers) -> dict[
         "traced_blocks": trace.traced_blocks,
         "runtime": _name_runtime(recipe, traced),
         "exact_gradients": all(technique.has_exact_gradients for technique in traced.techniques),
+        "needs_gradients": not any(technique.estimates_gradients for technique in traced.techniques),
         "shapes": {name: list(trace.shapes[name]) for name in _expand(traced, traced.shared)},
         **_count_bytes(recipe, trace),
     }
@@ -94,7 +96,7 @@ def _count_bytes(recipe: Recipe, trace: ModelTrace) -> dict[str, int]:
     rounds = [one.trained for one in trace.by_batch_size[0]]
     counts = [sum(prod(shapes[name]) for name in names) for names in rounds]
     sizes = _list_storages(traced)
-    trainable = {name for names in rounds for name in names}
+    trainable = {name for names in rounds for name in names} | set(list_rebuilt_tensors(traced.model))
     mapped = _find_mapped(recipe, traced, sizes, trainable)
     halves = {torch.bfloat16, torch.float16}
     copied = count_copies(recipe) * max(counts)
@@ -146,7 +148,7 @@ def _find_mapped(recipe: Recipe, traced: TracedModel, sizes: Mapping[str, int], 
     if is_fedtune_image_model(location) or recipe.model.dtype != "float32":
         return set()
     dtypes = _dtypes(traced)
-    added = (".lora_", ".adapters.")
+    added = (".lora_", ".adapters.", "fedkseed.")
     return {
         name
         for name in sizes
