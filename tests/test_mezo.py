@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import fedtune
 from fedtune import techniques
 from fedtune.errors import ModelError, RecipeError
+from fedtune.library.technique_check import check_technique
 from fedtune.memory import StorageMeter
 from fedtune.plan.prediction import Runtime, predict_memory
 from fedtune.plan.settings_trace import BatchTrace, SettingsTrace
@@ -308,3 +309,9 @@ def test_seeds_of_a_round_differ_from_step_to_step_and_client_to_client() -> Non
         derive_seed(derive_seed(0, 1, client, "directions"), step) % 2**32 for client in range(9) for step in range(99)
     }
     assert len(seeds) == 9 * 99
+
+
+@pytest.mark.parametrize("name", ["mezo", "fedkseed"])
+def test_a_check_of_the_technique_says_that_it_takes_the_steps(name: str) -> None:
+    [found] = check_technique(name)
+    assert (found.status, found.reason) == ("skipped", "it takes the steps of a round itself, without a backward pass")
