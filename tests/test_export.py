@@ -66,6 +66,18 @@ def test_an_adapter_loads_in_plain_peft(home: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "README.md").read_text().startswith("# a card\n")
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by peft itself
+def test_an_adapter_carries_the_factor_that_no_round_trains(home: Path, tmp_path: Path) -> None:
+    """PEFT warns of missing tensors, draws them anew, and computes something else."""
+    recipe = words(tmp_path, 'train.techniques=[{"lora": {"rank": 2, "trained_factors": "b-only"}}]')
+    tensors = state(execute(recipe))
+    inputs, expected = own_logits(recipe, tensors)
+    assert export_model(recipe, tensors, tmp_path / "out", "adapter", "") == "adapter"
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "bert", config=config)
+    assert_same_logits(PeftModel.from_pretrained(base, tmp_path / "out"), inputs, expected)
+
+
 @pytest.mark.parametrize("techniques", ["lora", "bias", "full", "head-only"])
 def test_a_whole_model_loads_in_plain_transformers(home: Path, tmp_path: Path, techniques: str) -> None:
     recipe = words(tmp_path, f"train.techniques={techniques}")

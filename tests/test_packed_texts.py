@@ -151,8 +151,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"dropout": 0.0},
     "meft": {"dropout": 0.0},
 }
-UNFIT = {"batch-norm", "batch-norm-statistics", "bias", "head-only", "last-blocks", "mobiletl", "tinytl", "qlora"}
-"""Techniques that a Llama cannot carry, or whose base is loaded in four bits."""
+UNFIT = {"batch-norm", "batch-norm-statistics", "bias", "head-only", "last-blocks", "mobiletl", "tinytl", "qlora"} | {
+    "fedkseed"
+}
+"""Techniques that a Llama cannot carry, whose base is loaded in four bits, or that have no gradients."""
 
 
 @pytest.mark.parametrize("name", sorted(set(unit_registry.list_unit_names("fedtune.techniques")) - UNFIT))

@@ -124,7 +124,7 @@ def _table(rows: Sequence[ProfileResult], heading: str) -> Table:
 def _cells(row: StepProfile, full: float | None) -> list[str]:
     sizes = row.kept_bytes, row.peak_bytes, *_process_sizes(row)
     time_taken = f"{row.seconds / full:.2f}x" if full else f"{row.seconds:.3g} s"
-    error = f"{row.gradient_error:.0e}" if row.gradient_error else "0"
+    error = "-" if row.gradient_error is None else f"{row.gradient_error:.0e}" if row.gradient_error else "0"
     return [*map(_size, sizes), time_taken, _short(row.trainable), *map(_size, (row.wire_bytes, row.down_bytes)), error]
 
 

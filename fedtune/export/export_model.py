@@ -41,6 +41,7 @@ def write_export(
         method.check_export()
     model, chosen, _ = prepare_model(recipe, labels, device="cpu")
     set_model_state(model, state)
+    state = techniques.expand_seed_sum(model, state)
     adapter = make_peft_adapter(model, chosen, recipe, state) if form != "model" else None
     if form == "adapter" and adapter is None:
         raise ModelError(

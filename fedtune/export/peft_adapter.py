@@ -48,8 +48,15 @@ def make_peft_adapter(
     config.target_modules = {name for name in config.target_modules if name not in whole}
     config.modules_to_save = sorted([*(config.modules_to_save or []), *whole]) or None
     config.base_model_name_or_path = resolve_model_source(recipe.model.source)
-    trained = {name: tensor for name, tensor in state.items() if not name.startswith(inside)}
+    factors = {**_list_frozen_factors(model, trains[0], state), **state}
+    trained = {name: tensor for name, tensor in factors.items() if not name.startswith(inside)}
     return PeftAdapter(config, {**_list_buffers(model, config.modules_to_save or []), **trained, **drawn})
+
+
+def _list_frozen_factors(model: nn.Module, technique: Technique, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the factors that no round trains and no state has, such as A with b-only. PEFT would draw others."""
+    factors = {name for pair in technique.list_low_rank_pairs(model) for name in (pair.left, pair.right)}
+    return {name: model.get_parameter(name).detach().clone() for name in sorted(factors - state.keys())}
 
 
 def _list_buffers(model: nn.Module, saved: Sequence[str]) -> dict[str, Tensor]:

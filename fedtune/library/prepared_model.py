@@ -67,6 +67,12 @@ def prepare(
             f"this {type(model).__name__} has adapters of PEFT; prepare the model that merge_and_unload() returns"
         )
     chosen = techniques.build_techniques(_parse_units(units), "techniques")
+    estimating = [one.name for one in chosen if one.estimates_gradients]
+    if estimating:
+        raise RecipeError(
+            f"techniques: {estimating[0]} takes its steps in a round of fedtune, without a backward pass or an "
+            "optimiser of torch; train it with fedtune.simulate, or leave it out"
+        )
     quantising = [one.name for one in chosen if one.make_quantisation_config() is not None]
     if quantising and not getattr(model, "is_quantized", False):
         raise ModelError(f"{quantising[0]} needs a model in four bits; load it with quantization_config, or take lora")

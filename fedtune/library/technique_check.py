@@ -29,6 +29,9 @@ def check_technique(name: str) -> Iterator[CheckResult]:
     if _quantises(name):
         yield CheckResult("skipped", "on tiny models", "it needs a model in four bits")
         return
+    if getattr(import_unit_class("fedtune.techniques", name, "techniques"), "estimates_gradients", False):
+        yield CheckResult("skipped", "on tiny models", "it takes the steps of a round itself, without a backward pass")
+        return
     fits = False
     for tiny in TINY_MODELS:
         try:

@@ -105,7 +105,8 @@ class CombineStep(NamedUnit, ABC):
     Set ``selects_entries`` when entries win by sign or size, or directions of a tensor count. Such a step cannot merge
     one LoRA factor alone, because entries and directions of a factor are not those of the product. Set ``averages``
     when the result is exactly the weighted sum of the deltas. Clear ``adds_variance_of_means`` when a merged batch-norm
-    variance must not include the spread between the means of the models. Set ``reference`` when the step compares
+    variance must not include the spread between the means of the models. Set ``weighs_whole_updates`` when the result
+    combines whole deltas, with one coefficient for all entries of a model. Set ``reference`` when the step compares
     models with a delta of the server, which only a round has.
     """
 
@@ -116,6 +117,7 @@ class CombineStep(NamedUnit, ABC):
     selects_entries: ClassVar[bool] = False
     averages: ClassVar[bool] = False
     adds_variance_of_means: ClassVar[bool] = True
+    weighs_whole_updates: ClassVar[bool] = False
     reference: ClassVar[Reference | None] = None
     update_kind: ClassVar[UpdateKind] = "tensors"
 

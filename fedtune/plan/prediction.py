@@ -49,7 +49,7 @@ def predict_memory(
     trace: SettingsTrace, batch: BatchTrace, runtime: Runtime, optimiser: str, momentum: float
 ) -> Prediction:
     """Return the peaks of a process that trains in micro-batches of ``batch.examples``."""
-    per_trained = 1 + OPTIMISER_VALUES[optimiser] + (momentum > 0)
+    per_trained = 1 + OPTIMISER_VALUES[optimiser] + (momentum > 0) if trace.needs_gradients else 0
     state = trace.trained_values * per_trained + trace.master_values
     own = trace.weight_bytes + trace.shared_bytes + int(state * _VALUE) + batch.peak_bytes
     anonymous = runtime.anonymous_bytes + own + _MARGIN

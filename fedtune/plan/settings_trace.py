@@ -23,8 +23,9 @@ class SettingsTrace(BaseModel):
 
     ``batches`` go from one example to the whole batch; a batch that cannot be split has one entry. ``runtime`` names
     the libraries that its process needs. Frozen weights of a file are ``mapped_bytes`` if they are read in place; all
-    other weights are ``weight_bytes``. ``master_values`` are fp32 copies of trained values, those
-    of ``federation.algorithm`` included. ``error`` says why it cannot be used.
+    other weights are ``weight_bytes``. ``master_values`` are fp32 copies of trained values, those of
+    ``federation.algorithm`` included. Without ``needs_gradients`` it holds no gradients and no state of an optimiser.
+    ``error`` says why it cannot be used.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -33,6 +34,7 @@ class SettingsTrace(BaseModel):
     dtype: str
     error: str | None = None
     exact_gradients: bool = True
+    needs_gradients: bool = True
     runtime: str = ""
     batches: list[BatchTrace] = []
     trained_values: int = 0

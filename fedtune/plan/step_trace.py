@@ -18,9 +18,10 @@ from fedtune.plan.library_patches import patch_libraries
 from fedtune.recipe.schema import Recipe
 from fedtune.seeds import derive_seed
 from fedtune.tasks import get_task
-from fedtune.techniques import Technique, begin_round, begin_step, list_trainable_tensors
+from fedtune.techniques import Technique, begin_round, begin_step, list_trainable_tensors, make_step_estimator
 from fedtune.training import compute_step_loss, get_tensor_shapes, set_train_mode
 from fedtune.training.kept_tensors import mark_kept_tensors
+from fedtune.training.step_gradients import compute_gradients
 
 __all__ = ["RoundTrace", "TracedModel", "build_traced_model", "trace_rounds", "use_fake_tensors"]
 
@@ -119,14 +120,18 @@ def _trace_step(
     """Measure as ``fedtune profile`` does: bytes kept when the forward pass ends, and the peak of both passes."""
     model, before = traced.model, answers.flops
     set_train_mode(model)
+    estimator, kept = make_step_estimator(traced.techniques, model, {}, recipe.seed), list[int]()
+
+    def compute_loss() -> Tensor:
+        loss = compute_step_loss(get_task(recipe.task), model, batch)
+        kept.append(meter.current_bytes)
+        return loss
+
     with StorageMeter(excluded=[*model.parameters(), *model.buffers()]) as meter:
         begin_step(traced.techniques, model, batch, 0.0)
-        loss = compute_step_loss(get_task(recipe.task), model, batch)
-        kept = meter.current_bytes
-        loss.backward()
-    del loss
+        compute_gradients(compute_loss, estimator)
     model.zero_grad()
-    return RoundTrace(kept, meter.peak_bytes, answers.flops - before, trained)
+    return RoundTrace(max(kept), meter.peak_bytes, answers.flops - before, trained)
 
 
 def list_shapes(traced: TracedModel) -> Shapes:

@@ -18,7 +18,7 @@ from fedtune.plan.settings_trace import BatchTrace, SettingsTrace
 from fedtune.plan.step_trace import RoundTrace, TracedModel, use_fake_tensors
 from fedtune.recipe.schema import Recipe
 from fedtune.tasks import get_task
-from fedtune.techniques import list_kept_tensors
+from fedtune.techniques import list_kept_tensors, list_rebuilt_tensors
 from fedtune.training.micro_batches import can_split_batch
 from fedtune.wire.tensor_payload import packed_size
 
@@ -66,6 +66,7 @@ def _trace(recipe: Recipe, labels: Sequence[str], answers: DataAnswers) -> dict[
         "traced_blocks": trace.traced_blocks,
         "runtime": _name_runtime(recipe, traced),
         "exact_gradients": all(technique.has_exact_gradients for technique in traced.techniques),
+        "needs_gradients": not any(technique.estimates_gradients for technique in traced.techniques),
         "shapes": {name: list(trace.shapes[name]) for name in _expand(traced, traced.shared)},
         **_count_bytes(recipe, trace),
     }
@@ -96,7 +97,8 @@ def _count_bytes(recipe: Recipe, trace: ModelTrace) -> dict[str, int]:
     kept = _expand(traced, list_kept_tensors(traced.model))  # trained and not sent
     counts = [sum(prod(shapes[name]) for name in (*names, *kept)) for names in rounds]
     sizes = _list_storages(traced)
-    trainable = {name for names in (*rounds, kept) for name in names}
+    rebuilt = set(list_rebuilt_tensors(traced.model))
+    trainable = {name for names in (*rounds, kept) for name in names} | rebuilt
     mapped = _find_mapped(recipe, traced, sizes, trainable)
     halves = {torch.bfloat16, torch.float16}
     copied = count_copies(recipe) * max(counts)
@@ -148,7 +150,7 @@ def _find_mapped(recipe: Recipe, traced: TracedModel, sizes: Mapping[str, int], 
     if is_fedtune_image_model(location) or recipe.model.dtype != "float32":
         return set()
     dtypes = _dtypes(traced)
-    added = (".lora_", ".adapters.")
+    added = (".lora_", ".adapters.", "fedkseed.")
     return {
         name
         for name in sizes

@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,15 @@ from fedtune.profiling.step_inputs import make_random_batch
 from fedtune.recipe.schema import Recipe
 from fedtune.seeds import derive_seed
 from fedtune.tasks import get_task
-from fedtune.techniques import StepInfo, Technique, begin_round, begin_step, list_trainable_tensors
+from fedtune.techniques import (
+    StepInfo,
+    Technique,
+    begin_round,
+    begin_step,
+    build_techniques,
+    list_trainable_tensors,
+    make_step_estimator,
+)
 from fedtune.training import (
     apply_optimiser_step,
     compute_step_loss,
@@ -38,6 +47,7 @@ from fedtune.training import (
 from fedtune.training.backward_updates import update_in_backward
 from fedtune.training.master_weights import make_stepper, masters_of
 from fedtune.training.start import Start
+from fedtune.training.step_gradients import compute_gradients
 from fedtune.wire.client_update import decode_tensors, pack
 from fedtune.wire.masked_weights import encode_masked_state, find_masks, select_active_values
 
@@ -56,7 +66,8 @@ def profile_step(case: ProfileCase) -> StepProfile:
     with use_cpu_threads(recipe.train.threads), fork_random_state(device):
         torch.manual_seed(derive_seed(recipe.seed, "profile"))
         figures, state, batch, rounds = _measure_case(case, recipe)
-        if not case.check_gradients:
+        units = build_techniques(recipe.train.techniques)
+        if not case.check_gradients or any(one.estimates_gradients for one in units):
             return figures
         return replace(figures, gradient_error=gradient_error(recipe, case.labels, state, batch, rounds))
 
@@ -115,13 +126,15 @@ def _measure_seconds(
     begin_round(techniques, model, round_number)
     set_train_mode(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimiser = make_stepper(settings, model, masters_of(model, Start(model, ())))
+    masters = masters_of(model, Start(model, ()))
+    estimator = make_step_estimator(techniques, model, masters, recipe.seed)
+    optimiser = estimator or make_stepper(settings, model, masters)
     seconds, device = [], find_device(model)
     for _ in range(1 + _TIMED):
         started = time.perf_counter()
         begin_step(techniques, model, batch, 0.0)
         with update_in_backward(optimiser, parameters, settings.lr, active=settings.optimiser == "lomo"):
-            compute_step_loss(task, model, batch).backward()
+            compute_gradients(partial(compute_step_loss, task, model, batch), estimator)
         apply_optimiser_step(
             model, techniques, optimiser, parameters, settings, StepInfo(round_number, 0, 1, settings.lr, settings.lr)
         )
@@ -136,13 +149,20 @@ def measure_step_memory(
     """Return the bytes kept for backward when the forward pass ends, and the peak of both passes."""
     begin_round(techniques, model, round_number)
     set_train_mode(model)
-    with StorageMeter(excluded=[*model.parameters(), *model.buffers()]) as meter:
-        begin_step(techniques, model, batch, 0.0)
+    estimates, kept = any(one.estimates_gradients for one in techniques), list[int]()
+    masters = masters_of(model, Start(model, ())) if estimates else {}
+    estimator = make_step_estimator(techniques, model, masters, recipe.seed)
+
+    def compute_loss() -> Tensor:
         loss = compute_step_loss(get_task(recipe.task), model, batch)
-        kept = meter.current_bytes
-        loss.backward()
+        kept.append(meter.current_bytes)
+        return loss
+
+    with StorageMeter(excluded=[*model.parameters(), *model.buffers(), *masters.values()]) as meter:
+        begin_step(techniques, model, batch, 0.0)
+        compute_gradients(compute_loss, estimator)
     model.zero_grad()
-    return kept, meter.peak_bytes
+    return max(kept), meter.peak_bytes
 
 
 def _measure_payload(model: nn.Module, techniques: Sequence[Technique], round_number: int) -> tuple[int, int]:

@@ -18,11 +18,18 @@ from fedtune.techniques._layers.unfrozen_batch_norm import UnfrozenBatchNorm2d, 
 from fedtune.techniques._local_tensors import keep_tensors, list_kept_tensors, list_local_tensors
 from fedtune.techniques._loss_terms import collect_loss_terms
 from fedtune.techniques._saving import refuse_saving
-from fedtune.techniques._technique import ExtraPayload, StepInfo, Technique, list_head_parameters
+from fedtune.techniques._technique import ExtraPayload, StepEstimator, StepInfo, Technique, list_head_parameters
+from fedtune.techniques.zeroth_order._seed_sum import (
+    expand_seed_sum,
+    list_coefficients,
+    list_rebuilt_tensors,
+    rebuild_weights,
+)
 from fedtune.wire.client_update import LowRankPair, TensorSpec
 
 __all__ = [
     "ExtraPayload",
+    "StepEstimator",
     "StepInfo",
     "Technique",
     "UnfrozenBatchNorm2d",
@@ -38,13 +45,17 @@ __all__ = [
     "collect_metrics",
     "compute_extra_payload",
     "declare_extra_payload",
+    "expand_seed_sum",
     "keep_tensors",
     "list_head_parameters",
     "list_kept_tensors",
     "list_local_tensors",
     "list_low_rank_pairs",
+    "list_rebuilt_tensors",
     "list_trainable_tensors",
+    "make_step_estimator",
     "merge_into_weights",
+    "rebuild_weights",
 ]
 
 
@@ -126,6 +137,14 @@ def before_optimiser_step(techniques: Sequence[Technique], model: nn.Module, ste
     return step_info.lr
 
 
+def make_step_estimator(
+    techniques: Sequence[Technique], model: nn.Module, masters: Mapping[str, nn.Parameter], seed: int
+) -> StepEstimator | None:
+    """Return what takes the steps of a round without a backward pass; None for ordinary steps."""
+    made = (technique.make_step_estimator(model, masters, seed) for technique in techniques)
+    return next((one for one in made if one is not None), None)
+
+
 def list_low_rank_pairs(techniques: Sequence[Technique], model: nn.Module) -> list[LowRankPair]:
     """Return the low-rank pairs in the model."""
     return [pair for technique in techniques for pair in technique.list_low_rank_pairs(model)]
@@ -175,7 +194,13 @@ def collect_metrics(techniques: Sequence[Technique], model: nn.Module) -> Iterat
 
 
 def list_trainable_tensors(model: nn.Module) -> list[str]:
-    """Return the names of the tensors that are trained and sent now: parameters, then updated running statistics."""
+    """Return the names of the tensors that are trained and sent now.
+
+    These are parameters, updated running statistics, and the scalars of directions.
+    """
     parameters = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     kept = set(list_local_tensors(model))
-    return [name for name in (*parameters, *list_running_statistics(model)) if name not in kept]
+    return [
+        *(name for name in (*parameters, *list_running_statistics(model)) if name not in kept),
+        *list_coefficients(model),
+    ]

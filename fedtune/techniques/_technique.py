@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, final
 
 from torch import Tensor, nn
 
@@ -15,7 +15,14 @@ from fedtune.wire.client_update import LowRankPair, TensorSpec, UpdateKind
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-__all__ = ["ExtraPayload", "StepInfo", "Technique", "list_head_parameters", "unfreeze_parameters"]
+__all__ = [
+    "ExtraPayload",
+    "StepEstimator",
+    "StepInfo",
+    "Technique",
+    "list_head_parameters",
+    "unfreeze_parameters",
+]
 
 
 class StepInfo(NamedTuple):
@@ -35,6 +42,21 @@ class ExtraPayload(NamedTuple):
     tensors: Mapping[str, Tensor]
 
 
+class StepEstimator(Protocol):
+    """Takes the place of the backward pass and of the optimiser in the steps of a round."""
+
+    def estimate(self, compute_loss: Callable[[], Tensor]) -> Tensor:
+        """Estimate what a step needs from losses of its batch, without gradients; return the loss.
+
+        The model is the same afterwards, so that it may be called again for the same step.
+        """
+        ...
+
+    def step(self, lr: float) -> None:
+        """Move the weights by the last estimate."""
+        ...
+
+
 class Technique(NamedUnit):
     """One published way to make fine-tuning fit a device. Its fields are its settings; every hook is optional."""
 
@@ -42,6 +64,13 @@ class Technique(NamedUnit):
     """Whether it selects trained tensors; a run needs at least one technique that does."""
     has_exact_gradients: ClassVar[bool] = True
     """Whether gradients are those of the plain model, or of one with adapters, up to rounding."""
+    estimates_gradients: ClassVar[bool] = False
+    """Whether its steps take an estimate in the place of a backward pass, see ``make_step_estimator``."""
+    replaces_update: ClassVar[bool] = False
+    """Whether clients send its tensors in the place of those that other techniques train."""
+    fits_zeroth_order: ClassVar[bool] = False
+    """Whether it neither reads gradients nor changes what a backward pass keeps, and lets two passes over a batch
+    differ by the weights alone."""
     replaces_loss: ClassVar[bool] = False
     """Whether it works inside the loss that the model computes from its labels, and not where another loss is taken."""
     allows_kv_cache: ClassVar[bool] = False
@@ -98,6 +127,16 @@ class Technique(NamedUnit):
 
         Evaluation calls it too, with ``progress`` 1. Layers add terms to the loss by ``add_loss_term``.
         """
+
+    def make_step_estimator(
+        self, model: nn.Module, masters: Mapping[str, nn.Parameter], seed: int
+    ) -> StepEstimator | None:
+        """Return what takes the steps of a round without a backward pass; None for ordinary steps.
+
+        ``masters`` are copies in single precision of trained parameters of a lower one, by name. All random numbers of
+        the round are derived from ``seed``.
+        """
+        return None
 
     def before_optimiser_step(self, model: nn.Module, step_info: StepInfo) -> float:
         """Called after the backward pass: may change gradients; returns the learning rate of the step."""

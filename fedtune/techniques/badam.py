@@ -35,6 +35,7 @@ class Badam(Technique):
     """Train one block in each round, and a classifier's head."""
 
     name: ClassVar[str] = "badam"
+    fits_zeroth_order: ClassVar[bool] = True
     allows_kv_cache: ClassVar[bool] = True
     conflicts_with: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(

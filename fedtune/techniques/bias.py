@@ -30,6 +30,7 @@ class Bias(Technique):
     """Train bias terms and a classifier's head."""
 
     name: ClassVar[str] = "bias"
+    fits_zeroth_order: ClassVar[bool] = True
     fits_plain_blocks: ClassVar[bool] = True
     paged_base_problem: ClassVar[str | None] = None
     allows_kv_cache: ClassVar[bool] = True

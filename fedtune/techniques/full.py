@@ -24,6 +24,7 @@ class Full(Technique):
     """Train everything."""
 
     name: ClassVar[str] = "full"
+    fits_zeroth_order: ClassVar[bool] = True
     fits_plain_blocks: ClassVar[bool] = True
     paged_base_problem: ClassVar[str | None] = "trains the weights of the base, which are in a file that is only read"
     allows_kv_cache: ClassVar[bool] = True

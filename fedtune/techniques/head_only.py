@@ -24,6 +24,7 @@ class HeadOnly(Technique):
     """Train the head alone."""
 
     name: ClassVar[str] = "head-only"
+    fits_zeroth_order: ClassVar[bool] = True
     fits_plain_blocks: ClassVar[bool] = True
     paged_base_problem: ClassVar[str | None] = None
     allows_kv_cache: ClassVar[bool] = True

@@ -42,6 +42,7 @@ class ShiftedAttention(Technique):
     """Attend inside groups of tokens in training, shifted by half a group for half of the heads."""
 
     name: ClassVar[str] = _NAME
+    fits_zeroth_order: ClassVar[bool] = True
     paged_base_problem: ClassVar[str | None] = None
     has_exact_gradients: ClassVar[bool] = False
     selects_trainable_tensors: ClassVar[bool] = False

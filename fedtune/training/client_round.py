@@ -13,7 +13,7 @@ from fedtune.data import EncodedDataset
 from fedtune.recipe.schema import Recipe
 from fedtune.seeds import derive_seed
 from fedtune.tasks import Task, get_task
-from fedtune.techniques import Technique
+from fedtune.techniques import StepEstimator, Technique
 from fedtune.training.algorithm_inputs import AlgorithmInputs
 from fedtune.training.holdout_split import split_holdout
 from fedtune.training.stream_round import StreamRound
@@ -44,6 +44,8 @@ class ClientRound:
     algorithm: AlgorithmInputs | None = None
     algorithm_round: AlgorithmRound = field(default_factory=AlgorithmRound)
     """The algorithm, once the round has begun."""
+    estimator: StepEstimator | None = None
+    """What takes steps without a backward pass, once the round has begun; None if there is one."""
 
     @property
     def task(self) -> Task:

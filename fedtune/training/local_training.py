@@ -4,7 +4,7 @@ import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -27,6 +27,7 @@ from fedtune.techniques import (
     StepInfo,
     compute_extra_payload,
     list_trainable_tensors,
+    make_step_estimator,
 )
 from fedtune.training.algorithm_training import begin_algorithm, end_algorithm
 from fedtune.training.backward_updates import refuse_smaller_batch, update_in_backward
@@ -184,6 +185,8 @@ def _measure_received(client: ClientRound, rows: IntArray, held_out: IntArray, n
 def _train(client: ClientRound, rows: IntArray, masters: Mapping[str, nn.Parameter]) -> _RoundSteps:
     torch.manual_seed(client.derive_seed("dropout"))
     release_freed()
+    seed = client.derive_seed("directions")
+    client = replace(client, estimator=make_step_estimator(client.techniques, client.model, masters, seed))
     with mask_trained_classes(client), client.algorithm_round.change_model():
         steps = _run_steps(client, rows, masters) if client.trains else _skip_steps(client, rows)
     release_freed()
@@ -262,7 +265,7 @@ def _run_steps(client: ClientRound, rows: IntArray, masters: Mapping[str, nn.Par
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     refuse_smaller_batch(recipe, client.micro_batch_size)
     model.zero_grad()  # a client that failed earlier may have left gradients
-    optimiser = make_stepper(settings, model, masters)
+    optimiser = client.estimator or make_stepper(settings, model, masters)
     set_train_mode(model)
     results: list[StepResult] = []
     size, examples = client.micro_batch_size, 0

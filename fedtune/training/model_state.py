@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from fedtune.techniques import rebuild_weights
+
 __all__ = ["get_model_state", "get_tensor_shapes", "named_tensors", "precise", "set_model_state"]
 
 
@@ -28,10 +30,11 @@ def _copy(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def set_model_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Write the state into the model, rounded to the model's precision."""
+    """Write the state into the model, rounded to the model's precision. Weights that follow from it are rebuilt."""
     tensors = named_tensors(model)
     for name, tensor in state.items():
         tensors[name].copy_(tensor)
+    rebuild_weights(model, list(state))
 
 
 def get_tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -18,6 +18,7 @@ from fedtune.training.model_checks import check_privacy_settings
 from fedtune.training.model_counts import check_model_counts
 from fedtune.training.root_data_checks import check_root_data
 from fedtune.training.stream_tasks import check_stream_settings, follow_stream, list_stream_tasks
+from fedtune.training.zeroth_order_checks import check_zeroth_order
 from fedtune.wire.client_update import UpdateKind
 
 __all__ = ["resolve_recipe"]
@@ -45,6 +46,7 @@ def resolve_recipe(recipe: Recipe) -> Recipe:
     check_privacy_settings(recipe, pipeline)
     check_server_optimiser(every, pipeline)
     check_backward_updates(recipe, every)
+    check_zeroth_order(recipe, every, pipeline, algorithm)
     check_model_counts(recipe, pipeline)
     check_root_data(recipe, pipeline.combine)
     check_metrics(recipe)
@@ -148,9 +150,8 @@ def _check_fit(chosen: Sequence[Technique], combine: merging.CombineStep) -> Non
     """Raise RecipeError unless the merge accepts what clients send: tensors, one factor or both factors of low-rank
     pairs.
     """
-    sent = {
-        technique.get_update_kind(): technique.name for technique in chosen if technique.get_update_kind() != "tensors"
-    }
+    sending = [one for one in chosen if one.get_update_kind() != "tensors"]
+    sent = {} if any(one.replaces_update for one in chosen) else {one.get_update_kind(): one.name for one in sending}
     if combine.update_kind == "tensors" and sent.keys() == {"one factor"}:
         _check_factor(sent["one factor"], combine)
     elif combine.update_kind not in (sent or {"tensors": ""}):

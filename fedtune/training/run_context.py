@@ -238,7 +238,7 @@ class RunContext:
         """In a worker process, replace the shared copies of trained or received tensors by private ones."""
         for context in (self, *self.by_device_class.values()):
             tensors = named_tensors(context.model)
-            for name in [*self.shared_names, *self.local_tensors]:
+            for name in [*self.shared_names, *self.local_tensors, *techniques.list_rebuilt_tensors(context.model)]:
                 tensors[name].data = tensors[name].data.clone()
 
     def _encode(self, examples: data.Table) -> data.EncodedDataset:

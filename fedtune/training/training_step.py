@@ -7,7 +7,7 @@ micro-batch.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -65,7 +65,8 @@ def run_step(
         restore = _save_random_state(device)
         try:
             parts = split_into_micro_batches(rows, size or len(rows))
-            return StepResult(*_add_gradients(client, examples, parts, progress, device, metered=metered), size)
+            compute = _add_gradients if client.estimator is None else _estimate_gradients
+            return StepResult(*compute(client, examples, parts, progress, device, metered=metered), size)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -123,25 +124,75 @@ def _add_gradients(
 
     Micro-batches without predictions, such as texts of one token, are skipped.
     """
-    model, task = client.model, client.task
-    excluded = [*model.parameters(), *model.buffers()] if metered else []
     losses: list[tuple[float, Tensor]] = []
     kept = 0
-    methods, parts = client.method_rounds, [examples.make_batch(part) for part in rows]
-    for chosen, part, share in zip(rows, parts, compute_loss_weights(task, parts), strict=True):
-        if not share:
-            continue
-        batch = move_tensors(part, device)
-        begin_step(client.techniques, model, batch, progress)
-        with StorageMeter(excluded=excluded) if metered else nullcontext() as meter:
-            with capture_logits(model, wanted=bool(methods)) as logits:
-                loss = compute_step_loss(task, model, batch)
-            terms = compute_method_terms(methods, chosen, batch, logits)
-            terms += client.algorithm_round.compute_batch_terms(batch)
-            loss = torch.stack([loss, *terms]).sum() if terms else loss
-            kept = max(kept, meter.current_bytes if meter is not None else 0)
-        (loss if len(parts) == 1 else loss * share).backward()
-        losses.append((share, loss.detach()))
+    parts = _make_micro_batches(client, examples, rows)
+    for part in parts:
+        loss, held = _pass_micro_batch(client, part, progress, device, metered=metered)
+        kept = max(kept, held)
+        (loss if len(rows) == 1 else loss * part.share).backward()
+        losses.append((part.share, loss.detach()))
     if losses:
-        add_memory_gradients(methods)
+        add_memory_gradients(client.method_rounds)
     return losses, kept
+
+
+def _estimate_gradients(
+    client: ClientRound,
+    examples: EncodedDataset,
+    rows: Sequence[Sequence[int]],
+    progress: float,
+    device: torch.device,
+    *,
+    metered: bool,
+) -> tuple[list[tuple[float, Tensor]], int]:
+    """Let the round's estimator pass the micro-batches as often as it needs. Return the loss, and the bytes kept."""
+    assert client.estimator is not None
+    parts = _make_micro_batches(client, examples, rows)
+    kept = [0]
+
+    def compute_loss() -> Tensor:
+        losses = []
+        for part in parts:
+            loss, held = _pass_micro_batch(client, part, progress, device, metered=metered)
+            losses.append(loss if len(rows) == 1 else loss * part.share)
+            kept.append(held)
+        return torch.stack(losses).sum()
+
+    losses = [(1.0, client.estimator.estimate(compute_loss))] if parts else []
+    return losses, max(kept)
+
+
+class _MicroBatch(NamedTuple):
+    """The rows of a micro-batch, its tensors on the CPU, and its share of the predictions."""
+
+    rows: Sequence[int]
+    tensors: Mapping[str, Tensor]
+    share: float
+
+
+def _make_micro_batches(
+    client: ClientRound, examples: EncodedDataset, rows: Sequence[Sequence[int]]
+) -> list[_MicroBatch]:
+    """Return the micro-batches with predictions."""
+    parts = [examples.make_batch(part) for part in rows]
+    shares = compute_loss_weights(client.task, parts)
+    return [_MicroBatch(*one) for one in zip(rows, parts, shares, strict=True) if one[2]]
+
+
+def _pass_micro_batch(
+    client: ClientRound, part: _MicroBatch, progress: float, device: torch.device, *, metered: bool
+) -> tuple[Tensor, int]:
+    """Return the loss of a micro-batch with all its terms, and the bytes kept for backward if they are measured."""
+    model, methods = client.model, client.method_rounds
+    batch = move_tensors(part.tensors, device)
+    begin_step(client.techniques, model, batch, progress)
+    excluded = [*model.parameters(), *model.buffers()] if metered else []
+    with StorageMeter(excluded=excluded) if metered else nullcontext() as meter:
+        with capture_logits(model, wanted=bool(methods)) as logits:
+            loss = compute_step_loss(client.task, model, batch)
+        terms = compute_method_terms(methods, part.rows, batch, logits)
+        terms += client.algorithm_round.compute_batch_terms(batch)
+        loss = torch.stack([loss, *terms]).sum() if terms else loss
+        kept = meter.current_bytes if meter is not None else 0
+    return loss, kept

@@ -37,6 +37,7 @@ class ChunkedMlp(Technique):
     """Run MLPs on chunks of tokens and recompute them in the backward pass."""
 
     name: ClassVar[str] = "chunked-mlp"
+    fits_zeroth_order: ClassVar[bool] = True
     fits_plain_blocks: ClassVar[bool] = True
     paged_base_problem: ClassVar[str | None] = None
     selects_trainable_tensors: ClassVar[bool] = False

@@ -32,6 +32,8 @@ def fused_cross_entropy(
     replaces the number. At most ``chunk_size`` rows of logits [chunk, v] exist at a time, in fp32 or fp64.
     """
     counted = (labels != ignore_index).nonzero()[:, 0]
+    if not torch.is_grad_enabled():  # torch would ask for the gradients of a trained head all the same
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
     loss: Tensor = _Fused.apply(
         hidden, weight, bias, labels, counted, num_items if num_items is not None else max(1, len(counted)), chunk_size
     )

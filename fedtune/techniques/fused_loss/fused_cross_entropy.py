@@ -47,6 +47,7 @@ class FusedCrossEntropy(Technique):
     """Compute output layer and cross-entropy together, one chunk of tokens at a time."""
 
     name: ClassVar[str] = "fused-cross-entropy"
+    fits_zeroth_order: ClassVar[bool] = True
     fits_plain_blocks: ClassVar[bool] = True
     paged_base_problem: ClassVar[str | None] = None
     selects_trainable_tensors: ClassVar[bool] = False

@@ -32,6 +32,7 @@ class Lora(LowRankTechnique):
     """A low-rank pair beside full-precision layers."""
 
     name: ClassVar[str] = "lora"
+    fits_zeroth_order: ClassVar[bool] = True
     fits_plain_blocks: ClassVar[bool] = True
     paged_base_problem: ClassVar[str | None] = None
     allows_kv_cache: ClassVar[bool] = True

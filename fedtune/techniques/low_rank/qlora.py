@@ -25,6 +25,7 @@ class Qlora(LowRankTechnique):
     """A low-rank pair beside NF4 layers."""
 
     name: ClassVar[str] = "qlora"
+    fits_zeroth_order: ClassVar[bool] = True
     paged_base_problem: ClassVar[str | None] = "quantises the base in memory; model.paged: nf4 does so in the file"
     has_exact_gradients: ClassVar[bool] = False
     allows_kv_cache: ClassVar[bool] = True

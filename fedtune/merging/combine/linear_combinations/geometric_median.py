@@ -29,6 +29,7 @@ class GeometricMedian(GramCombineStep):
     """The smoothed geometric median."""
 
     name: ClassVar[str] = "geometric-median"
+    weighs_whole_updates: ClassVar[bool] = True
     adds_variance_of_means: ClassVar[bool] = False
     granularity: Literal["model", "tensor"] = "model"
     eps: float = Field(1e-6, gt=0, description="smaller distances count as this value")

@@ -36,6 +36,7 @@ class CentredClipping(RobustStep):
     """The mean of clipped differences from a centre."""
 
     name: ClassVar[str] = "centred-clipping"
+    weighs_whole_updates: ClassVar[bool] = True
     reference: ClassVar[Reference | None] = "last merge"
     radius: float | None = Field(None, gt=0, description="largest distance from the centre; default: their median")
     iterations: int = Field(1, ge=1, le=1000, description="how often the centre moves in one merge")

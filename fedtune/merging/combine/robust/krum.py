@@ -30,6 +30,7 @@ class Krum(DistanceStep):
     """The model with the nearest neighbours."""
 
     name: ClassVar[str] = "krum"
+    weighs_whole_updates: ClassVar[bool] = True
 
     @property
     def required_models(self) -> int:

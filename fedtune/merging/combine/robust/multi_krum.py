@@ -31,6 +31,7 @@ class MultiKrum(DistanceStep):
     """The mean of the models with the nearest neighbours."""
 
     name: ClassVar[str] = "multi-krum"
+    weighs_whole_updates: ClassVar[bool] = True
     m: int | None = Field(None, ge=1, description="number of models that are averaged; default: n - f - 2")
 
     @property
