@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from fedtune import checkpoint, paths, techniques
+from fedtune.device.memory_budget import MemoryEstimate, estimate_memory
 from fedtune.errors import ModelError, RecipeError
 from fedtune.export import export_model
 from fedtune.plan.candidates import Candidate
@@ -250,3 +251,17 @@ def test_what_is_trained_merges_into_plain_layers() -> None:
         assert torch.allclose(model.eval()(**batch).logits, before, atol=1e-5)
     assert SCALARS not in model.state_dict()
     assert state[SCALARS].any()
+
+
+@pytest.mark.parametrize("units", [ADAPTERS, '[{"lora": {"rank": 2}}, "mezo"]'])
+def test_a_device_estimates_the_memory_of_steps_without_a_backward_pass(tmp_path: Path, units: str) -> None:
+    def estimate(chosen: str, *more: str) -> tuple[MemoryEstimate, dict[str, Tensor], dict[str, Tensor]]:
+        recipe = words(tmp_path, f"train.techniques={chosen}", *more)
+        context = get_run_context(recipe.model_dump_json())
+        before = {name: one.clone() for name, one in context.model.state_dict().items()}
+        return estimate_memory(context, np.arange(8), 1), before, context.model.state_dict()
+
+    found, before, after = estimate(units, *SGD)
+    trained, _, _ = estimate('["lora"]')
+    assert 0 < found.bytes_per_example < trained.bytes_per_example / 2
+    assert all(torch.equal(one, after[name]) for name, one in before.items())

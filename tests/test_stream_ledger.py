@@ -175,6 +175,7 @@ def test_the_detailed_document_adds_visits_device_classes_and_clients(store: Sto
         "num_predictions": 10,
         "accuracy": 0.9,
         "loss": pytest.approx(0.1),
+        "device_type": None,
     }
     assert document["rounds"][2]["client_records"][1]["stored_bytes"] == 2001
 

@@ -68,7 +68,8 @@ ZEROTH_ORDER = ("fedkseed", "mezo")
 
 
 def get_technique(name: str) -> type[Technique]:
-    found: type[Technique] = unit_registry.import_unit_class("fedtune.techniques", name, "here")
+    found = unit_registry.import_unit_class("fedtune.techniques", name, "here")
+    assert issubclass(found, Technique)
     return found
 
 

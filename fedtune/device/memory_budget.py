@@ -1,12 +1,13 @@
 """A device estimates before training whether a round fits its memory budget."""
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from fedtune.accelerator import fork_random_state, move_tensors
 from fedtune.algorithms import count_copies
@@ -122,9 +123,18 @@ def _kept(context: RunContext, examples: EncodedDataset, chosen: list[int], roun
     with use_cpu_threads(context.recipe.train.threads), fork_random_state(context.device):
         begin_step(context.techniques, context.model, batch, round_number / context.recipe.federation.rounds)
         with StorageMeter(excluded=[*context.model.parameters(), *context.model.buffers()]) as meter:
-            compute_step_loss(context.task, context.model, batch).backward()
+            _run_step(context, batch)
     context.model.zero_grad()
     return meter.peak_bytes
+
+
+def _run_step(context: RunContext, batch: Mapping[str, Tensor]) -> None:
+    """Run the forward and the backward pass; techniques that estimate gradients have forward passes alone."""
+    if any(technique.estimates_gradients for technique in context.techniques):
+        with torch.no_grad():
+            compute_step_loss(context.task, context.model, batch)
+    else:
+        compute_step_loss(context.task, context.model, batch).backward()
 
 
 def _megabytes(count: int) -> int:
