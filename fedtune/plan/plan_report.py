@@ -109,6 +109,7 @@ def _make_key(recipe: Recipe, body: dict[str, Any]) -> list[str]:
     """What a trace depends on: the settings of the step, the configuration of the model, and the libraries."""
     settings = body["recipe"]
     step = {name: settings.get(name) for name in ("task", "model", "train", "data", "seed", "stream")}
+    step["algorithm"] = settings["federation"].get("algorithm")  # it may hold copies of what is trained
     kind, _, name = recipe.model.source.partition(":")
     config = Path(name).expanduser() / "config.json"
     text = config.read_text(encoding="utf-8") if kind == "path" and config.is_file() else ""
