@@ -25,6 +25,7 @@ from fedtune.training import clear_run_context, get_model_state, get_run_context
 from fedtune.wire.client_update import decode_tensors
 from tests.federations import Ended, execute, order_of, sent_state, spoilt, trivial, words
 from tests.personal_twins import run_personal_twin
+from tests.streams import CLASSES, resolve_stream
 from tests.test_algorithm_runs import FEW, make_clients, read_last_state, with_algorithm
 
 HOLDOUT = "evaluation.local_holdout=0.25"
@@ -270,3 +271,9 @@ def test_an_export_says_that_the_head_is_the_one_from_before_training(home: Path
     assert "worst tenth" in shown.output
     drawn = CliRunner().invoke(cli, ["runs", "plot", "latest", "-o", str(tmp_path / "run.svg")])
     assert drawn.exit_code == 0, drawn.output
+
+
+@pytest.mark.parametrize("name", ["fedper", "fedrep", "ditto", "apfl", "private-adapter"])
+def test_streams_are_refused(name: str) -> None:
+    with pytest.raises(RecipeError, match=f"{name} keeps what belongs to one task, and a stream goes on to others"):
+        resolve_stream(CLASSES, federation={"algorithm": name})
