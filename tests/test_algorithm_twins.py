@@ -94,7 +94,7 @@ class Federation:
         with current.change_model():
             for step in range(clients.steps[client]):
                 if current.personal is not None:
-                    with current.personal.use():
+                    with current.personal.use_values():
                         loss(self.model, batch).backward()
                         current.personal.take_step(clients.lr)
                         self.model.zero_grad()

@@ -107,7 +107,7 @@ def test_each_scalar_is_the_slope_along_its_direction() -> None:
     model, units, _ = prepared("opt", "full")
     scalars, steps = torch.zeros(50), units[1].make_step_estimator(model, {}, 9)
     batch = FAMILIES["opt"].make_batch()
-    steps.estimate(lambda: model.eval()(**batch).loss)
+    steps.estimate_slope(lambda: model.eval()(**batch).loss)
     steps.step(0.5)
     [place] = model.fedkseed.coefficients.nonzero().flatten().tolist()
     losses = []
@@ -255,13 +255,13 @@ def test_what_is_trained_merges_into_plain_layers() -> None:
 
 @pytest.mark.parametrize("units", [ADAPTERS, '[{"lora": {"rank": 2}}, "mezo"]'])
 def test_a_device_estimates_the_memory_of_steps_without_a_backward_pass(tmp_path: Path, units: str) -> None:
-    def estimate(chosen: str, *more: str) -> tuple[MemoryEstimate, dict[str, Tensor], dict[str, Tensor]]:
+    def run(chosen: str, *more: str) -> tuple[MemoryEstimate, dict[str, Tensor], dict[str, Tensor]]:
         recipe = words(tmp_path, f"train.techniques={chosen}", *more)
         context = get_run_context(recipe.model_dump_json())
         before = {name: one.clone() for name, one in context.model.state_dict().items()}
         return estimate_memory(context, np.arange(8), 1), before, context.model.state_dict()
 
-    found, before, after = estimate(units, *SGD)
-    trained, _, _ = estimate('["lora"]')
+    found, before, after = run(units, *SGD)
+    trained, _, _ = run('["lora"]')
     assert 0 < found.bytes_per_example < trained.bytes_per_example / 2
     assert all(torch.equal(one, after[name]) for name, one in before.items())

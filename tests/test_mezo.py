@@ -112,7 +112,7 @@ def test_a_step_is_that_of_a_slow_twin_with_dropout_on(family: str, joined: str)
     slope = (losses[0] - losses[1]) / (2 * EPSILON)
     step, directions = make_step(model, 7)
     torch.manual_seed(3)
-    loss = step.estimate(lambda: model(**batch).loss)
+    loss = step.estimate_slope(lambda: model(**batch).loss)
     step.step(0.1)
     assert float(loss) == pytest.approx(sum(losses) / 2, rel=1e-6)
     [change] = directions.changes
@@ -138,7 +138,7 @@ def test_the_mean_over_directions_is_the_gradient_of_a_quadratic() -> None:
     mean = torch.zeros(6, dtype=torch.float64)
     for number in range(count):
         w.zero_()
-        step.estimate(lambda: (root @ (w - centre)).square().sum() / 2)
+        step.estimate_slope(lambda: (root @ (w - centre)).square().sum() / 2)
         step.step(1.0)
         mean -= w / count
         z = torch.randn(6, generator=torch.Generator().manual_seed(number)).double()
@@ -159,7 +159,7 @@ def test_weights_return_within_the_bound_and_with_master_copies_exactly(joined: 
         model, _, _ = prepared("opt", joined, dtype)
         before = {name: one.detach().clone() for name, one in model.named_parameters()}
         step, _ = make_step(model, 0)
-        step.estimate(partial(compute_loss, model))
+        step.estimate_slope(partial(compute_loss, model))
         for name, one in model.named_parameters():
             moved = (one.detach().double() - before[name].double()).abs()
             bound = 3 * 2.0**-24 * (before[name].double().abs() + 6 * EPSILON) if dtype == torch.float32 else 0.0
@@ -223,7 +223,7 @@ def test_a_step_holds_what_inference_holds(family: str) -> None:
     step, _ = make_step(model, 0)
     with torch.no_grad():
         inference = measure(lambda: model.eval()(**batch).loss, model)
-    peak = measure(lambda: step.estimate(lambda: model.eval()(**batch).loss), model)
+    peak = measure(lambda: step.estimate_slope(lambda: model.eval()(**batch).loss), model)
     assert peak <= 1.1 * inference
     trained = measure(lambda: model(**batch).loss.backward(), model)
     assert trained > 3 * inference

@@ -28,12 +28,12 @@ class PersonalModel:
     """A client's own model during a round."""
 
     @contextmanager
-    def use(self) -> Iterator[None]:
+    def use_values(self) -> Iterator[None]:
         """Let the model compute what the client's own model computes. The shared one is back after the block."""
         yield
 
     def take_step(self, lr: float) -> None:
-        """Update the client's own model, inside ``use`` and after the backward pass of its loss."""
+        """Update the client's own model, inside ``use_values`` and after the backward pass of its loss."""
 
 
 def refuse_optimiser(_: Sequence[nn.Parameter]) -> Optimiser:

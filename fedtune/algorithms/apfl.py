@@ -72,7 +72,7 @@ class _Mix(PersonalModel):
         self._shared: Mapping[str, Tensor] = {}
 
     @contextmanager
-    def use(self) -> Iterator[None]:
+    def use_values(self) -> Iterator[None]:
         """Put the mix in the place of the shared values; running statistics are the own ones."""
         own, statistics = self._own.values, self._setup.statistics
         self._shared = {name: copy_in_single_precision(self._own.tensors[name]) for name in own}

@@ -67,7 +67,7 @@ class _DittoModel(PersonalModel):
         self._optimiser = setup.make_optimiser(own.list_trained())
 
     @contextmanager
-    def use(self) -> Iterator[None]:
+    def use_values(self) -> Iterator[None]:
         """Put v_k in the place of the shared values."""
         with swap_values(self._own.tensors, self._own.values):
             yield

@@ -82,7 +82,7 @@ class _PrivatePairs(PersonalModel):
         self._optimiser = setup.make_optimiser(list(self.factors.values()))
 
     @contextmanager
-    def use(self) -> Iterator[None]:
+    def use_values(self) -> Iterator[None]:
         """Let each layer with a shared pair add the product of the private one."""
         with ExitStack() as stack:
             for pair in self._setup.pairs:

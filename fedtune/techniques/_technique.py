@@ -45,7 +45,7 @@ class ExtraPayload(NamedTuple):
 class StepEstimator(Protocol):
     """Takes the place of the backward pass and of the optimiser in the steps of a round."""
 
-    def estimate(self, compute_loss: Callable[[], Tensor]) -> Tensor:
+    def estimate_slope(self, compute_loss: Callable[[], Tensor]) -> Tensor:
         """Estimate what a step needs from losses of its batch, without gradients; return the loss.
 
         The model is the same afterwards, so that it may be called again for the same step.

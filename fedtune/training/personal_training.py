@@ -23,7 +23,7 @@ def use_personal_model(client: ClientRound) -> Iterator[None]:
     if personal is None:
         yield
         return
-    with personal.use():
+    with personal.use_values():
         yield
 
 
@@ -51,7 +51,7 @@ def _take_step(
     size: int | None,
 ) -> int | None:
     model, progress = client.model, (info.round - 1 + info.step / info.local_steps) / client.recipe.federation.rounds
-    with personal.use():
+    with personal.use_values():
         plain = replace(client, algorithm_round=AlgorithmRound())
         result = run_step(plain, examples, rows, progress, size, metered=False)
         if result.losses:

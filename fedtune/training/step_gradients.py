@@ -12,7 +12,7 @@ __all__ = ["compute_gradients"]
 def compute_gradients(compute_loss: Callable[[], Tensor], estimator: StepEstimator | None) -> Tensor:
     """Add the gradients of a loss, or let the estimator compute it as often as it needs; return the loss."""
     if estimator is not None:
-        return estimator.estimate(compute_loss)
+        return estimator.estimate_slope(compute_loss)
     loss = compute_loss()
     loss.backward()
     return loss.detach()

@@ -159,7 +159,7 @@ def _estimate_gradients(
             kept.append(held)
         return torch.stack(losses).sum()
 
-    losses = [(1.0, client.estimator.estimate(compute_loss))] if parts else []
+    losses = [(1.0, client.estimator.estimate_slope(compute_loss))] if parts else []
     return losses, max(kept)
 
 

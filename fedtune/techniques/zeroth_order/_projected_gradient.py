@@ -43,7 +43,7 @@ class DirectionSource(Protocol):
 
 
 class ProjectedGradientStep:
-    """The steps of one round: ``estimate`` in the place of the backward pass, ``step`` in that of the optimiser.
+    """The steps of one round: ``estimate_slope`` in the place of the backward pass, ``step`` in that of the optimiser.
 
     Between the two passes of a step only the weights differ: dropout draws the same masks.
     """
@@ -54,7 +54,7 @@ class ProjectedGradientStep:
         self._slope: Tensor | None = None
 
     @torch.no_grad()
-    def estimate(self, compute_loss: Callable[[], Tensor]) -> Tensor:
+    def estimate_slope(self, compute_loss: Callable[[], Tensor]) -> Tensor:
         """Compute the slope of the loss along the direction of this step; return the mean of the two losses.
 
         The weights are back afterwards, also if a pass fails. It may then be called again, with the same direction.

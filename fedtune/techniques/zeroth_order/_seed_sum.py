@@ -58,7 +58,7 @@ class SeedSum(nn.Module):
         """Return the weights that the sum is written to, in the order of their names."""
         return [TrainedTensor(model.get_parameter(name).detach()) for name in self.names]
 
-    def rebuild(self, model: nn.Module) -> None:
+    def write_weights(self, model: nn.Module) -> None:
         """Write the sum into the weights, one direction at a time."""
         trained = self.list_trained(model)
         for number, one in enumerate(trained):
@@ -95,7 +95,7 @@ def rebuild_weights(model: nn.Module, written: Sequence[str]) -> None:
     """Rebuild the weights if the scalars are among the tensors that were written."""
     found = find_seed_sum(model)
     if found is not None and set(list_coefficients(model)) & set(written):
-        found.rebuild(model)
+        found.write_weights(model)
 
 
 def expand_seed_sum(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
