@@ -4,7 +4,6 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import resource_tracker
 
 __all__ = ["hold_interrupts", "start_without_interrupts"]
 
@@ -33,6 +32,8 @@ def hold_interrupts() -> Iterator[None]:
 @contextmanager
 def start_without_interrupts() -> Iterator[None]:
     """Delay Ctrl-C until the end of the block. Processes started inside ignore it and leave it to this process."""
+    from multiprocessing import resource_tracker  # processes that read settings alone do not need it
+
     # It unblocks the signal when it starts its own process, so it must not do so inside the block.
     resource_tracker.ensure_running()
     with hold_interrupts():
