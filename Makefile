@@ -8,6 +8,9 @@ READY := $(VENV)/ready
 .PHONY: demo devices-demo quick test test-devices test-attacks test-oldest check bench
 
 # Modules are compiled when they are first imported: compiling them all takes longer than finding and unpacking them.
+# What was compiled is kept, also where the environment says not to: tests start hundreds of processes.
+unexport PYTHONDONTWRITEBYTECODE
+
 $(READY): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint $(CONSTRAINTS) --editable '.[dev,ray]'
