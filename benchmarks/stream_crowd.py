@@ -2,8 +2,8 @@
 
 Simulated: ten phones and six tablets that drop out of 30 and 10 % of their rounds, and begin in four waves, one round
 apart. Ten digits, two at a time, three rounds each, with replay within a budget. All devices are asked for scores after
-each round. Deployed: four real devices on this machine, five tasks of two rounds. One joins in the third task, one is
-away for the second, and one leaves for good before the last.
+each round. Deployed: sixteen real devices on this machine, five tasks of two rounds. Four join in the third task, four
+are away for the second, and two leave for good before the last.
 
 For each client, ``ledger_count`` counts its rounds, fills its matrix and computes its figures from the rows of the
 store. They must equal what ``fedtune runs show --json`` says. In the simulation each score after a round is also
@@ -63,7 +63,7 @@ SIMULATED = RECIPE.format(
     arrival=f"{{staggered: 1, waves: {WAVES}}}",
 )
 DEPLOYED = RECIPE.format(
-    devices="[{name: toy, count: 4}]", steps=4, federation="{deadline: 120}", rounds=2, arrival="together"
+    devices="[{name: toy, count: 16}]", steps=4, federation="{deadline: 120}", rounds=2, arrival="together"
 )
 
 
@@ -163,11 +163,12 @@ def count_right(context: Any, state: dict[str, Any], client: int, task: int, cla
 
 
 def deploy() -> dict[str, Any]:
-    with fleet(4) as made:
-        late, gone, leaving = made.devices[2], made.devices[3], made.devices[1]
-        late.end()
+    with fleet(16) as made:
+        late, gone, leaving = made.devices[8:12], made.devices[12:], made.devices[1:3]
+        for member in late:
+            member.end()
         run = made.submit(parse_recipe(DEPLOYED, "stream-crowd", []))
-        for number, ending, starting in ((2, [gone], []), (4, [], [late, gone]), (8, [leaving], [])):
+        for number, ending, starting in ((2, gone, []), (4, [], [*late, *gone]), (8, leaving, [])):
             wait_for(made, run, number)
             for member in ending:
                 member.end()

@@ -1,6 +1,7 @@
 """What clients send for a drift signal besides a score, by round. It is a pure function of the plan.
 
-In the round that begins a task, clients send their part of the reference. It is added to that of the tasks before.
+In the round that begins a task, clients send their part of the reference. It is added to that of the tasks before. A
+task that comes again, or that an alarm opened, is added again: its examples may be others than those of the first time.
 In the next round they score batches of examples that they left out of it, from which the threshold is read. In all
 other rounds they send one number and one count.
 """

@@ -16,8 +16,8 @@ features moved. Classes that no device could renew keep their rows of the head, 
 The digest of the backbone is stored beside the sums; an upload with another one is left out, with a warning.
 Sends: C (d + 1) + d (d + 1) / 2 numbers per device and task: 0.3 MB for 384 features and 10 classes, 3.3 MB for 1280.
 The server keeps the sums of two halves of the devices in double precision, 13 MB for 1280 features.
-A device is counted once per task. Only the devices of a task's last round send sums, so let all take part in it; give
-tasks in which nothing is tuned one round.
+A device is counted once per task: what it gains until the task comes again does not change the head. Only the devices
+of a task's last round send sums, so let all take part in it; give tasks in which nothing is tuned one round.
 Privacy: sums are not anonymous. Of one example, its feature sum is the feature itself, so a device leaves out classes
 with fewer than ``fewest`` examples. ``privacy`` neither clips nor noises sums, so the two exclude each other.
 Use when: a pretrained backbone separates the classes. On Fashion-MNIST, two classes at a time on features of

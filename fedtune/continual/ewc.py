@@ -2,7 +2,8 @@
 
 What: the loss gains strength / 2 * sum_i F_i (theta_i - theta*_i)^2. theta* are the trained parameters at the last
 border, and F is the diagonal Fisher information of all earlier tasks, F <- decay F + F_t. It is divided by its mean
-over the parameters, so that a strength means the same for all models and at every quality of fit.
+over the parameters, so that a strength means the same for all models and at every quality of fit. A task that comes
+again adds its F again, and so weighs more in the sum.
 Exactness: every client sums F over single examples, and sends the sums with a count. The server adds them, so F is that
 of all examples together, however they are divided among clients and batches. ``exact`` weights the squared gradients of
 all classes by their probability, ``sampled`` draws one class, ``empirical`` takes the true label. The default is exact
