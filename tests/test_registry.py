@@ -18,6 +18,7 @@ from fedtune.recipe.unit_registry import (
 
 PACKAGES = ("fedtune.techniques", "fedtune.merging")
 UNITS = [(package, name) for package in PACKAGES for name in list_unit_names(package)]
+OTHER_ROOMS = ("fedtune.algorithms", "fedtune.continual")
 
 
 UNIT = """from typing import ClassVar
@@ -116,13 +117,16 @@ def test_a_card_has_every_heading_once_and_in_order(room: str, name: str) -> Non
     assert places[0][0] > 0
 
 
-@pytest.mark.parametrize(("room", "name"), UNITS)
+@pytest.mark.parametrize(
+    ("room", "name"), [*UNITS, *((room, name) for room in OTHER_ROOMS for name in list_unit_names(room))]
+)
 def test_settings_are_one_line_each_with_a_default(room: str, name: str) -> None:
     fields = type(build_unit(room, Unit(name=name), "here")).model_fields
     lines = describe_unit_settings(room, name)
     assert [line.split(":")[0] for line in lines] == list(fields)
     assert all(" = " in line and "\n" not in line and "Undefined" not in line for line in lines)
-    assert not any(module in line.split(" = ")[0] for line in lines for module in ("fedtune.", "typing."))
+    kinds = [line.split(" = ")[0] for line in lines]
+    assert not any(word in kind for kind in kinds for word in ("fedtune.", "typing.", "Annotated", "FieldInfo", "<"))
 
 
 def test_a_settings_line_shows_type_default_and_meaning() -> None:

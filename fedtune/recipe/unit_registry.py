@@ -9,7 +9,7 @@ import importlib
 import pkgutil
 from collections.abc import Mapping
 from types import ModuleType, UnionType
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
@@ -136,13 +136,16 @@ def _describe_setting(key: str, field: FieldInfo) -> str:
 
 
 def _describe_type(annotation: Any) -> str:
-    """Return the choices, or the name of the type."""
-    if get_origin(annotation) is Literal:
-        return " | ".join(map(str, get_args(annotation)))
-    if get_origin(annotation) in (Union, UnionType):
-        return " | ".join(map(_describe_type, get_args(annotation)))
+    """Return the choices, or the name of the type without what limits its values."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return " | ".join(map(str, arguments))
+    if origin in (Union, UnionType):
+        return " | ".join(map(_describe_type, arguments))
+    if origin is Annotated:
+        return _describe_type(arguments[0])
     if annotation is type(None):
         return "null"
-    if isinstance(annotation, type) and not get_args(annotation):
-        return annotation.__name__
-    return str(annotation).replace("typing.", "")
+    if isinstance(origin, type):
+        return f"{origin.__name__}[{', '.join(map(_describe_type, arguments))}]"
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
