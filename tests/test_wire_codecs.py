@@ -202,6 +202,15 @@ def test_codecs_in_order_are_one_after_the_other(names: tuple[str, ...], shape: 
     assert torch.equal(transmit(tensor, *names), first.decode(coded.content, received, shape, 5))
 
 
+@pytest.mark.parametrize("name", [one for one in NAMES if one != "zstd"])
+@pytest.mark.parametrize("value", [0.0, 1e-40, 1e-37, -1.0])
+def test_constant_tensors_lose_no_more_than_they_are(name: str, value: float) -> None:
+    """A block of zeros has the scale zero, and one of subnormal values a scale that vanishes."""
+    tensor = torch.full((40, 30), value)
+    lost = (transmit(tensor, name) - tensor).double().norm()
+    assert float(lost) <= float(tensor.double().norm()) * (1 + 1e-6)
+
+
 @pytest.mark.parametrize(("count", "size"), [(0, 0), (1, 1), (5, 5), (1, 1000), (37, 1000), (500, 1000), (64, 64000)])
 def test_positions_come_back_and_take_about_the_least_bits(count: int, size: int) -> None:
     chosen = np.sort(np.random.default_rng(1).choice(size, count, replace=False)) if size else np.zeros(0, np.int64)
@@ -284,6 +293,7 @@ def test_zstd_takes_only_the_size_that_both_ends_know() -> None:
         "cut in half": coded[: len(coded) // 2],
         "followed": coded + b"\0",
         "twice": coded + coded,
+        "behind a skippable frame": b"\x50\x2a\x4d\x18\x05\0\0\0hello" + coded,
         "empty": b"",
         "no frame": content,
         "a window of 128 MB": write_frame_with_window(content, 27),

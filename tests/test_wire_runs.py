@@ -13,9 +13,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fedtune import checkpoint, paths
+from fedtune.device.client_app import app
 from fedtune.device.own_memory import FEEDBACK_PREFIX, MemoryFolder
 from fedtune.errors import ClientUpdateError, RecipeError
 from fedtune.recipe.schema import Recipe, Unit
+from fedtune.server.server_app import run_to_completion
+from fedtune.simulation.in_process_grid import InProcessGrid
+from fedtune.simulation.workers import SequentialWorkers
+from fedtune.tracking import Store
+from fedtune.tracking.rollback import rollback_run
 from fedtune.training import clear_run_context
 from fedtune.wire.codecs import WirePipeline, build_wire_pipeline
 from fedtune.wire.recipe_codecs import MessagePlace
@@ -23,7 +29,7 @@ from fedtune.wire.state_message import decode_state, encode_state
 from fedtune.wire.tensor_payload import iter_packed, pack, packed_size
 from fedtune.wire.update_message import UpdateLayout, encode_update, receive_message
 from tests.breaks import kill_and_resume
-from tests.federations import Ended, execute, order_of, spoilt, trivial, words
+from tests.federations import Ended, execute, order_of, outcome, silent, spoilt, trivial, words
 
 FEW = ("data.max_train_examples=80",)
 EF = "error_feedback: ef21"
@@ -166,6 +172,23 @@ def test_a_device_that_lost_its_estimate_begins_anew(home: Path) -> None:
     assert min(kept[:2]) > 3
     own = read_device_estimates("run-1", 2)[3]
     assert all(torch.equal(own[name], one) for name, one in read_server_estimates("run-1", 2, 3).items())
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_after_a_rollback_both_ends_go_on_from_the_same_estimates(home: Path, number: int) -> None:
+    """Both keep two rounds: from round 2 the run has its bits again, from round 1 estimates begin anew."""
+    whole = execute(coded(f"up: [top-k, int8], {EF}", "federation.rounds=3", "checkpoints.keep=all"))
+    with Store.open() as store:
+        rollback_run(store, "run-1", number)
+        store.reopen("run-1")
+        with silent():
+            run_to_completion(InProcessGrid(4, SequentialWorkers(app)), store, "run-1")
+    again = outcome("run-1")
+    assert again.run.status == "completed"
+    assert (again.hashes == whole.hashes) == (number == 2)
+    for client in range(4):
+        own, server = read_device_estimates("run-1", client)[3], read_server_estimates("run-1", client, 3)
+        assert all(torch.equal(own[name], server[name]) for name in server)
 
 
 def test_estimates_of_alternating_factors_rest_while_the_other_factor_trains(home: Path, tmp_path: Path) -> None:
@@ -349,6 +372,26 @@ def test_a_recipe_without_codecs_is_written_as_before() -> None:
         "down": [],
         "error_feedback": "none",
     }
+
+
+@pytest.mark.parametrize(
+    ("wire", "overrides"),
+    [
+        (
+            "up: [{random-k: {share: 0.3}}, int8, zstd], down: [int8, zstd]",
+            ("federation.asynchronous={buffer_size: 2}",),
+        ),
+        ("up: [top-k, int8, zstd]", ("train.techniques=dynamic-pruning",)),
+        (f"up: [sign], {EF}", ("federation.clients_per_round=2", "merge=[median, fedavgm]")),
+        (f"up: [top-k, int8, zstd], down: [bf16], {EF}", ("federation.algorithm=scaffold", "train.max_grad_norm=null")),
+        ("up: [zstd], down: [int8]", ("privacy={clipping_norm: 1, noise_multiplier: 1}",)),
+    ],
+)
+def test_codecs_go_with_other_settings(home: Path, wire: str, overrides: tuple[str, ...]) -> None:
+    ended = execute(coded(wire, *overrides))
+    assert ended.run.status == "completed"
+    assert {one.status for one in ended.rounds[2].client_records} == {"merged"}
+    assert len(set(ended.hashes)) == 3
 
 
 PRIVACY = "privacy={clipping_norm: 1, noise_multiplier: 1}"
