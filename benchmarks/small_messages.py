@@ -114,7 +114,7 @@ def compare_with_fp32(rows: Sequence[dict[str, Any]], arm: str) -> dict[str, Any
         "loss_before": round(statistics.fmean(row["loss_before"] for row in own.values()), 4),
         "loss": round(statistics.fmean(row["loss"] for row in own.values()), 4),
     }
-    if not more:
+    if not more or arm == "fp32":
         return found
     fits = found["bytes_up"] <= MOST_BYTES and statistics.fmean(more) <= MOST_MORE_LOSS
     return {**found, "more_loss": round(statistics.fmean(more), 5), "worst_seed": round(max(more), 5), "holds": fits}
