@@ -37,6 +37,7 @@ CLAIMS = (
     "merge_values",
     "merge_cost",
     "robust_merges",
+    "small_messages",
     "adapters",
     "low_rank_default",
     "base_increments",

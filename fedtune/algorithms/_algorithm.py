@@ -143,6 +143,8 @@ class Algorithm(NamedUnit):
     """Whether what is kept belongs to the gradients of one loss at entries that stay the same."""
     needs_one_start: ClassVar[bool] = False
     """Whether the updates of a round must be changes to one state, as they are not where late updates are merged."""
+    needs_exact_updates: ClassVar[bool] = False
+    """Whether the server adds up updates that devices add up too, so that both must count the same ones."""
     needs_sgd: ClassVar[bool] = False
     """Whether it computes with the steps of SGD."""
     changes_gradients: ClassVar[bool] = False

@@ -46,6 +46,7 @@ class Feddyn(Algorithm):
     remembers: ClassVar[bool] = True
     fits_one_loss: ClassVar[bool] = True
     needs_one_start: ClassVar[bool] = True
+    needs_exact_updates: ClassVar[bool] = True
     changes_gradients: ClassVar[bool] = True
     weighs_equally: ClassVar[bool] = True
     alpha: float = Field(0.1, gt=0, description="strength of the dynamic regularisation")

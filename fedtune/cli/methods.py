@@ -1,4 +1,4 @@
-"""``fedtune methods``: list techniques, merge steps, algorithms and tasks, and print their cards."""
+"""``fedtune methods``: list techniques, merge steps, algorithms, codecs and tasks, and print their cards."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ __all__ = ["methods"]
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for other programs.")
 def methods(name: str | None, as_json: bool) -> None:
-    """List techniques, merge steps, algorithms and tasks, or print the card of NAME.
+    """List techniques, merge steps, algorithms, codecs and tasks, or print the card of NAME.
 
     Methods that other installed packages publish are listed with their package.
 

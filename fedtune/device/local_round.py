@@ -14,6 +14,7 @@ from torch import Tensor
 from fedtune.accelerator import require_device
 from fedtune.device import local_state
 from fedtune.device.algorithm_memory import read_algorithm_inputs, write_algorithm_memory
+from fedtune.device.coded_update import encode_client_update
 from fedtune.device.held_base import with_base
 from fedtune.device.private_update import make_update_private, redact_report
 from fedtune.device.stream_memory import add_stored_tensors, count_stored_bytes, write_stored_tensors
@@ -39,6 +40,8 @@ from fedtune.wire.client_update import (
 )
 from fedtune.wire.masked_weights import decode_masked_state, find_masks, select_active_values
 from fedtune.wire.memory_names import split_memory
+from fedtune.wire.recipe_codecs import build_down_pipeline
+from fedtune.wire.state_message import decode_state
 from fedtune.wire.stored_state import StoredState
 from fedtune.wire.task_figures import TaskFigures
 
@@ -46,9 +49,17 @@ __all__ = ["read_payload", "run_local_round"]
 
 
 def read_payload(payload: bytes | Path, context: RunContext, client: int) -> Mapping[str, Tensor]:
-    """Return the state sent to a client. From a file, tensors are read on access, so that no copy stays in memory."""
+    """Return the state sent to a client. From a file, tensors are read on access, so that no copy stays in memory.
+
+    Coded states are decoded as a whole.
+    """
+    shapes = get_tensor_shapes(context.for_client(client).model)
+    pipeline = build_down_pipeline(context.recipe)
+    if pipeline is not None:
+        content = payload.read_bytes() if isinstance(payload, Path) else payload
+        return decode_masked_state(decode_state(pipeline, content, shapes), shapes)
     sent = StoredState(payload) if isinstance(payload, Path) else decode_tensors(payload)
-    return decode_masked_state(sent, get_tensor_shapes(context.for_client(client).model))
+    return decode_masked_state(sent, shapes)
 
 
 def run_local_round(
@@ -109,9 +120,10 @@ def run_local_round(
     )
     deltas, privacy = select_active_values(outcome.delta, find_masks(state)), part.recipe.privacy
     if privacy is None:
-        return pack({**deltas, **outcome.extra_payload}), report
+        return encode_client_update(deltas, outcome.extra_payload, recipe, request, folder), report
     sent = make_update_private(deltas, outcome.extra_payload, privacy, request, folder)
-    return pack(sent), redact_report(report) if privacy.noise_added_by == "clients" else report
+    message = encode_client_update(sent, {}, recipe, request, folder)
+    return message, redact_report(report) if privacy.noise_added_by == "clients" else report
 
 
 def _scored(

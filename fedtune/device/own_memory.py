@@ -1,6 +1,6 @@
 """What a device remembers of earlier tasks: one file for each visit to a task, in the folder of the run.
 
-What an algorithm keeps has files of its own, one for each round, which takes the place of the visit.
+What an algorithm and error feedback keep has files of its own, one for each round, which takes the place of the visit.
 
 The file of a visit is written at the end of each of its rounds and read only in later visits, so that a round that is
 begun again finds what it found the first time. The files of the newest two visits are kept. All files together, also
@@ -20,9 +20,9 @@ from fedtune.device.memory_key import get_key_path, load_or_create_memory_key
 from fedtune.errors import MemoryBudgetError, StoreError
 from fedtune.files import write_bytes_atomically
 
-__all__ = ["ALGORITHM_PREFIX", "MemoryFolder", "delete_own_memory", "delete_unneeded_memory"]
+__all__ = ["ALGORITHM_PREFIX", "FEEDBACK_PREFIX", "MemoryFolder", "delete_own_memory", "delete_unneeded_memory"]
 
-TASK_PREFIX, ALGORITHM_PREFIX = "memory", "algorithm"
+TASK_PREFIX, ALGORITHM_PREFIX, FEEDBACK_PREFIX = "memory", "algorithm", "feedback"
 _ENDED = "memory-ended"
 """A file that says that the device has trained in the last round of the stream."""
 
@@ -139,7 +139,9 @@ class MemoryFolder:
 def delete_own_memory(folder: Path) -> None:
     """Delete all files of a folder, the key first: without it, encrypted files that remain are worthless."""
     get_key_path(folder).unlink(missing_ok=True)
-    files = [path for prefix in (TASK_PREFIX, ALGORITHM_PREFIX) for path in _list_files(folder, prefix)]
+    files = [
+        path for prefix in (TASK_PREFIX, ALGORITHM_PREFIX, FEEDBACK_PREFIX) for path in _list_files(folder, prefix)
+    ]
     for path in (*files, folder / _ENDED):
         path.unlink(missing_ok=True)
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -20,16 +21,16 @@ def make_train_messages(
     nodes: Sequence[int],
     request: TrainRequest,
     payload: bytes | Path,
-    merged_rounds: Mapping[int, int] | None = None,
+    own_fields: Mapping[int, Mapping[str, Any]] | None = None,
 ) -> dict[int, Message]:
     """Make a message with the train request for each client; client i is on node ``nodes[i]``. All share one state.
 
-    ``merged_rounds`` are the last rounds in which updates of the clients were merged, if they are to know.
+    ``own_fields`` are fields of the request that differ by client.
     """
-    state, known = _state(payload), merged_rounds or {}
+    state, own = _state(payload), own_fields or {}
 
     def fill_in(client: int) -> TrainRequest:
-        return replace(request, client=client, merged_round=known.get(client))
+        return replace(request, client=client, **own.get(client, {}))
 
     return {
         client: Message(

@@ -17,6 +17,7 @@ UNIT_ROOMS: Mapping[str, str] = {
     "continual": "fedtune.continual",
     "algorithm": "fedtune.algorithms",
     "attack": "fedtune.attacks",
+    "codec": "fedtune.wire.codecs",
 }
 """The package of each kind of unit, which is also the group of its entry points."""
 _OTHER_GROUPS: Mapping[str, str] = {

@@ -9,6 +9,7 @@ from fedtune.errors import RecipeError
 from fedtune.library.algorithm_check import check_algorithm_unit
 from fedtune.library.attack_check import check_attack
 from fedtune.library.check_result import CheckResult, require, run_check
+from fedtune.library.codec_check import check_codec
 from fedtune.library.continual_check import check_continual_method
 from fedtune.library.merge_step_check import check_merge_step
 from fedtune.library.method_list import UNIT_ROOMS, list_methods
@@ -104,6 +105,7 @@ _UNITS: Mapping[str, Callable[[str], Iterator[CheckResult]]] = {
     "continual": check_continual_method,
     "algorithm": check_algorithm_unit,
     "attack": check_attack,
+    "codec": check_codec,
 }
 _SINGLE: Mapping[str, Callable[[str], tuple[str, Callable[[], object]]]] = {
     "metric": _make_metric_check,

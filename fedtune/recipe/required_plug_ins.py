@@ -53,6 +53,8 @@ def _list_names(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield from (("fedtune.merging", unit.name) for unit in recipe.merge)
     if recipe.federation.algorithm is not None:
         yield "fedtune.algorithms", recipe.federation.algorithm.name
+    if recipe.wire is not None:
+        yield from (("fedtune.wire.codecs", unit.name) for unit in (*recipe.wire.up, *recipe.wire.down))
     if recipe.stream is not None:
         yield from (("fedtune.continual", unit.name) for unit in recipe.stream.memory)
     yield _MODEL_SOURCES, recipe.model.source.partition(":")[0]

@@ -29,6 +29,7 @@ from fedtune.recipe.stream_settings import Stream
 from fedtune.recipe.task_settings import TaskUnit
 from fedtune.recipe.train_settings import ComputeDevice, Optimiser, Train, Unit, split_joined
 from fedtune.recipe.versions import needs_translation, translate_recipe
+from fedtune.recipe.wire_settings import WireSettings
 
 __all__ = [
     "Asynchronous",
@@ -60,11 +61,12 @@ __all__ = [
     "TaskUnit",
     "Train",
     "Unit",
+    "WireSettings",
     "split_joined",
 ]
 
 
-_LEFT_OUT = (("stream", None), ("plans", None))
+_LEFT_OUT = (("stream", None), ("plans", None), ("wire", None))
 
 
 class ModelSettings(SettingsModel):
@@ -120,12 +122,13 @@ class Recipe(SettingsModel):
     checkpoints: Checkpoints = Checkpoints()
     privacy: PrivacySettings | None = None
     stream: Stream | None = Field(None, description="tasks that arrive one after another; default: one task")
+    wire: WireSettings | None = Field(None, description="codecs of messages; default: single precision")
     plans: MemoryPlans | None = Field(None, description="written by the planner for techniques: auto")
     seed: int = Field(0, ge=0)
 
     @model_serializer(mode="wrap")
     def _leave_out_what_is_unset(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Recipes without a stream or plans are written as before there were any, so that their runs resume."""
+        """Recipes without a stream, codecs or plans are written as before there were any, so that their runs resume."""
         written: dict[str, Any] = serialise(self)
         return {key: value for key, value in written.items() if (key, value) not in _LEFT_OUT}
 

@@ -37,6 +37,7 @@ _KINDS: Mapping[str, tuple[str, ...]] = {
     "fedtune.continual": ("ContinualMethod",),
     "fedtune.algorithms": ("Algorithm",),
     "fedtune.attacks": ("Attack",),
+    "fedtune.wire.codecs": ("Codec", "EntropyCoder"),
 }
 """The base classes of the units that other packages may publish."""
 

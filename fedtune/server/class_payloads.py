@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fedtune import merging, techniques
@@ -16,6 +17,8 @@ from fedtune.training.uploaded_statistics import declare_uploaded_statistics
 from fedtune.wire.client_update import ClientUpdate, LowRankPair, TensorSpec, decode_tensors, pack
 from fedtune.wire.masked_weights import encode_masked_state
 from fedtune.wire.memory_names import add_memory
+from fedtune.wire.recipe_codecs import build_up_pipeline
+from fedtune.wire.update_message import UpdateLayout
 
 __all__ = [
     "ClassPayload",
@@ -27,7 +30,15 @@ __all__ = [
 ]
 
 State = Mapping[str, Tensor]
-_BYTES = {"F32": 4, "I32": 4, "I64": 8, "U8": 1, "F16": 2, "BF16": 2, "F64": 8}
+_DTYPES = {
+    "F32": torch.float32,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "U8": torch.uint8,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F64": torch.float64,
+}
 _HEADER, _HEADER_ENTRY = 1024, 256
 """Bytes of a safetensors header: once, and per tensor besides its name, whose letters may be escaped."""
 
@@ -39,6 +50,8 @@ class ClassPayload:
     wire: State
     expected_shapes: Mapping[str, tuple[int, ...]]
     extra_payload_specs: Mapping[str, TensorSpec]
+    layout: UpdateLayout | None = None
+    """That of coded updates; None without codecs."""
 
     @property
     def values(self) -> int:
@@ -47,11 +60,13 @@ class ClassPayload:
 
     @property
     def most_bytes(self) -> int:
-        """The largest update of this round in bytes: its tensors, and a large header."""
+        """The largest update of this round in bytes: its tensors, and a large header; with codecs, their bound."""
+        if self.layout is not None:
+            return self.layout.most_bytes
         forms = {name: TensorSpec(shape) for name, shape in self.expected_shapes.items()} | dict(
             self.extra_payload_specs
         )
-        values = sum(math.prod(form.shape) * _BYTES[form.dtype] for form in forms.values())
+        values = sum(math.prod(form.shape) * _DTYPES[form.dtype].itemsize for form in forms.values())
         return values + _HEADER + sum(_HEADER_ENTRY + 6 * len(name) for name in forms)
 
 
@@ -65,7 +80,10 @@ def make_class_payload(context: RunContext, part: RunContext, sent: "RoundPayloa
     extras |= declare_task_uploads(part, round_number, list(expected))
     extras |= declare_drift_upload(part, round_number)
     extras |= declare_algorithm_upload(part.recipe, part.model, expected)
-    return ClassPayload(add_memory(wire, sent.memory), expected, extras)
+    pipeline = build_up_pipeline(part.recipe)
+    forms = {name: torch.empty(one.shape, dtype=_DTYPES[one.dtype], device="meta") for name, one in extras.items()}
+    layout = None if pipeline is None else UpdateLayout(pipeline, expected, forms)
+    return ClassPayload(add_memory(wire, sent.memory), expected, extras, layout)
 
 
 class RoundPayloads:
@@ -76,7 +94,7 @@ class RoundPayloads:
 
     def __init__(self, context: RunContext, state: State, round_number: int, memory: State | None = None) -> None:
         self.round_number, self.state, self.memory = round_number, state, memory or {}
-        self._context = context
+        self._context, self.recipe = context, context.recipe
         self._made: dict[int, ClassPayload] = {}
 
     def get_for_client(self, client: int) -> ClassPayload:

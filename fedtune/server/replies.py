@@ -15,12 +15,14 @@ from fedtune.recipe.required_plug_ins import RequiredPlugIn, describe_plug_ins
 from fedtune.server.class_payloads import ClassPayload
 from fedtune.server.client_device import ClientDevice
 from fedtune.server.reports import MOST_EXAMPLES, read_report
+from fedtune.server.update_decoding import UpdateDecoder
 from fedtune.tracking import ClientRecord
 from fedtune.untrusted import clean_text
 from fedtune.wire.client_update import ClientReport, ClientUpdate
 from fedtune.wire.error_codes import DECLINED_PREFIX, REFUSED
 from fedtune.wire.protocol_codes import LACKS_PLUG_IN, parse_problem
 from fedtune.wire.update_checks import NO_NORM_LIMIT, NormLimit, check_client_update
+from fedtune.wire.update_message import Estimates
 
 _LONGEST_REASON = 400
 """The number of characters of a refusal's reason that are stored. It may quote names that the device chose."""
@@ -34,7 +36,7 @@ class ExpectedReply:
 
     ``most_examples`` is the number the client can have trained on; ``bytes_down`` is what it was sent. ``plug_ins`` are
     those that the recipe needs. ``num_tasks`` is the number of distinct tasks of its stream. ``plans`` are those of the
-    recipe, None without any.
+    recipe, None without any. ``decoder`` is that of coded updates, None without codecs.
     """
 
     client: int
@@ -46,6 +48,7 @@ class ExpectedReply:
     plug_ins: Sequence[RequiredPlugIn] = ()
     num_tasks: int = 0
     plans: MemoryPlans | None = None
+    decoder: UpdateDecoder | None = None
 
 
 def receive_update(reply: Message, expected: ExpectedReply, spool: Path) -> tuple[ClientRecord, ClientUpdate | None]:
@@ -60,10 +63,12 @@ def receive_update(reply: Message, expected: ExpectedReply, spool: Path) -> tupl
         payload = _payload(reply, expected.payload.most_bytes)
         report = read_report(reply.content.metric_records.get("report"), expected.most_examples, expected.num_tasks)
         plan = _find_plan(report, expected.plans)
-        write_bytes_atomically(path, payload)
+        earlier = _write_update(payload, expected.decoder, path)
         norm = check_client_update(
             path, expected.payload.expected_shapes, expected.payload.extra_payload_specs, expected.norm_limit
         )
+        if expected.decoder is not None:
+            expected.decoder.keep_estimates(path, earlier)
     except ClientUpdateError as error:
         path.unlink(missing_ok=True)
         return _make_absent_record(expected, "rejected", clean_text(error, _LONGEST_REASON)), None
@@ -75,7 +80,7 @@ def receive_update(reply: Message, expected: ExpectedReply, spool: Path) -> tupl
         reason=f"in micro-batches of {report.micro_batch_size}, to fit its memory" if report.micro_batch_size else "",
         num_examples=report.num_examples,
         bytes_down=expected.bytes_down,
-        bytes_up=path.stat().st_size,
+        bytes_up=len(payload),
         seconds=report.seconds,
         activation_memory=report.activation_memory,
         peak_memory=report.peak_memory,
@@ -100,6 +105,14 @@ def receive_update(reply: Message, expected: ExpectedReply, spool: Path) -> tupl
         drift=report.drift,
         device_type=report.device_type,
     )
+
+
+def _write_update(payload: bytes, decoder: UpdateDecoder | None, path: Path) -> Estimates:
+    """Write the update, decoded, and return the estimates that a coded one goes on from."""
+    if decoder is not None:
+        return decoder.write_update(payload, path)
+    write_bytes_atomically(path, payload)
+    return {}
 
 
 def _find_plan(report: ClientReport, plans: MemoryPlans | None) -> PlanOption | None:

@@ -52,6 +52,7 @@ from fedtune.tracking import ClientRecord, MetricRecord, RoundRecord, SampleReco
 from fedtune.tracking.pruning import find_checkpointed_round, remove_pruned_checkpoints
 from fedtune.training import RunContext, get_model_state
 from fedtune.training.model_counts import check_model_counts
+from fedtune.training.wire_checks import check_wire_model
 from fedtune.untrusted import clean_text
 from fedtune.wire.client_update import ClientUpdate
 from fedtune.wire.stored_state import StoredState
@@ -73,6 +74,7 @@ def run_rounds(grid: Grid, context: RunContext, store: Store, run_id: str) -> st
     pipeline = merging.build_pipeline(recipe.merge)
     check_model_counts(recipe, pipeline)
     check_algorithm_model(context)
+    check_wire_model(context)
     emit_event(RunStarted(run_id, first, recipe.federation.rounds, scoring.to_score(context, first if done else 0)))
     sweep(run_id)
     remove_pruned_checkpoints(done)

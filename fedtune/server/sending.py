@@ -14,9 +14,11 @@ from fedtune.recipe.required_plug_ins import encode_plug_ins, list_required_plug
 from fedtune.recipe.schema import Recipe
 from fedtune.server.bases import Bases
 from fedtune.server.downloads import Download, Downloads
+from fedtune.server.feedback_files import find_feedback_round
 from fedtune.server.run_clients import RunClients
 from fedtune.training import RunContext
 from fedtune.wire.client_update import TrainRequest
+from fedtune.wire.recipe_codecs import uses_feedback
 
 __all__ = ["Sending"]
 
@@ -36,6 +38,7 @@ class Sending:
             plug_ins=encode_plug_ins(self.plug_ins),
         )
         algorithm = find_algorithm(context.recipe)
+        self._feeds_back = uses_feedback(context.recipe)
         self._tells_merged = algorithm is not None and algorithm.remembers
         self._asked: dict[int, tuple[int, int]] = {}
 
@@ -53,8 +56,16 @@ class Sending:
         for client in clients:
             download = self._download(client, downloads)
             shared.setdefault(id(download), (download, []))[1].append(client)
-        merged = {client: self.bases.get_merged_round(client) for client in clients} if self._tells_merged else {}
-        return _made(self._request, run_clients, shared.values(), downloads.round_number, merged)
+        own = {client: self._list_own_fields(client) for client in clients}
+        return _made(self._request, run_clients, shared.values(), downloads.round_number, own)
+
+    def get_feedback_round(self, client: int) -> int:
+        """Return the round of the estimates that error feedback goes on from; 0 if there are none."""
+        return find_feedback_round(self._run, client, self.bases.get_merged_round(client)) if self._feeds_back else 0
+
+    def _list_own_fields(self, client: int) -> dict[str, int]:
+        merged = {"merged_round": self.bases.get_merged_round(client)} if self._tells_merged else {}
+        return merged | ({"feedback_round": self.get_feedback_round(client)} if self._feeds_back else {})
 
     def scoring_messages(
         self, clients: Sequence[int], run_clients: RunClients, downloads: Downloads
@@ -93,11 +104,11 @@ def _made(
     run_clients: RunClients,
     shared: Iterable[tuple[Download, Sequence[int]]],
     round_number: int,
-    merged_rounds: Mapping[int, int] | None = None,
+    own_fields: Mapping[int, Mapping[str, int]] | None = None,
 ) -> dict[int, Message]:
     """Return a message with the train request and the shared download for each client."""
     found: dict[int, Message] = {}
     for download, own in shared:
         one = replace(request, round=round_number, base_digest=download.base_digest, held_digest=download.held_digest)
-        found |= make_train_messages(own, run_clients.node_ids, one, download.payload, merged_rounds)
+        found |= make_train_messages(own, run_clients.node_ids, one, download.payload, own_fields)
     return dict(sorted(found.items()))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedtune import paths
 from fedtune.server.attacked_updates import attack_updates, note_attackers
-from fedtune.server.class_payloads import RoundPayloads, pad_update_to_shared_rank
+from fedtune.server.class_payloads import ClassPayload, RoundPayloads, pad_update_to_shared_rank
 from fedtune.server.downloads import Downloads
 from fedtune.server.events import ReplyReceived, RoundStarted, emit_event
 from fedtune.server.private_aggregation import get_norm_limit, weight_clients_equally
@@ -18,8 +18,10 @@ from fedtune.server.round_commit import get_checkpoint_path
 from fedtune.server.run_clients import RunClients
 from fedtune.server.server_run import ServerRun
 from fedtune.server.task_memory import list_sent_memory
+from fedtune.server.update_decoding import UpdateDecoder
 from fedtune.tracking import ClientRecord
 from fedtune.wire.client_update import ClientUpdate
+from fedtune.wire.recipe_codecs import MessagePlace, uses_feedback
 from fedtune.wire.stored_state import StoredState
 
 __all__ = ["gather_updates", "read_start_state"]
@@ -61,6 +63,7 @@ def gather_updates(
             run.sending.plug_ins,
             0 if context.stream_plan is None else len(context.stream_plan.task_names),
             context.recipe.plans,
+            _make_decoder(run, payload, client, round_number - (scheduler.get_staleness(client) or 0)),
         )
         received = receive_update(reply, expected, spool)
         records[client], update = scale_by_staleness(
@@ -82,6 +85,15 @@ def gather_updates(
         in_order, ordered, lambda client: parts.get_for_client(client).values
     )
     return note_attackers(context.recipe, in_order), ordered
+
+
+def _make_decoder(run: ServerRun, payload: ClassPayload, client: int, start_round: int) -> UpdateDecoder | None:
+    """Return the decoder of a client's coded update, None without codecs."""
+    if payload.layout is None:
+        return None
+    recipe = run.context.recipe
+    place = MessagePlace(recipe.seed, start_round, client, run.sending.get_feedback_round(client))
+    return UpdateDecoder(run.run_id, payload.layout, place, uses_feedback(recipe))
 
 
 def read_start_state(run_id: str, round_number: int) -> SharedState:

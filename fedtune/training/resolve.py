@@ -6,7 +6,7 @@ from fedtune import algorithms, data, merging, tasks, techniques
 from fedtune.attacks import check_attacks, write_out_attack
 from fedtune.errors import RecipeError
 from fedtune.recipe.memory_plans import MemoryPlans
-from fedtune.recipe.schema import DeviceClass, EvaluationSettings, Recipe, TaskUnit, Train, Unit
+from fedtune.recipe.schema import DeviceClass, EvaluationSettings, Recipe, TaskUnit, Train, Unit, WireSettings
 from fedtune.recipe.unit_registry import NamedUnit
 from fedtune.recipe.validation_errors import suggest_nearest
 from fedtune.techniques import Technique
@@ -18,8 +18,10 @@ from fedtune.training.model_checks import check_privacy_settings
 from fedtune.training.model_counts import check_model_counts
 from fedtune.training.root_data_checks import check_root_data
 from fedtune.training.stream_tasks import check_stream_settings, follow_stream, list_stream_tasks
+from fedtune.training.wire_checks import check_wire
 from fedtune.training.zeroth_order_checks import check_zeroth_order
 from fedtune.wire.client_update import UpdateKind
+from fedtune.wire.codecs import build_wire_pipeline
 
 __all__ = ["resolve_recipe"]
 
@@ -47,6 +49,7 @@ def resolve_recipe(recipe: Recipe) -> Recipe:
     check_server_optimiser(every, pipeline)
     check_backward_updates(recipe, every)
     check_zeroth_order(recipe, every, pipeline, algorithm)
+    check_wire(recipe, every, pipeline, algorithm)
     check_model_counts(recipe, pipeline)
     check_root_data(recipe, pipeline.combine)
     check_metrics(recipe)
@@ -67,6 +70,8 @@ def resolve_recipe(recipe: Recipe) -> Recipe:
     changes = {"task": written, "train": train, "devices": devices, "merge": merge}
     if algorithm is not None:
         changes["federation"] = recipe.federation.model_copy(update={"algorithm": _written_out([algorithm])[0]})
+    if recipe.wire is not None:
+        changes["wire"] = _write_out_wire(recipe.wire)
     changes |= {
         "plans": _resolve_plans(recipe, train, devices),
         "evaluation": _resolve_evaluation(recipe.evaluation, task),
@@ -98,6 +103,14 @@ def _resolve_plans(recipe: Recipe, train: Train, devices: Sequence[DeviceClass])
         for option, units in zip(recipe.plans.options, written, strict=True)
     ]
     return recipe.plans.model_copy(update={"options": options})
+
+
+def _write_out_wire(wire: WireSettings) -> WireSettings:
+    up, down = (
+        _written_out(build_wire_pipeline(units, f"wire.{key}").units)
+        for key, units in (("up", wire.up), ("down", wire.down))
+    )
+    return wire.model_copy(update={"up": up, "down": down})
 
 
 def _check_copies(recipe: Recipe) -> None:

@@ -89,7 +89,8 @@ class TrainRequest:
     holds the base weights in full, unless ``held_digest`` names the base weights that the state's increments are added
     to. ``plug_ins`` names what other packages publish of the recipe, see ``fedtune.recipe.required_plug_ins``.
     ``merged_round`` is the last round whose merge used an update of the client, 0 for none; it is sent for algorithms
-    that keep something on devices.
+    that keep something on devices. ``feedback_round`` is the round of the estimates that error feedback goes on from, 0
+    for none; it is sent with error feedback.
     """
 
     recipe: str
@@ -102,6 +103,7 @@ class TrainRequest:
     held_digest: str | None = None
     plug_ins: str | None = None
     merged_round: int | None = None
+    feedback_round: int | None = None
 
 
 class HoldoutMetrics(NamedTuple):

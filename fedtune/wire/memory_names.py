@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-__all__ = ["add_memory", "split_memory"]
+__all__ = ["add_memory", "is_memory", "split_memory"]
 
 _PREFIX = "memory:"
 
@@ -20,3 +20,8 @@ def split_memory(sent: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], dict
     """Return the state and the memory of ``add_memory``."""
     memory = {name.removeprefix(_PREFIX): sent[name] for name in sent if name.startswith(_PREFIX)}
     return ({name: sent[name] for name in sent if not name.startswith(_PREFIX)} if memory else sent), memory
+
+
+def is_memory(name: str) -> bool:
+    """Whether a tensor that a client receives is of the server's memory."""
+    return name.startswith(_PREFIX)

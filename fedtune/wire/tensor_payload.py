@@ -5,12 +5,12 @@ the bytes of the tensors without gaps. ``save`` of the safetensors library holds
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["pack", "packed_size"]
+__all__ = ["iter_packed", "pack", "packed_size"]
 
 _CODES = {
     torch.float64: "F64",
@@ -35,6 +35,14 @@ def pack(tensors: Mapping[str, Tensor]) -> bytes:
     """
     ordered = _ordered(tensors)
     return b"".join([_beginning(ordered), *(_bytes(tensor) for _, tensor in ordered)])
+
+
+def iter_packed(tensors: Mapping[str, Tensor], make: Callable[[str], Tensor]) -> Iterator[bytes | memoryview]:
+    """Yield the pieces of ``pack``. Tensors without data (``meta``) are made one by one, when their turn comes."""
+    ordered = _ordered(tensors)
+    yield _beginning(ordered)
+    for name, tensor in ordered:
+        yield _bytes(make(name) if tensor.is_meta else tensor)
 
 
 def packed_size(tensors: Mapping[str, Tensor]) -> int:
