@@ -12,7 +12,7 @@ from fedtune.memory import StorageMeter
 from fedtune.models.blocks import preference
 from fedtune.models.blocks.block_model import BlockModel
 from fedtune.models.paging.paged_layers import list_paged_layers
-from fedtune.plan import auto_techniques, plan_report, runtime_surplus, worker
+from fedtune.plan import auto_techniques, plan_report, runtime_surplus, trace_settings, worker
 from fedtune.plan.auto_techniques import plan_auto_techniques
 from fedtune.plan.candidates import Candidate
 from fedtune.plan.prediction import Runtime
@@ -150,6 +150,15 @@ def test_matrices_that_stay_in_a_file_are_no_weights_in_memory(home: Path, tmp_p
     assert found.runtime == f"blocks path:{tmp_path}"
     largest = max(layer.weight.numel() * 4 for _, layer in list_paged_layers(model))
     assert found.weight_bytes + found.mapped_bytes == sum(one.nbytes for one in rest) + largest
+
+
+def test_a_head_inside_the_loss_is_read_in_few_rows(
+    monkeypatch: pytest.MonkeyPatch, home: Path, tmp_path: Path
+) -> None:
+    recipe = a_recipe(a_decoder(tmp_path), "task=text-generation", "model.paged=bf16")
+    monkeypatch.setattr(trace_settings, "CHUNK_ROWS", 2)
+    plain, fused = (plan_one(recipe, joined) for joined in ("lora", "lora+fused-cross-entropy"))
+    assert plain.weight_bytes - fused.weight_bytes == (64 - 32) * 16 * 4  # the head, and the largest other matrix
 
 
 def test_what_an_algorithm_sends_counts(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from fedtune.errors import FedtuneError
 from fedtune.models.blocks.block_model import BlockModel
 from fedtune.models.image_model_files import is_fedtune_image_model
 from fedtune.models.paging.paged_matrix import LARGEST_PIECE
+from fedtune.models.paging.streamed_loss import CHUNK_ROWS
 from fedtune.models.sources import locate_model
 from fedtune.plan.candidates import Candidate
 from fedtune.plan.depth import ModelTrace, trace_model
@@ -107,7 +108,6 @@ def _count_bytes(recipe: Recipe, trace: ModelTrace) -> dict[str, int]:
     rebuilt = set(list_rebuilt_tensors(traced.model))
     trainable = {name for names in (*rounds, kept) for name in names} | rebuilt
     paged = set(traced.expand_all(_list_paged(traced)))
-    matrices = [sizes[name] for name in paged if name in sizes]  # shared ones have one name there
     parameters = traced.expand_names({name: one.dtype for name, one in traced.model.named_parameters()})
     mapped = find_mapped_weights(recipe.model, parameters) - trainable
     halves = {torch.bfloat16, torch.float16}
@@ -119,7 +119,7 @@ def _count_bytes(recipe: Recipe, trace: ModelTrace) -> dict[str, int]:
         "master_values": mastered + copied,
         "mapped_bytes": sum(sizes[name] for name in mapped),
         "weight_bytes": sum(size for name, size in sizes.items() if name not in mapped | paged)
-        + min(LARGEST_PIECE, max(matrices, default=0)),  # the buffer for matrices
+        + max((_count_read_bytes(layer, traced) for layer in traced.model.modules()), default=0),
         "shared_bytes": sum(prod(shapes[name]) for name in traced.expand_all(traced.shared)) * _BYTES,
         "up_bytes": max(count_uploaded_bytes(recipe, traced, _make_payload(traced, shapes, names)) for names in rounds),
         "down_bytes": max(count_received_bytes(recipe, shared, names) for names in rounds),
@@ -148,6 +148,18 @@ def _list_paged(traced: TracedModel) -> list[str]:
     named = traced.model.named_parameters(remove_duplicate=False)
     paged = {id(one) for one in traced.paged}
     return [name for name, one in named if id(one) in paged]
+
+
+def _count_read_bytes(layer: nn.Module, traced: TracedModel) -> int:
+    """Return the bytes of the buffer into which a layer reads its matrix from a store.
+
+    A head inside the loss reads few rows at a time, and an embedding those of its batch into a tensor of their own.
+    """
+    weight = layer._parameters.get("weight")
+    if weight is None or isinstance(layer, nn.Embedding) or all(weight is not one for one in traced.paged):
+        return 0
+    rows = len(weight) if type(layer) is nn.Linear else min(len(weight), CHUNK_ROWS)
+    return min(LARGEST_PIECE, rows * weight.shape[1] * weight.element_size())
 
 
 def _count_quantisation_bytes(tensor: torch.Tensor) -> int:
