@@ -2,8 +2,9 @@
 
 Each row is a technique on one model and one shape: bytes kept for the backward pass and their peak as `fedtune plan`
 predicts them from tensors without data, and as the storage meter of `fedtune profile` counts them in a real step; and
-the predicted peak memory of the process against that of a fresh process. What cannot run stays in, with the reason.
-Rows are saved one by one, and those that are there already are not measured again: --again forgets them.
+the predicted peak memory of the process against that of a fresh process. Both import transformers, as a profile does;
+`benchmarks.plan_devices` has the trainers of devices, which build plain blocks. What cannot run stays in, with the
+reason. Rows are saved one by one, and those that are there already are not measured again: --again forgets them.
 
 Run: python -m benchmarks.plan [--models minilm ...] [--shapes N] [--again]. Seconds do not count.
 """
@@ -70,7 +71,7 @@ def measure_shape(model: str, number: int, known: list[Row]) -> Iterator[Row]:
     )
     done = {row["technique"] for row in known if (row["model"], row["shape"]) == (model, shape)}
     lists = [units for units in list_lists() if format_techniques(units) not in done]
-    traces = trace_settings(recipe, lists) if lists else []
+    traces = trace_settings(recipe, lists, plain_blocks=False) if lists else []
     runtimes = measure_runtimes({trace.runtime for trace in traces if trace.error is None}, MODULES)
     for units, trace in zip(lists, traces, strict=True):
         yield {"model": model, "shape": shape, **measure(recipe, units, trace, runtimes)}
@@ -95,11 +96,10 @@ def measure(recipe: Recipe, units: list[Unit], trace: SettingsTrace, runtimes: d
         return row
     batch = trace.batches[-1]
     memory = predict_memory(trace, batch, runtimes[trace.runtime], train.optimiser, train.momentum)
-    total = memory.total_bytes - trace.shared_bytes  # a profile receives no state
     return row | {
         "kept": compare(batch.kept_bytes, found.kept_bytes),
         "peak": compare(batch.peak_bytes, found.peak_bytes),
-        "total": compare(total, found.rss_bytes),
+        "total": compare(memory.total_bytes, found.rss_bytes),
         "up": compare(trace.up_bytes, found.wire_bytes),
         "down": compare(trace.down_bytes, found.down_bytes),
     }

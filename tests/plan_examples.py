@@ -16,7 +16,10 @@ RUNTIMES = {"torch": Runtime(100 * MB, 50 * MB)}
 
 def a_trace(name: str, peak: int, flops: int, *, rank: int = 8, error: str | None = None) -> SettingsTrace:
     """Per example ``peak`` megabytes; with the margin of 17 MB and the runtime, a process takes 167 MB more."""
-    batches = [BatchTrace(examples=n, kept_bytes=0, peak_bytes=n * peak * MB, flops=n * flops) for n in (1, 4)]
+    batches = [
+        BatchTrace(examples=n, kept_bytes=0, peak_bytes=n * peak * MB, step_bytes=n * peak * MB, flops=n * flops)
+        for n in (1, 4)
+    ]
     techniques: list[Any] = [{one: {}} for one in name.split("+")]
     shapes = {"layer.lora_A": [rank, 16]}
     return SettingsTrace(

@@ -250,10 +250,12 @@ def test_a_decoder_is_planned_at_a_few_blocks(tmp_path: Path) -> None:
 
 def test_a_plan_counts_neither_gradients_nor_an_optimiser() -> None:
     trace = SettingsTrace(techniques=["full"], dtype="float32", trained_values=1000)
-    batch = BatchTrace(examples=1, kept_bytes=0, peak_bytes=0, flops=1)
-    without = trace.model_copy(update={"needs_gradients": False})
-    plain, estimated = (predict_memory(one, batch, Runtime(0, 0), "sgd", 0.0) for one in (trace, without))
-    assert plain.anonymous_bytes - estimated.anonymous_bytes == 4000
+    batches = [BatchTrace(examples=n, kept_bytes=0, peak_bytes=9000, step_bytes=9000, flops=n) for n in (1, 2)]
+    plain = trace.model_copy(update={"batches": batches})
+    without = plain.model_copy(update={"needs_gradients": False})
+    for batch, gradients in zip(batches, (4000, 0), strict=True):  # those of a whole batch are in its trace
+        held, estimated = (predict_memory(one, batch, Runtime(0, 0), "adamw", 0.0) for one in (plain, without))
+        assert held.anonymous_bytes - estimated.anonymous_bytes == 8000 + gradients
 
 
 def test_a_killed_run_ends_with_the_bits_of_one_left_alone(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

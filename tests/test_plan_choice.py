@@ -34,7 +34,10 @@ def test_exact_gradients_come_before_time() -> None:
 
 
 def a_trace(*sizes: tuple[int, int]) -> SettingsTrace:
-    batches = [BatchTrace(examples=n, kept_bytes=peak, peak_bytes=peak, flops=100 * n) for n, peak in sizes]
+    batches = [
+        BatchTrace(examples=n, kept_bytes=peak, peak_bytes=peak, step_bytes=peak + 3000, flops=100 * n)
+        for n, peak in sizes
+    ]
     return SettingsTrace(
         techniques=[{"lora": {"rank": 4}}],
         dtype="float32",
@@ -50,14 +53,30 @@ def a_trace(*sizes: tuple[int, int]) -> SettingsTrace:
 
 
 def test_memory_is_the_sum_of_its_parts() -> None:
-    trace, runtime = a_trace((4, 900)), Runtime(10_000, 200)
+    trace, runtime = a_trace((4, 9000)), Runtime(10_000, 200)
     found = predict_memory(trace, trace.batches[0], runtime, "adamw", 0.0)
-    assert found.anonymous_bytes == 10_000 + 70 + 4000 + 3 * 4 * 1000 + 900 + (16 << 20)
+    assert found.anonymous_bytes == 10_000 + 70 + 2 * 4 * 1000 + 9000 + 3000 + (16 << 20)
     assert found.total_bytes - found.anonymous_bytes == 700
     assert found.needed_bytes == found.total_bytes
     large = predict_memory(trace, trace.batches[0], Runtime(0, HOT_BYTES), "sgd", 0.9)
     assert large.needed_bytes - large.anonymous_bytes == HOT_BYTES  # pages of weights can be dropped
-    assert large.anonymous_bytes == 70 + 4000 + 2 * 4 * 1000 + 900 + (16 << 20)
+    assert large.anonymous_bytes == 70 + 4 * 1000 + 9000 + 3000 + (16 << 20)
+
+
+def test_the_fullest_moment_of_a_round_counts() -> None:
+    """While a step runs, after its backward pass, or when the deltas are packed; a cut batch keeps all gradients."""
+    runtime, started = Runtime(0, 0), 70 + (16 << 20)
+
+    def count(peak: int, optimiser: str, examples: int = 4) -> int:
+        trace = a_trace((1, peak), (4, peak))
+        batch = next(one for one in trace.batches if one.examples == examples)
+        return predict_memory(trace, batch, runtime, optimiser, 0.0).anonymous_bytes - started
+
+    assert count(9000, "sgd") == 12_000
+    assert count(0, "sgd") == 2 * 4000  # the delta and its copy
+    assert count(0, "adamw") == 3 * 4000  # gradients and moments
+    assert count(9000, "adamw") == 2 * 4000 + 12_000
+    assert count(9000, "adamw", 1) == 2 * 4000 + 9000 + 4000
 
 
 def test_micro_batches_halve_down_to_one_example() -> None:

@@ -13,9 +13,6 @@ if TYPE_CHECKING:
 
 __all__ = ["plan"]
 
-_TRAINER = ("fedtune.device.trainer",)
-"""What a device's training process imports."""
-
 
 @click.command()
 @click.option("--recipe", "path", metavar="RECIPE", type=click.Path(path_type=Path), help="The recipe to plan for.")
@@ -49,6 +46,7 @@ def plan(path: Path | None, overrides: tuple[str, ...], write: Path | None, **op
       fedtune plan --recipe recipes/sentiment.yaml --write planned.yaml
     """
     from fedtune.plan.plan_report import PlanRequest, make_plan_report
+    from fedtune.plan.runtimes import TRAINER_MODULES
 
     wanted = _read_recipe(path, overrides, options)
     if write is not None and write.exists():
@@ -60,7 +58,7 @@ def plan(path: Path | None, overrides: tuple[str, ...], write: Path | None, **op
         parse_image_format(output)
     techniques = _parse_techniques(wanted, options["techniques"])
     budget, correction = _find_budget(wanted, path, options["memory"]), _learn_correction(wanted, path)
-    request = PlanRequest(wanted, budget, options["time_weight"], techniques, _TRAINER, correction)
+    request = PlanRequest(wanted, budget, options["time_weight"], techniques, TRAINER_MODULES, correction)
     report = make_plan_report(request)
     _show(wanted, report, output, as_json=options["as_json"])
     if report.recommended is None:

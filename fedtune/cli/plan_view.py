@@ -68,6 +68,8 @@ def _format_size(size: int) -> str:
 def _list_notes(report: PlanReport) -> Iterator[str]:
     yield "anon, total: predicted peak of the process, without and with pages of files; -: does not fit"
     yield "time: operations of a step, relative to the fewest; sent: both directions of a round"
+    if report.trainer:
+        yield f"trainer: {report.trainer}"
     if report.correction != 1:
         yield f"memory: {report.correction - 1:.0%} more than traced, as devices of this class held in earlier runs"
     if report.recommended is not None:

@@ -17,8 +17,11 @@ from fedtune.device.problems import problem_of
 from fedtune.errors import MemoryBudgetError, NoTaskError
 from fedtune.flower import train_messages
 from fedtune.memory.allocator import fix_mmap_threshold
+from fedtune.plan.runtime_surplus import measure_runtime_surplus
+from fedtune.plan.runtimes import TRAINER_MODULES
 from fedtune.recipe.refused_attacks import refuse_attacks
 from fedtune.recipe.required_plug_ins import decode_plug_ins, require_plug_ins
+from fedtune.recipe.schema import Recipe
 from fedtune.training import get_run_context
 from fedtune.training.attacked_data import change_training_data
 from fedtune.wire.client_update import TrainRequest
@@ -55,13 +58,19 @@ def _train(message: Message, *, enforced: bool) -> Message:
     try:
         if enforced:
             fix_mmap_threshold()
-            budget = int(run_context.recipe.get_device_class(request.client).memory)
+            budget = _find_budget(run_context.recipe, request.client)
             deltas, report = run_limited_round(request, state, run_context, rows, own, budget)
         else:
             deltas, report = run_local_round(request, state, run_context, rows, own)
     except (NoTaskError, MemoryBudgetError) as error:
         return Message(Error(TRAINING_FAILED, f"{DECLINED_PREFIX}{error}"), reply_to=message)
     return Message(train_messages.make_update_record(deltas, report.to_fields()), reply_to=message)
+
+
+def _find_budget(recipe: Recipe, client: int) -> int:
+    """Return the memory of a client's class, and what this process imports that a device of a plan does not."""
+    surplus = measure_runtime_surplus(recipe.get_client_recipe(client), TRAINER_MODULES)
+    return int(recipe.get_device_class(client).memory) + surplus
 
 
 def _read_request(message: Message) -> TrainRequest:

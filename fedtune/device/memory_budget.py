@@ -74,9 +74,24 @@ def choose_micro_batch_size(
 def estimate_memory(context: RunContext, rows: NDArray[np.int64], round_number: int) -> MemoryEstimate:
     """Estimate memory from the memory in use now, the memory that training adds, and the memory per example.
 
-    The latter is extrapolated from steps on one and two copies of the longest example, or of the longest packed row,
-    which need little memory.
+    A model that trains other tensors in the next round is estimated in both, since the estimate holds for the run. The
+    memory per example is extrapolated from steps on one and two copies of the longest example, or of the longest packed
+    row, which need little memory.
     """
+    numbers = [round_number, round_number + 1]
+    if len({frozenset(_list_trained(context, number)) for number in reversed(numbers)}) == 1:
+        numbers = [round_number]
+    found = [_estimate_round(context, rows, number) for number in numbers]
+    begin_round(context.techniques, context.model, round_number)
+    return MemoryEstimate(max(one.fixed_bytes for one in found), max(one.bytes_per_example for one in found))
+
+
+def _list_trained(context: RunContext, round_number: int) -> list[str]:
+    begin_round(context.techniques, context.model, round_number)
+    return list_trainable_tensors(context.model)
+
+
+def _estimate_round(context: RunContext, rows: NDArray[np.int64], round_number: int) -> MemoryEstimate:
     model, settings = context.model, context.recipe.train
     begin_round(context.techniques, model, round_number)
     count = sum(

@@ -76,6 +76,11 @@ class StorageMeter(TorchDispatchMode):
         return max(accumulate((change for number, change in self._changes if number not in gradients), initial=0))
 
     @property
+    def peak_with_gradients(self) -> int:
+        """The largest number of bytes held at one time, with gradients of excluded parameters."""
+        return max(accumulate((change for _, change in self._changes), initial=0))
+
+    @property
     def gradient_bytes(self) -> int:
         """The bytes held now by gradients of excluded parameters, if they were created in the block."""
         gradients = self._gradients()

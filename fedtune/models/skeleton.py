@@ -8,7 +8,7 @@ from torch import nn
 from fedtune.models import image_model_files
 from fedtune.models.model_task import ModelTask
 from fedtune.models.position_interpolation import refuse_interpolation
-from fedtune.models.sources import resolve_model_source
+from fedtune.models.sources import locate_model
 from fedtune.recipe.schema import ModelSettings
 
 __all__ = ["make_skeleton"]
@@ -21,7 +21,7 @@ def make_skeleton(
 
     Build it under FakeTensorMode, where tensors hold no data. ``quantisation`` gives linear layers the storage of NF4.
     """
-    location = resolve_model_source(model.source)
+    location = locate_model(model)
     if image_model_files.is_fedtune_image_model(location):
         refuse_interpolation(model)
         if quantisation is not None:

@@ -59,6 +59,11 @@ def _everything_under_mask(asked: QuestionOperands) -> Tensor:
     return torch.empty(size, dtype=tensor.dtype)
 
 
+def _active_entries(asked: QuestionOperands) -> int:
+    """As many entries of a mask as its model has on average."""
+    return int(asked.names["self"].density * asked.names["mask"].numel())
+
+
 def _empty_bins(asked: QuestionOperands) -> Tensor:
     """As many bins as ``minlength``."""
     given = [one for one in (*asked.args[1:], *asked.kwargs.values()) if isinstance(one, int)]
@@ -86,12 +91,15 @@ _ASKED: tuple[tuple[str, str, Rule], ...] = (
     ("pruning._pruned_tensor.pack_pruned", "masked_select", _kept_values),
     ("pruning._pruned_tensor._places", "nonzero", _kept_places),
     ("pruning._pruned_tensor._narrow", "bool", _always(True)),
+    ("pruning.dynamic_pruning.DynamicPruning._count_swaps", "int", _active_entries),
     ("pruning._largest_entries._of_long_row", "int", _always(0)),
     ("pruning._largest_entries._bound", "int", _always(0)),
     ("pruning._largest_entries._bound", "mask_index", _everything_under_mask),
     ("pruning._largest_entries._bound", "bincount", _empty_bins),
 )
+_MASKS = ("make_padding_mask", "make_causal_mask", "_number_texts")
 RULES: dict[Question, Rule] = {Question(kind, f"{_TECHNIQUES}.{asker}"): rule for asker, kind, rule in _ASKED} | {
+    **{Question("bool", f"fedtune.models.blocks.attention.{name}"): _always(True) for name in _MASKS},
     Question("bool", "transformers.masking_utils._ignore_bidirectional_mask_sdpa"): _always(True),
     Question("bool", "transformers.masking_utils._ignore_causal_mask_sdpa"): _always(True),
     Question("bool", "transformers.masking_utils.find_packed_sequence_indices"): _always(True),

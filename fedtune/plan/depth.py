@@ -4,6 +4,10 @@ With like blocks, the bytes that a step keeps are affine in their number L: x(L)
 peak is the largest of several affine numbers, one for each moment of the step. While the last block is processed, all
 blocks are kept, so that moment's number grows as fast as what is kept, and none grows faster. If the peaks of both
 short models differ by just that, the peak of the deep one is known. Otherwise the deep model itself is traced.
+
+With gradients, a moment's number grows by what a block keeps or by its gradients, whichever of both it still or already
+holds. If the peaks with gradients differ by the larger of the two, that of the deep model is known. Otherwise it is
+bounded by the peak without gradients and all gradients.
 """
 
 from collections.abc import Sequence
@@ -52,14 +56,23 @@ def _is_affine(few: RoundTrace, many: RoundTrace) -> bool:
     return many.peak_bytes - few.peak_bytes == many.kept_bytes - few.kept_bytes
 
 
+def _grows_fastest(few: RoundTrace, many: RoundTrace) -> bool:
+    """Whether no moment's bytes grow faster than the peak with gradients does from block to block."""
+    fastest = max(many.kept_bytes - few.kept_bytes, many.gradient_bytes - few.gradient_bytes)
+    return many.step_bytes - few.step_bytes == fastest
+
+
 def _extrapolate(few: RoundTrace, many: RoundTrace, shallow: TracedModel) -> RoundTrace:
     """Return the trace at the full number of blocks."""
     blocks = shallow.blocks
     assert blocks is not None
     more = blocks.count - shallow.depth
-    return RoundTrace(
-        few.kept_bytes + more * (many.kept_bytes - few.kept_bytes),
-        few.peak_bytes + more * (many.peak_bytes - few.peak_bytes),
-        few.flops + more * (many.flops - few.flops),
-        tuple(blocks.expand_all(many.trained)),
-    )
+
+    def extend(name: str) -> int:
+        a, b = getattr(few, name), getattr(many, name)
+        return int(a + more * (b - a))
+
+    peak, gradients = extend("peak_bytes"), extend("gradient_bytes")
+    step = extend("step_bytes") if _grows_fastest(few, many) else peak + gradients
+    names = tuple(blocks.expand_all(many.trained))
+    return RoundTrace(extend("kept_bytes"), peak, step, gradients, extend("flops"), names)

@@ -16,6 +16,7 @@ from fedtune.plan.cache import read_entry, write_entry
 from fedtune.plan.plans import Plan, choose_plan, correct_plan, describe_plan, keep_pareto_set, list_plans
 from fedtune.plan.runtimes import measure_runtimes
 from fedtune.plan.settings_trace import SettingsTrace
+from fedtune.plan.trainer_kind import explain_trainer
 from fedtune.recipe.schema import Recipe, Unit
 
 __all__ = ["PlanReport", "PlanRequest", "explain_choice", "make_plan_report", "trace_settings"]
@@ -39,7 +40,7 @@ class PlanReport(NamedTuple):
     """The Pareto set, the recommended plan if one fits, and the plans for other budgets.
 
     ``smallest`` needs the least memory of all. ``failed`` are settings that cannot be used, with the reason. The memory
-    of all plans includes the ``correction``.
+    of all plans includes the ``correction``. ``trainer`` says what the process imports that the memory is of.
     """
 
     budget: int
@@ -51,6 +52,7 @@ class PlanReport(NamedTuple):
     smallest: Plan
     failed: dict[str, str]
     correction: float = 1.0
+    trainer: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report for JSON."""
@@ -63,6 +65,7 @@ class PlanReport(NamedTuple):
             "reason": self.reason,
             "failed": self.failed,
             "correction": self.correction,
+            "trainer": self.trainer,
         }
 
 
@@ -82,13 +85,20 @@ def make_plan_report(request: PlanRequest) -> PlanReport:
     )
     smallest = min(plans, key=lambda plan: plan.needed_bytes)
     reason = explain_choice(chosen, smallest, request)
-    return PlanReport(request.budget, best, chosen, reason, more, less, smallest, failed, request.correction)
+    told = explain_trainer(working)
+    return PlanReport(request.budget, best, chosen, reason, more, less, smallest, failed, request.correction, told)
 
 
-def trace_settings(recipe: Recipe, techniques: Sequence[Sequence[Unit]] | None) -> list[SettingsTrace]:
-    """Return a trace of each candidate, from the cache if the same was traced before."""
+def trace_settings(
+    recipe: Recipe, techniques: Sequence[Sequence[Unit]] | None, *, plain_blocks: bool = True
+) -> list[SettingsTrace]:
+    """Return a trace of each candidate, from the cache if the same was traced before.
+
+    The process is a device's trainer, or with ``plain_blocks`` false one that builds models with transformers.
+    """
     lists = [[unit.model_dump(mode="json") for unit in units] for units in techniques or ()]
-    body = {"recipe": json.loads(recipe.model_dump_json()), "techniques": lists or None}
+    settings = json.loads(recipe.model_dump_json())
+    body = {"recipe": settings, "techniques": lists or None, "plain_blocks": plain_blocks}
     key = _make_key(recipe, body)
     if stored := _read_traces(key):
         return stored
@@ -108,13 +118,13 @@ def _read_traces(key: list[str]) -> list[SettingsTrace]:
 def _make_key(recipe: Recipe, body: dict[str, Any]) -> list[str]:
     """What a trace depends on: the settings of the step, the configuration of the model, and the libraries."""
     settings = body["recipe"]
-    step = {name: settings.get(name) for name in ("task", "model", "train", "data", "seed", "stream")}
+    step = {name: settings.get(name) for name in ("task", "model", "train", "data", "seed", "stream", "merge")}
     step["algorithm"] = settings["federation"].get("algorithm")  # it may hold copies of what is trained
     kind, _, name = recipe.model.source.partition(":")
     config = Path(name).expanduser() / "config.json"
     text = config.read_text(encoding="utf-8") if kind == "path" and config.is_file() else ""
     libraries = [f"{one} {version(one)}" for one in ("fedtune", "torch", "transformers", "peft")]
-    return ["traces", _hash_own_code(), json.dumps([step, body["techniques"]]), text, *libraries]
+    return ["traces", _hash_own_code(), json.dumps([step, body["techniques"], body["plain_blocks"]]), text, *libraries]
 
 
 def _hash_own_code() -> str:

@@ -89,6 +89,7 @@ def _interpolate(few: BatchTrace, many: BatchTrace, size: int) -> BatchTrace:
         examples=size,
         kept_bytes=interpolate_count(few.kept_bytes, many.kept_bytes),
         peak_bytes=interpolate_count(few.peak_bytes, many.peak_bytes),
+        step_bytes=interpolate_count(few.step_bytes, many.step_bytes),
         flops=interpolate_count(few.flops, many.flops),
     )
 

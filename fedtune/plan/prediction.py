@@ -1,10 +1,14 @@
 """The memory that a training process needs, from the trace of its step and the constants of its runtime.
 
-anonymous = runtime + weights that are not read in place + received state + trained x (gradient + optimiser) + peak + c
+anonymous = runtime + weights that are not read in place + copies of trained values + most + c
 total     = anonymous + libraries' pages + weights that are read in place
 
-Trained values count four bytes each. c bounds what no storage shows: blocks below the allocator's mmap threshold, which
-stay in the heap, and scratch memory of the kernels. The process must fix that threshold (``fix_mmap_threshold``).
+``most`` is what the fullest moment of a round holds: the optimiser's values and the peak of a step with its gradients;
+the optimiser's values and all gradients; or, once the optimiser is gone, the deltas and their copy in the payload. The
+gradients of a batch that is cut into micro-batches are all there while the next one is processed. The received state is
+in a file. Trained values count four bytes each. c bounds what no storage shows: blocks below the allocator's mmap
+threshold, which stay in the heap, and scratch memory of the kernels. The process must fix that threshold
+(``fix_mmap_threshold``).
 """
 
 from typing import NamedTuple
@@ -28,6 +32,8 @@ HOT_BYTES = 64 << 20
 
 _MARGIN = 16 << 20
 _VALUE = 4
+_AFTERWARDS = 2
+"""Values for each trained one after training: the delta, and its copy in the payload."""
 
 
 class Runtime(NamedTuple):
@@ -49,9 +55,17 @@ def predict_memory(
     trace: SettingsTrace, batch: BatchTrace, runtime: Runtime, optimiser: str, momentum: float
 ) -> Prediction:
     """Return the peaks of a process that trains in micro-batches of ``batch.examples``."""
-    per_trained = 1 + OPTIMISER_VALUES[optimiser] + (momentum > 0) if trace.needs_gradients else 0
-    state = trace.trained_values * per_trained + trace.master_values
-    own = trace.weight_bytes + trace.shared_bytes + int(state * _VALUE) + batch.peak_bytes
+    moments = OPTIMISER_VALUES[optimiser] + (momentum > 0) if trace.needs_gradients else 0
+    own = trace.weight_bytes + trace.master_values * _VALUE + _find_most(trace, batch, moments)
     anonymous = runtime.anonymous_bytes + own + _MARGIN
     files = runtime.file_bytes + trace.mapped_bytes
     return Prediction(anonymous, anonymous + files, anonymous + min(files, HOT_BYTES))
+
+
+def _find_most(trace: SettingsTrace, batch: BatchTrace, moments: float) -> int:
+    """Return the bytes of the fullest moment. ``moments`` are an optimiser's values for each trained one."""
+    trained = trace.trained_values * _VALUE
+    gradients = trained if trace.needs_gradients else 0
+    is_cut = batch.examples < trace.batches[-1].examples
+    step = batch.peak_bytes + gradients if is_cut else batch.step_bytes
+    return max(int(moments * trained) + max(step, gradients), _AFTERWARDS * trained)

@@ -10,7 +10,10 @@ from fedtune.errors import FedtuneError
 from fedtune.plan.cache import read_entry, write_entry
 from fedtune.plan.prediction import Runtime
 
-__all__ = ["begin_measuring_runtimes", "make_runtime_key", "measure_runtimes", "read_runtime"]
+__all__ = ["TRAINER_MODULES", "begin_measuring_runtimes", "make_runtime_key", "measure_runtimes", "read_runtime"]
+
+TRAINER_MODULES = ("fedtune.device.trainer",)
+"""What a device's training process imports."""
 
 
 def measure_runtimes(names: Iterable[str], modules: Sequence[str]) -> dict[str, Runtime]:

@@ -8,13 +8,17 @@ __all__ = ["BatchTrace", "SettingsTrace"]
 
 
 class BatchTrace(BaseModel):
-    """The largest figures of a step's rounds on ``examples`` examples."""
+    """The largest figures of a step's rounds on ``examples`` examples.
+
+    ``step_bytes`` is the peak with the gradients of parameters, ``peak_bytes`` the one without them.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     examples: int
     kept_bytes: int
     peak_bytes: int
+    step_bytes: int
     flops: int
 
 
@@ -25,7 +29,8 @@ class SettingsTrace(BaseModel):
     the libraries that its process needs. Frozen weights of a file are ``mapped_bytes`` if they are read in place; all
     other weights are ``weight_bytes``. ``master_values`` are fp32 copies of trained values, those of
     ``federation.algorithm`` included. Without ``needs_gradients`` it holds no gradients and no state of an optimiser.
-    ``error`` says why it cannot be used.
+    ``blocks_problem`` says why a trainer builds the model with transformers and not of plain blocks. ``error`` says why
+    it cannot be used.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -36,6 +41,7 @@ class SettingsTrace(BaseModel):
     exact_gradients: bool = True
     needs_gradients: bool = True
     runtime: str = ""
+    blocks_problem: str | None = None
     batches: list[BatchTrace] = []
     trained_values: int = 0
     master_values: int = 0

@@ -9,33 +9,45 @@ from torch import nn
 
 from fedtune.algorithms import count_copies
 from fedtune.errors import FedtuneError
+from fedtune.models.blocks.block_model import BlockModel
 from fedtune.models.image_model_files import is_fedtune_image_model
-from fedtune.models.sources import resolve_model_source
+from fedtune.models.paging.paged_matrix import LARGEST_PIECE
+from fedtune.models.paging.streamed_loss import CHUNK_ROWS
+from fedtune.models.sources import locate_model
 from fedtune.plan.candidates import Candidate
-from fedtune.plan.data_answers import DataAnswers
 from fedtune.plan.depth import ModelTrace, trace_model
+from fedtune.plan.mapped_weights import find_mapped_weights
+from fedtune.plan.sent_bytes import count_received_bytes, count_uploaded_bytes
 from fedtune.plan.settings_trace import BatchTrace, SettingsTrace
 from fedtune.plan.step_trace import RoundTrace, TracedModel, use_fake_tensors
 from fedtune.recipe.schema import Recipe
 from fedtune.tasks import get_task
 from fedtune.techniques import list_kept_tensors, list_rebuilt_tensors
 from fedtune.training.micro_batches import can_split_batch
-from fedtune.wire.tensor_payload import packed_size
 
 __all__ = ["trace_candidate"]
 
 _BYTES = 4
 
 
-def trace_candidate(recipe: Recipe, labels: Sequence[str], candidate: Candidate) -> SettingsTrace:
-    """Return the figures, or why the candidate cannot be used. Call it in a process that only plans."""
+def trace_candidate(
+    recipe: Recipe, labels: Sequence[str], candidate: Candidate, *, has_conversations: bool = False
+) -> SettingsTrace:
+    """Return the figures, or why the candidate cannot be used. Call it in a process that only plans.
+
+    The model is of plain blocks if the process prefers them and a trainer would build it of them. The tokenizer that
+    writes conversations comes from transformers even then.
+    """
     wanted = _apply(recipe, candidate)
     start = SettingsTrace(
         techniques=[unit.model_dump(mode="json") for unit in candidate.techniques], dtype=candidate.dtype
     )
     try:
+        locate_model(wanted.model)  # what it makes in the cache has data
         with use_fake_tensors() as answers:
-            return start.model_copy(update=_trace(wanted, labels, answers))
+            trace = trace_model(wanted, labels, _list_sizes(wanted), answers)
+            runtime = _name_runtime(wanted, trace.model, has_conversations=has_conversations)
+            return start.model_copy(update={"runtime": runtime, **_describe_trace(wanted, trace)})
     except FedtuneError as error:
         return start.model_copy(update={"error": str(error)})
     except Exception as error:  # a model that does not run without data
@@ -53,9 +65,8 @@ def _apply(recipe: Recipe, candidate: Candidate) -> Recipe:
     return recipe.model_copy(update={"train": train, "model": model})
 
 
-def _trace(recipe: Recipe, labels: Sequence[str], answers: DataAnswers) -> dict[str, Any]:
+def _describe_trace(recipe: Recipe, trace: ModelTrace) -> dict[str, Any]:
     """Return the fields of the trace."""
-    trace = trace_model(recipe, labels, _list_sizes(recipe), answers)
     traced, size = trace.model, recipe.train.batch_size
     may_split = can_split_batch(get_task(recipe.task), traced.model)
     batches = [
@@ -64,10 +75,10 @@ def _trace(recipe: Recipe, labels: Sequence[str], answers: DataAnswers) -> dict[
     return {
         "batches": batches if may_split else [one for one in batches if one.examples == size],
         "traced_blocks": trace.traced_blocks,
-        "runtime": _name_runtime(recipe, traced),
+        "blocks_problem": traced.blocks_problem,
         "exact_gradients": all(technique.has_exact_gradients for technique in traced.techniques),
         "needs_gradients": not any(technique.estimates_gradients for technique in traced.techniques),
-        "shapes": {name: list(trace.shapes[name]) for name in _expand(traced, traced.shared)},
+        "shapes": {name: list(trace.shapes[name]) for name in traced.expand_all(traced.shared)},
         **_count_bytes(recipe, trace),
     }
 
@@ -82,42 +93,42 @@ def _join(examples: int, rounds: Sequence[RoundTrace]) -> BatchTrace:
         examples=examples,
         kept_bytes=max(one.kept_bytes for one in rounds),
         peak_bytes=max(one.peak_bytes for one in rounds),
+        step_bytes=max(one.step_bytes for one in rounds),
         flops=max(one.flops for one in rounds),
     )
-
-
-def _expand(traced: TracedModel, names: Sequence[str]) -> list[str]:
-    return list(names) if traced.blocks is None else traced.blocks.expand_all(names)
 
 
 def _count_bytes(recipe: Recipe, trace: ModelTrace) -> dict[str, int]:
     """Count weights by where they lie, trained values, and what a round sends in each direction."""
     traced, shapes = trace.model, trace.shapes
     rounds = [one.trained for one in trace.by_batch_size[0]]
-    kept = _expand(traced, list_kept_tensors(traced.model))  # trained and not sent
+    kept = traced.expand_all(list_kept_tensors(traced.model))  # trained and not sent
     counts = [sum(prod(shapes[name]) for name in (*names, *kept)) for names in rounds]
     sizes = _list_storages(traced)
     rebuilt = set(list_rebuilt_tensors(traced.model))
     trainable = {name for names in (*rounds, kept) for name in names} | rebuilt
-    mapped = _find_mapped(recipe, traced, sizes, trainable)
+    paged = set(traced.expand_all(_list_paged(traced)))
+    parameters = traced.expand_names({name: one.dtype for name, one in traced.model.named_parameters()})
+    mapped = find_mapped_weights(recipe.model, parameters) - trainable
     halves = {torch.bfloat16, torch.float16}
     copied = count_copies(recipe) * max(counts)
     mastered = max(sum(prod(shapes[name]) for name in names if _dtypes(traced).get(name) in halves) for names in rounds)
-    shared = _make_payload(traced, shapes, _expand(traced, traced.shared))
+    shared = _make_payload(traced, shapes, traced.expand_all(traced.shared))
     return {
         "trained_values": max(counts),
         "master_values": mastered + copied,
         "mapped_bytes": sum(sizes[name] for name in mapped),
-        "weight_bytes": sum(size for name, size in sizes.items() if name not in mapped),
-        "shared_bytes": sum(prod(shapes[name]) for name in _expand(traced, traced.shared)) * _BYTES,
-        "up_bytes": max(packed_size(_make_payload(traced, shapes, names)) for names in rounds),
-        "down_bytes": packed_size(shared),
+        "weight_bytes": sum(size for name, size in sizes.items() if name not in mapped | paged)
+        + max((_count_read_bytes(layer, traced) for layer in traced.model.modules()), default=0),
+        "shared_bytes": sum(prod(shapes[name]) for name in traced.expand_all(traced.shared)) * _BYTES,
+        "up_bytes": max(count_uploaded_bytes(recipe, traced, _make_payload(traced, shapes, names)) for names in rounds),
+        "down_bytes": max(count_received_bytes(recipe, shared, names) for names in rounds),
     }
 
 
 def _dtypes(traced: TracedModel) -> dict[str, torch.dtype]:
     found = {name: tensor.dtype for name, tensor in _named(traced.model).items()}
-    return found if traced.blocks is None else traced.blocks.expand_names(found)
+    return traced.expand_names(found)
 
 
 def _named(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -129,7 +140,26 @@ def _list_storages(traced: TracedModel) -> dict[str, int]:
     found: dict[str, int] = {}
     for name, tensor in _named(traced.model).items():
         found[name] = tensor.untyped_storage().nbytes() + _count_quantisation_bytes(tensor)
-    return found if traced.blocks is None else traced.blocks.expand_names(found)
+    return traced.expand_names(found)
+
+
+def _list_paged(traced: TracedModel) -> list[str]:
+    """Return the weights that stay in a file. Layers that share one have it under two names."""
+    named = traced.model.named_parameters(remove_duplicate=False)
+    paged = {id(one) for one in traced.paged}
+    return [name for name, one in named if id(one) in paged]
+
+
+def _count_read_bytes(layer: nn.Module, traced: TracedModel) -> int:
+    """Return the bytes of the buffer into which a layer reads its matrix from a store.
+
+    A head inside the loss reads few rows at a time, and an embedding those of its batch into a tensor of their own.
+    """
+    weight = layer._parameters.get("weight")
+    if weight is None or isinstance(layer, nn.Embedding) or all(weight is not one for one in traced.paged):
+        return 0
+    rows = len(weight) if type(layer) is nn.Linear else min(len(weight), CHUNK_ROWS)
+    return min(LARGEST_PIECE, rows * weight.shape[1] * weight.element_size())
 
 
 def _count_quantisation_bytes(tensor: torch.Tensor) -> int:
@@ -139,23 +169,6 @@ def _count_quantisation_bytes(tensor: torch.Tensor) -> int:
         return 0
     own = (state.absmax, state.code, state.offset, state.state2.absmax)
     return sum(one.untyped_storage().nbytes() for one in own)
-
-
-def _find_mapped(recipe: Recipe, traced: TracedModel, sizes: Mapping[str, int], trainable: set[str]) -> set[str]:
-    """Return the weights that are read in place: transformers maps files whose weights need no cast.
-
-    A weight that is trained is copied when it is written.
-    """
-    location = resolve_model_source(recipe.model.source)
-    if is_fedtune_image_model(location) or recipe.model.dtype != "float32":
-        return set()
-    dtypes = _dtypes(traced)
-    added = (".lora_", ".adapters.", "fedkseed.")
-    return {
-        name
-        for name in sizes
-        if name not in trainable and dtypes[name] == torch.float32 and not any(part in name for part in added)
-    }
 
 
 def _make_payload(
@@ -171,9 +184,11 @@ def _make_payload(
     }
 
 
-def _name_runtime(recipe: Recipe, traced: TracedModel) -> str:
-    """Name the libraries that a process of these settings imports, and the model whose tokenizer it holds."""
+def _name_runtime(recipe: Recipe, traced: TracedModel, *, has_conversations: bool) -> str:
+    """Name the libraries that a process of these settings imports, and the model whose tokenizer it loads."""
     names = {technique.name for technique in traced.techniques}
-    if is_fedtune_image_model(resolve_model_source(recipe.model.source)) and "lora" not in names:
+    if isinstance(traced.model, BlockModel):
+        return f"{'chat' if has_conversations else 'blocks'} {recipe.model.source}"
+    if is_fedtune_image_model(locate_model(recipe.model)) and "lora" not in names:
         return "torch"
     return f"transformers {recipe.model.source}" if get_task(recipe.task).reads_text else "transformers"

@@ -16,10 +16,12 @@ from pydantic import BaseModel
 
 from fedtune import tasks
 from fedtune.errors import FedtuneError
+from fedtune.models.blocks.preference import prefer_plain_blocks
 from fedtune.models.image_model_files import is_fedtune_image_model
 from fedtune.models.skeleton import make_skeleton
-from fedtune.models.sources import resolve_model_source
+from fedtune.models.sources import locate_model
 from fedtune.plan.candidates import Candidate, list_candidates
+from fedtune.plan.conversations import names_conversations
 from fedtune.plan.settings_trace import SettingsTrace
 from fedtune.plan.step_trace import use_fake_tensors
 from fedtune.plan.trace_settings import trace_candidate
@@ -27,14 +29,18 @@ from fedtune.recipe.schema import Recipe
 from fedtune.recipe.train_settings import Unit
 from fedtune.techniques import build_techniques
 
-__all__ = ["TraceReply", "TraceRequest", "trace_request"]
+__all__ = ["TraceReply", "TraceRequest", "describe_data", "trace_request"]
 
 
 class TraceRequest(BaseModel):
-    """A recipe, whose data may be ``random``. ``techniques`` replaces the lists that are considered by default."""
+    """A recipe, whose data may be ``random``. ``techniques`` replaces the lists that are considered by default.
+
+    With ``plain_blocks``, models are of plain blocks where a device's trainer builds them so.
+    """
 
     recipe: Recipe
     techniques: list[list[Unit]] | None = None
+    plain_blocks: bool = True
 
 
 class TraceReply(BaseModel):
@@ -46,11 +52,12 @@ class TraceReply(BaseModel):
 def trace_request(request: TraceRequest) -> TraceReply:
     """Trace all candidates, some at the same time where the machine has several cores."""
     recipe = request.recipe
-    own = is_fedtune_image_model(resolve_model_source(recipe.model.source))
+    own = is_fedtune_image_model(locate_model(recipe.model))
     found = list_candidates(recipe, request.techniques, is_own_image_model=own)
     torch.set_num_threads(1)
     _prepare(recipe, found)
-    trace = partial(trace_candidate, recipe, _find_labels(recipe))
+    labels, has_conversations = describe_data(recipe)
+    trace = partial(trace_candidate, recipe, labels, has_conversations=has_conversations)
     count = min(len(found), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
     if count < 2:
         return TraceReply(traces=[trace(one) for one in found])
@@ -68,12 +75,13 @@ def _prepare(recipe: Recipe, candidates: Sequence[Candidate]) -> None:
         make_skeleton(recipe.model, task, ("no", "yes") if task.has_new_head else (), seed=0)
 
 
-def _find_labels(recipe: Recipe) -> tuple[str, ...]:
-    """Return the class names of the data; two for random inputs of a task with classes."""
+def describe_data(recipe: Recipe) -> tuple[tuple[str, ...], bool]:
+    """Return the class names of the data, two for random inputs, and whether a chat template writes the texts."""
     task = tasks.get_task(recipe.task)
     if recipe.data.source == "random":
-        return ("no", "yes") if task.has_new_head else ()
-    return tasks.load_data(recipe, tasks.load_class_names(recipe)).label_names
+        return ("no", "yes") if task.has_new_head else (), names_conversations(recipe)
+    corpus = tasks.load_data(recipe, tasks.load_class_names(recipe))
+    return corpus.label_names, "messages" in corpus.train.column_names
 
 
 def main() -> None:
@@ -82,6 +90,8 @@ def main() -> None:
     request = TraceRequest.model_validate_json(sys.stdin.buffer.read())
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print does not mix with the reply
+    if request.plain_blocks:
+        prefer_plain_blocks()
     out.write(trace_request(request).model_dump_json())
     out.close()
 

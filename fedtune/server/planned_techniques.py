@@ -2,13 +2,11 @@
 
 from fedtune.plan.auto_techniques import has_auto_techniques, plan_auto_techniques
 from fedtune.plan.corrections import learn_corrections
+from fedtune.plan.runtimes import TRAINER_MODULES
 from fedtune.recipe.schema import Recipe
 from fedtune.tracking import Store
 
 __all__ = ["plan_techniques"]
-
-_TRAINER = ("fedtune.device.trainer",)
-"""What a device's training process imports."""
 
 
 def plan_techniques(recipe: Recipe, store: str | None = None) -> Recipe:
@@ -21,5 +19,5 @@ def plan_techniques(recipe: Recipe, store: str | None = None) -> Recipe:
         return recipe
     with Store.open(store) as opened:
         corrections = learn_corrections(opened.predictions.list_errors())
-    planned, _ = plan_auto_techniques(recipe, _TRAINER, corrections)
+    planned, _ = plan_auto_techniques(recipe, TRAINER_MODULES, corrections)
     return planned

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from fedtune.device.held_memory import count_held_bytes
 from fedtune.errors import RecipeError
 from fedtune.memory.limits import can_limit_memory
+from fedtune.plan.runtime_surplus import measure_runtime_surplus
+from fedtune.plan.runtimes import TRAINER_MODULES
+from fedtune.recipe.device_class import DeviceClass
 from fedtune.recipe.schema import Recipe
 from fedtune.simulation.compute_devices import uses_accelerator
 from fedtune.tracking import ClientRecord, RoundRecord
@@ -31,13 +34,17 @@ def describe_memory_excesses(recipe: Recipe, rounds: Sequence[RoundRecord]) -> l
     found = []
     for device_class in recipe.devices:
         held = max((_count(one) for one in every if one.device_class == device_class.name), default=0)
-        if held > device_class.memory:
+        if held > device_class.memory and held > device_class.memory + _measure_surplus(recipe, device_class):
             found.append(
                 f"a client of device class {device_class.name} held {held / 1e6:,.0f} MB, and the recipe gives it "
                 f"{device_class.memory / 1e6:,.0f} MB; raise its memory, use a technique that keeps less (see fedtune "
                 "profile), or see what a device would do with --enforce-memory"
             )
     return found
+
+
+def _measure_surplus(recipe: Recipe, device_class: DeviceClass) -> int:
+    return measure_runtime_surplus(recipe.apply_device_class(device_class), TRAINER_MODULES)
 
 
 def _count(record: ClientRecord) -> int:

@@ -26,7 +26,7 @@ from fedtune.models.paging.page_layers import PagedSource, list_pageable_layers,
 from fedtune.models.paging.source_tensors import SourceTensor
 from fedtune.recipe.schema import ModelSettings
 
-__all__ = ["load_block_model"]
+__all__ = ["build_block_skeleton", "load_block_model"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,26 @@ def load_block_model(
     _draw(made, weights, dtype, seed, float(settings.get("initializer_range") or 0.02))
     _warn_of_head(model.source, made, weights)
     made.drawn = sorted(name for name in weights.drawn if name not in tensors)
+    return made.eval()
+
+
+def build_block_skeleton(
+    model: ModelSettings,
+    folder: Path,
+    tensors: Mapping[str, SourceTensor] | None,
+    task: ModelTask,
+    labels: Sequence[str],
+) -> BlockModel:
+    """Build the model that ``load_block_model`` loads, with drawn weights; UnknownBlocksError if it would not load it.
+
+    Of ``tensors``, only names and shapes are read; without them, the configuration decides alone.
+    """
+    made, dtype = _build(model, read_configuration(folder), task, labels), getattr(torch, model.dtype)
+    if tensors is not None:
+        _match_weights(made, tensors, has_new_head=task.has_new_head)
+    for name, parameter in list(made.named_parameters()):
+        if parameter.dtype != dtype:
+            _set(made, name, parameter.detach().to(dtype))
     return made.eval()
 
 
