@@ -5,11 +5,13 @@ choice of a rate sees the validation part after the last round alone. Each arm t
 goes on by factors of 3 while the best one is at an edge, to EXTREMES at most.
 """
 
+import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
@@ -35,15 +37,28 @@ class Stream(NamedTuple):
 
 
 def compare_arms(result: str, streams: Sequence[Stream], num_seeds: int, rates: Sequence[float] = RATES) -> None:
-    """Run all arms, and save the rows after each, so that what a limit of time leaves is a result too."""
-    rows: list[dict[str, Any]] = []
+    """Run all arms, and save the rows after each run. Rows that are there already stay, so that it may run in parts."""
+    rows = read_rows(result)
     for seed, stream in product(range(num_seeds), streams):
         for arm in stream.arms:
             for rate in (
                 iter_rates(rows, stream.name, arm, rates) if not seed else [choose_rate(rows, stream.name, arm)]
             ):
+                if any(is_row(row, stream.name, arm, seed) and row["rate"] == rate for row in rows):
+                    continue
                 rows.append(run_arm(stream, arm, rate, seed))
-            save(result, {"rates": list(rates), "streams": summarise(rows), "rows": rows})
+                save(result, {"rates": list(rates), "streams": summarise(rows), "rows": rows})
+
+
+def read_rows(result: str) -> list[dict[str, Any]]:
+    """Return the rows of a result; delete its file to begin anew."""
+    path = Path(__file__).parent / "results" / f"{result}.json"
+    return list(json.loads(path.read_text(encoding="utf-8"))["rows"]) if path.exists() else []
+
+
+def is_row(row: Mapping[str, Any], stream: str, arm: str, seed: int) -> bool:
+    """Whether a row is of this stream, arm and seed."""
+    return (row["stream"], row["arm"], row["seed"]) == (stream, arm, seed)
 
 
 def iter_rates(rows: Sequence[Mapping[str, Any]], stream: str, arm: str, rates: Sequence[float]) -> Iterator[float]:
@@ -88,7 +103,7 @@ def read_figures(run: fedtune.Run) -> dict[str, Any]:
 
 def choose_rate(rows: Sequence[Mapping[str, Any]], stream: str, arm: str) -> float:
     """Return the rate of an arm that validates best with the first seed."""
-    tried = [row for row in rows if (row["stream"], row["arm"], row["seed"]) == (stream, arm, 0)]
+    tried = [row for row in rows if is_row(row, stream, arm, 0)]
     rate: float = max(tried, key=lambda row: row["validation"])["rate"]
     return rate
 
