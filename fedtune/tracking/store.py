@@ -17,6 +17,7 @@ from fedtune.tracking.compaction import shrink_database
 from fedtune.tracking.database import get_default_url, get_sqlite_path, make_engine, reader, writer
 from fedtune.tracking.prediction_rows import PredictionRows
 from fedtune.tracking.records import MetricRecord, RoundRecord, RunRecord
+from fedtune.tracking.run_costs import RunCostRows
 from fedtune.tracking.run_lock import is_run_active
 
 __all__ = ["Store", "new_run_id"]
@@ -36,6 +37,7 @@ class Store:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.access, self.checkpoints, self.predictions = Access(engine), CheckpointRows(engine), PredictionRows(engine)
+        self.costs = RunCostRows(engine)
 
     @classmethod
     def open(cls, url: str | None = None) -> Self:

@@ -1,0 +1,113 @@
+"""The routes of the page. Each reads the store once and renders one template."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from starlette.applications import Starlette
+from starlette.datastructures import URL
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from fedtune.errors import StoreError
+from fedtune.tracking import Store
+from fedtune.untrusted import clean_lines, clean_text
+from fedtune.web import number_text
+from fedtune.web.page_error import PageError
+from fedtune.web.request_guard import RequestGuard
+from fedtune.web.runs_page import make_runs_view
+from fedtune.web.runs_query import RunsQuery
+
+__all__ = ["make_application", "make_templates"]
+
+_FOLDER = Path(__file__).parent
+_THEMES = ("light", "dark")
+_COOKIE = "fedtune-theme"
+View = Callable[[Store, Request], tuple[str, dict[str, Any]]]
+
+
+def make_application(store: Store, host: str = "127.0.0.1") -> Starlette:
+    """Make the application for a store. ``host`` is the name that it is reached by, besides addresses."""
+    templates = make_templates()
+    routes = [
+        Route("/", lambda _: RedirectResponse("/runs")),
+        Route("/runs", _make_endpoint(store, templates, _view_runs)),
+        Mount("/static", StaticFiles(directory=_FOLDER / "static")),
+    ]
+    handlers: dict[Any, Any] = {
+        HTTPException: _make_handler(templates),
+        PageError: _make_handler(templates),
+        StoreError: _make_handler(templates),
+    }
+    return Starlette(routes=routes, exception_handlers=handlers, middleware=[Middleware(RequestGuard, host)])
+
+
+def make_templates() -> Environment:
+    """Make the environment of the templates. Everything is escaped, and a name that is not given is an error."""
+    environment = Environment(
+        loader=FileSystemLoader(_FOLDER / "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    formats = {name: getattr(number_text, name) for name in number_text.__all__}
+    environment.filters |= formats | {
+        "clean": clean_text,
+        "clean_lines": clean_lines,
+        "segment": quote_segment,
+        "relative": get_relative,
+    }
+    return environment
+
+
+def quote_segment(text: str) -> str:
+    """Quote a text as one part of a path, slashes too."""
+    return quote(text, safe="")
+
+
+def get_relative(url: URL) -> str:
+    """Return the path and the query of an address, without its host."""
+    return f"{url.path}?{url.query}" if url.query else url.path
+
+
+def _make_endpoint(store: Store, templates: Environment, view: View) -> Callable[[Request], Response]:
+    def answer(request: Request) -> Response:
+        name, values = view(store, request)
+        return _render(templates, request, name, values)
+
+    return answer
+
+
+def _render(
+    templates: Environment, request: Request, name: str, values: dict[str, Any], status: int = 200
+) -> HTMLResponse:
+    asked = request.query_params.get("theme", "")
+    theme = asked if asked in _THEMES else request.cookies.get(_COOKIE, "")
+    shown = {"theme": theme if theme in _THEMES else "", "path": request.url.path, "here": request.url}
+    response = HTMLResponse(templates.get_template(name).render(values | shown), status)
+    if asked in (*_THEMES, "system"):
+        response.set_cookie(_COOKIE, asked, max_age=365 * 86400, httponly=True, samesite="strict")
+    return response
+
+
+def _make_handler(templates: Environment) -> Callable[[Request, Exception], Response]:
+    def explain(request: Request, error: Exception) -> Response:
+        status, problem = _describe_error(error)
+        return _render(templates, request, "error.html", {"status": status, "problem": problem}, status)
+
+    return explain
+
+
+def _describe_error(error: Exception) -> tuple[int, str]:
+    if isinstance(error, PageError):
+        return error.status, error.problem
+    if isinstance(error, HTTPException):
+        return error.status_code, "There is no such page."
+    return 503, f"{error}."
+
+
+def _view_runs(store: Store, request: Request) -> tuple[str, dict[str, Any]]:
+    return "runs.html", make_runs_view(store, RunsQuery.parse(request.query_params))
