@@ -19,8 +19,12 @@ from fedtune.errors import StoreError
 from fedtune.tracking import Store
 from fedtune.untrusted import clean_lines, clean_text
 from fedtune.web import number_text
+from fedtune.web.outcome_words import describe_reason
 from fedtune.web.page_error import PageError
+from fedtune.web.recipe_view import write_recipe
 from fedtune.web.request_guard import RequestGuard
+from fedtune.web.run_page import find_run, make_run_view
+from fedtune.web.run_query import RunQuery
 from fedtune.web.runs_page import make_runs_view
 from fedtune.web.runs_query import RunsQuery
 
@@ -38,6 +42,8 @@ def make_application(store: Store, host: str = "127.0.0.1") -> Starlette:
     routes = [
         Route("/", lambda _: RedirectResponse("/runs")),
         Route("/runs", _make_endpoint(store, templates, _view_runs)),
+        Route("/runs/{run_id}", _make_endpoint(store, templates, _view_run)),
+        Route("/runs/{run_id}/recipe.yaml", _make_recipe_endpoint(store)),
         Mount("/static", StaticFiles(directory=_FOLDER / "static")),
     ]
     handlers: dict[Any, Any] = {
@@ -60,6 +66,7 @@ def make_templates() -> Environment:
         "segment": quote_segment,
         "relative": get_relative,
     }
+    environment.filters["reason"] = describe_reason
     return environment
 
 
@@ -107,6 +114,21 @@ def _describe_error(error: Exception) -> tuple[int, str]:
     if isinstance(error, HTTPException):
         return error.status_code, "There is no such page."
     return 503, f"{error}."
+
+
+def _make_recipe_endpoint(store: Store) -> Callable[[Request], Response]:
+    def answer(request: Request) -> Response:
+        run = find_run(store, request.path_params["run_id"])
+        name = quote_segment(f"{run.id}.yaml")
+        headers = {"content-disposition": f"attachment; filename*=UTF-8''{name}"}
+        return Response(write_recipe(run), media_type="application/yaml", headers=headers)
+
+    return answer
+
+
+def _view_run(store: Store, request: Request) -> tuple[str, dict[str, Any]]:
+    run = find_run(store, request.path_params["run_id"])
+    return "run.html", make_run_view(store, run, RunQuery.parse(run.id, request.query_params))
 
 
 def _view_runs(store: Store, request: Request) -> tuple[str, dict[str, Any]]:

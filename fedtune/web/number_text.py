@@ -13,6 +13,7 @@ __all__ = [
     "format_number",
     "format_score",
     "format_time",
+    "shorten_middle",
 ]
 
 _MINUS = "\N{MINUS SIGN}"
@@ -68,3 +69,11 @@ def format_time(moment: datetime | None, now: datetime | None = None) -> str:
     if local.date() == today.date():
         return f"today {local:%H:%M}"
     return f"{local:%d %b %H:%M}" if local.year == today.year else f"{local:%d %b %Y}"
+
+
+def shorten_middle(text: str, longest: int) -> str:
+    """Cut a text in its middle, so that names that differ at their end stay different."""
+    if len(text) <= longest:
+        return text
+    end = (longest - 1) // 2
+    return f"{text[: longest - 1 - end]}…{text[-end:]}"
