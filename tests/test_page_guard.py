@@ -1,6 +1,7 @@
 """The page answers its own addresses only, with strict headers, and changes nothing."""
 
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from tests.store_examples import fill
 
 
 @pytest.fixture
-def page(tmp_path: Path) -> TestClient:
+def page(tmp_path: Path) -> Iterator[TestClient]:
     with open_page(tmp_path / "store.sqlite") as (store, client):
         fill(store)
         yield client

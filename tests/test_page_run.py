@@ -14,7 +14,7 @@ import yaml
 
 from fedtune.cli.main import cli
 from fedtune.recipe.schema import Recipe
-from fedtune.tracking import ClientScore, RoundRecord, SampleRecord, Store, TaskRecord
+from fedtune.tracking import CheckpointRecord, ClientScore, RoundRecord, SampleRecord, Store, TaskRecord
 from fedtune.tracking.run_summary import compute_train_loss, sum_costs
 from fedtune.web.outcome_words import LETTERS, find_outcome
 from fedtune.web.recipe_view import list_changed_settings, make_command
@@ -176,7 +176,7 @@ def test_stored_text_is_escaped_on_the_page_of_a_run(tmp_path: Path) -> None:
         run_id = ATTACK.replace("/", "|")  # no address has a slash in the place of an id
         start(store, run_id, name=ATTACK, recipe=recipe, engine=ATTACK[:32])
         store.commit_round(run_id, a_round(0))
-        store.commit_round(run_id, replace(one, checkpoint=replace(a_round(1).checkpoint, path=ATTACK)))
+        store.commit_round(run_id, replace(one, checkpoint=CheckpointRecord(path=ATTACK, sha256=ATTACK, bytes=1)))
         store.finish(run_id, "failed", ATTACK)
         [address] = set(re.findall(r'href="(/runs/%3C[^"]*)"', client.get("/runs").text))
         for query in ("", "?colour=loss", f"?class={ATTACK}", f"?order={ATTACK}", f"?from={ATTACK}"):

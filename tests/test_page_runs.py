@@ -3,6 +3,7 @@
 import math
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def list_rows(text: str) -> list[str]:
 
 
 @pytest.fixture
-def page(tmp_path: Path) -> TestClient:
+def page(tmp_path: Path) -> Iterator[TestClient]:
     with open_page(tmp_path / "store.sqlite") as (store, client):
         for number, (name, value) in enumerate([("b", 0.7), ("a", 0.9), ("c", 0.8)]):
             start(store, f"{name}-run", name=name, seed=number, rounds_planned=4)

@@ -3,12 +3,14 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import Connection, Engine, Select, and_, case, func, select
 
 from fedtune.tracking import tables
 from fedtune.tracking.database import reader
 from fedtune.tracking.records import MetricRecord
+from fedtune.tracking.rows import make_record
 
 __all__ = ["RunCostRows", "RunCosts"]
 
@@ -61,17 +63,16 @@ class RunCostRows:
         key = and_(_metric.run_id == newest.c.id, _metric.round == newest.c.round)
         return self._read_scores(_select_scores().join(newest, key).where(_metric.split.in_(_HELD_OUT)))
 
-    def _read_scores(self, wanted: Select[tuple[str, int, str, str, float]]) -> dict[str, list[RoundMetric]]:
+    def _read_scores(self, wanted: Select[Any]) -> dict[str, list[RoundMetric]]:
         found: dict[str, list[RoundMetric]] = defaultdict(list)
         with reader(self._engine) as connection:
-            for run_id, number, split, name, value in connection.execute(wanted):
-                found[run_id].append((number, MetricRecord(split=split, domain="all", name=name, value=value)))
+            for row in connection.execute(wanted).mappings():
+                found[row["run_id"]].append((row["round"], make_record(MetricRecord, row)))
         return found
 
 
-def _select_scores() -> Select[tuple[str, int, str, str, float]]:
-    columns = (_metric.run_id, _metric.round, _metric.split, _metric.name, _metric.value)
-    return select(*columns).where(_metric.domain == "all").order_by(_metric.run_id, _metric.round)
+def _select_scores() -> Select[Any]:
+    return select(tables.metrics).where(_metric.domain == "all").order_by(_metric.run_id, _metric.round)
 
 
 def _sum_seconds(connection: Connection, run_ids: Sequence[str]) -> dict[str, float]:

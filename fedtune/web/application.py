@@ -19,6 +19,7 @@ from fedtune.errors import StoreError
 from fedtune.tracking import Store
 from fedtune.untrusted import clean_lines, clean_text
 from fedtune.web import number_text
+from fedtune.web.compare_page import make_compare_view, split_run_ids
 from fedtune.web.outcome_words import describe_reason
 from fedtune.web.page_error import PageError
 from fedtune.web.recipe_view import write_recipe
@@ -44,6 +45,7 @@ def make_application(store: Store, host: str = "127.0.0.1") -> Starlette:
         Route("/runs", _make_endpoint(store, templates, _view_runs)),
         Route("/runs/{run_id}", _make_endpoint(store, templates, _view_run)),
         Route("/runs/{run_id}/recipe.yaml", _make_recipe_endpoint(store)),
+        Route("/compare", _make_endpoint(store, templates, _view_comparison)),
         Mount("/static", StaticFiles(directory=_FOLDER / "static")),
     ]
     handlers: dict[Any, Any] = {
@@ -129,6 +131,13 @@ def _make_recipe_endpoint(store: Store) -> Callable[[Request], Response]:
 def _view_run(store: Store, request: Request) -> tuple[str, dict[str, Any]]:
     run = find_run(store, request.path_params["run_id"])
     return "run.html", make_run_view(store, run, RunQuery.parse(run.id, request.query_params))
+
+
+def _view_comparison(store: Store, request: Request) -> tuple[str, dict[str, Any]]:
+    ids = split_run_ids(request.query_params.getlist("runs"))
+    if len(ids) < 2:
+        return "compare.html", {"runs": ids}
+    return "compare.html", make_compare_view(store, ids, request.query_params)
 
 
 def _view_runs(store: Store, request: Request) -> tuple[str, dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Where a value stands in a chart. The horizontal axis has one column for each round, shared by charts and the grid."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,8 +48,10 @@ class ValueAxis:
 
 def choose_round_step(columns: int) -> int:
     """Return 1, 2, 5, 10, 20, ...: every so many rounds have a label, at most 17 of them."""
-    powers = (power * one for power in (10**digits for digits in range(12)) for one in (1, 2, 5))
-    return next(step for step in powers if columns <= step * _MOST_LABELS)
+    step, factors = 1, itertools.cycle((2, 2.5, 2))
+    while columns > step * _MOST_LABELS:
+        step = int(step * next(factors))
+    return step
 
 
 def make_value_axis(values: Sequence[float], height: float) -> tuple[ValueAxis, list[float]]:

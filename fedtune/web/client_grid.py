@@ -88,7 +88,7 @@ def draw_client_rows(
         GridRow(
             name=describe_client(one),
             cells=[draw_cell(number, one.client) for number in rounds],
-            total=str(one.outcomes["merged"]),
+            total=str(one.outcomes["merged"] + one.outcomes["late"]),
         )
         for one in clients
     ]
@@ -101,7 +101,7 @@ def draw_class_rows(names: Sequence[str], sums: Mapping[int, RoundSums], rounds:
             name=clean_text(name) or "no class",
             link=name,
             cells=[_draw_share(name, number, sums) for number in rounds],
-            total=str(sum(one.by_class.get(name, {}).get("merged", 0) for one in sums.values())),
+            total=str(sum(_count_merged(one.by_class.get(name, {})) for one in sums.values())),
         )
         for name in names
     ]
@@ -122,12 +122,17 @@ def _style_measure(value: float, limits: tuple[float, float]) -> str:
     return f"q{find_step(value, *limits)}" if math.isfinite(value) else "q0"
 
 
+def _count_merged(outcomes: Mapping[str, int]) -> int:
+    """Count merged clients, also those that were merged late."""
+    return outcomes.get("merged", 0) + outcomes.get("late", 0)
+
+
 def _draw_share(name: str, number: int, sums: Mapping[int, RoundSums]) -> Cell:
     outcomes = sums[number].by_class.get(name, {}) if number in sums else {}
     total = sum(outcomes.values())
     if not total:
         return _EMPTY
-    share = 100 * (total - outcomes.get("merged", 0)) / total
+    share = 100 * (total - _count_merged(outcomes)) / total
     parts = ", ".join(f"{outcomes[word]} {word}" for word in LETTERS if outcomes.get(word))
     title = f"{clean_text(name) or 'no class'}, round {number}: {parts}"
     return Cell(f"q{find_step(share, 0, 100)}", f"{share:.0f}", "percent not merged", title)
