@@ -289,3 +289,51 @@ def test_what_a_run_cannot_show_is_refused(tmp_path: Path, address: str) -> None
         answer = client.get(f"/runs/film-1a2b?{address}")
         assert answer.status_code == 400
         assert "write" in answer.text
+
+
+def test_values_that_are_no_numbers_break_no_page(tmp_path: Path) -> None:
+    """Reports: one NaN metric made a run's page unavailable (mlflow 15535); odd names of metrics too (mlflow 1830)."""
+    nan = math.nan
+    broken = a_client_record(0, seconds=nan, train_loss=nan, update_norm=nan, anonymous_memory=None, peak_memory=0)
+    names = ("a/b", "[x] {{ 7 * 8 }}", "values", "\u202eevil", "all")
+    with open_page(tmp_path / "store.sqlite") as (store, client):
+        start(store, "bad-1", recipe='{"evaluation": {"main_metric": "MAP@k/[1]"}}')
+        for number, value in enumerate((nan, -math.inf, nan)):
+            scores = tuple(a_metric(value, "validation", domain, "MAP@k/[1]") for domain in names)
+            records = (broken,) if number else ()
+            store.commit_round("bad-1", a_round(number, seconds=nan, metrics=scores, client_records=records))
+        start(store, "empty-1", recipe="{}")
+        addresses = (
+            "runs/bad-1",
+            "runs/bad-1?colour=loss&order=slowest",
+            "runs/bad-1?colour=memory&from=1",
+            "runs/empty-1",
+        )
+        for address in (*addresses, "runs", "runs?sort=result", "runs?sort=-time", "compare?runs=bad-1,empty-1"):
+            answer = client.get(f"/{address}")
+            assert answer.status_code == 200
+            assert not re.search(r">\s*(nan|inf|-inf)\b|=\"(nan|inf)", answer.text, re.IGNORECASE)
+        assert "3 rounds have a value that is not a number" in client.get("/runs/bad-1").text
+
+
+def test_a_hundred_domains_keep_their_labels_apart(tmp_path: Path) -> None:
+    with open_page(tmp_path / "store.sqlite") as (store, client):
+        start(store, "many-1")
+        for number in range(3):
+            scores = tuple(a_metric(index / 200, domain=f"domain {index:03}") for index in range(100))
+            store.commit_round("many-1", a_round(number, metrics=(a_metric(0.5), *scores)))
+        text = client.get("/runs/many-1").text
+    labels = re.findall(r'<text class="end \w+" [^>]* y="([^"]*)"', text)
+    assert len(labels) == 6
+    assert min(map(float, labels)) >= 0
+    assert "95 more curves are grey; the table names them." in text
+
+
+def test_a_page_that_fails_says_so_with_the_headers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with open_page(tmp_path / "store.sqlite") as (store, client):
+        start(store, "odd-1", recipe='{"devices": [1]}')
+        answer = client.get("/runs/odd-1")
+    assert answer.status_code == 500
+    assert "the terminal of fedtune ui shows where" in answer.text
+    assert "default-src" in answer.headers["content-security-policy"]
+    assert "the page /runs/odd-1 failed" in caplog.text

@@ -1,5 +1,6 @@
 """The routes of the page. Each reads the store once and renders one template."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ __all__ = ["make_application", "make_templates"]
 _FOLDER = Path(__file__).parent
 _THEMES = ("light", "dark")
 _COOKIE = "fedtune-theme"
+_FAILURE = "The page failed with {}; the terminal of fedtune ui shows where, please report it."
+_log = logging.getLogger(__name__)
 View = Callable[[Store, Request], tuple[str, dict[str, Any]]]
 
 
@@ -84,8 +87,14 @@ def get_relative(url: URL) -> str:
 
 def _make_endpoint(store: Store, templates: Environment, view: View) -> Callable[[Request], Response]:
     def answer(request: Request) -> Response:
-        name, values = view(store, request)
-        return _render(templates, request, name, values)
+        try:
+            name, values = view(store, request)
+            return _render(templates, request, name, values)
+        except (PageError, StoreError):
+            raise
+        except Exception as error:
+            _log.exception("the page %s failed", request.url.path)
+            raise PageError(500, _FAILURE.format(type(error).__name__)) from error
 
     return answer
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fedtune.web.chart_scale import RoundAxis, make_value_axis, spread_labels
+from fedtune.web.chart_scale import RoundAxis, ValueAxis, make_value_axis, spread_labels
 from fedtune.web.number_text import format_score
 
 __all__ = ["Curve", "Line", "LineChart", "draw_chart", "reduce_points"]
@@ -36,7 +36,7 @@ class Line:
     style: str
     points: str
     marks: Sequence[tuple[float, float]]
-    label_y: float
+    label_y: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,16 +60,16 @@ def draw_chart(title: str, name: str, curves: Sequence[Curve], axis: RoundAxis, 
     """Draw curves of the metric ``name``. ``borders`` are the last rounds of tasks; each has a line at its right."""
     finite = [{key: one for key, one in curve.values.items() if math.isfinite(one)} for curve in curves]
     values, ticks = make_value_axis([one for each in finite for one in each.values()], _HEIGHT)
-    ends = [values.place(each[max(each)]) if each else _HEIGHT for each in finite]
-    places = spread_labels(ends, _LABEL_GAP, _HEIGHT)
+    styles = _choose_styles(curves)
+    places = _place_labels(finite, styles, values)
     lines = [
         _draw_line(curve.label, style, [(axis.place(key), values.place(one)) for key, one in sorted(each.items())], y)
-        for curve, style, each, y in zip(curves, _choose_styles(curves), finite, places, strict=True)
+        for curve, style, each, y in zip(curves, styles, finite, places, strict=True)
     ]
     rounds = sorted({number for curve in curves for number in curve.values})
     return LineChart(
         title=title,
-        note=_describe_gaps(curves),
+        note=" ".join(filter(None, (_describe_gaps(curves), _describe_others(styles)))),
         name=name,
         height=_HEIGHT,
         ticks=[(values.place(one), format_score(one, name)) for one in ticks],
@@ -95,11 +95,27 @@ def reduce_points(points: Sequence[tuple[float, float]], most: int) -> list[tupl
     return found
 
 
-def _draw_line(label: str, style: str, places: Sequence[tuple[float, float]], label_y: float) -> Line:
+def _draw_line(label: str, style: str, places: Sequence[tuple[float, float]], label_y: float | None) -> Line:
     points = reduce_points(places, _MOST_POINTS)
     marks = points if len(points) <= _MOST_MARKS else points[-1:]
     text = " ".join(f"{10 * x:.2f},{y:.2f}" for x, y in points)
     return Line(label=label, style=style, points=text, marks=marks, label_y=label_y)
+
+
+def _place_labels(finite: Sequence[Mapping[int, float]], styles: Sequence[str], axis: ValueAxis) -> list[float | None]:
+    """Return where the label of each curve stands; None for those beyond five, which would hide each other."""
+    ends = {
+        index: axis.place(each[max(each)])
+        for index, (each, style) in enumerate(zip(finite, styles, strict=True))
+        if each and style != "other"
+    }
+    places = dict(zip(ends, spread_labels(list(ends.values()), _LABEL_GAP, _HEIGHT), strict=True))
+    return [places.get(index) for index in range(len(finite))]
+
+
+def _describe_others(styles: Sequence[str]) -> str:
+    others = styles.count("other")
+    return f"{others} more curves are grey; the table names them." if others else ""
 
 
 def _choose_styles(curves: Sequence[Curve]) -> list[str]:
