@@ -21,6 +21,7 @@ from fedtune.tracking import Store
 from fedtune.untrusted import clean_lines, clean_text
 from fedtune.web import number_text
 from fedtune.web.compare_page import make_compare_view, split_run_ids
+from fedtune.web.live_events import LiveStreams
 from fedtune.web.outcome_words import describe_reason
 from fedtune.web.page_error import PageError
 from fedtune.web.recipe_view import write_recipe
@@ -49,6 +50,7 @@ def make_application(store: Store, host: str = "127.0.0.1") -> Starlette:
         Route("/runs/{run_id}", _make_endpoint(store, templates, _view_run)),
         Route("/runs/{run_id}/recipe.yaml", _make_recipe_endpoint(store)),
         Route("/compare", _make_endpoint(store, templates, _view_comparison)),
+        Route("/runs/{run_id}/events", _make_event_endpoint(LiveStreams(store))),
         Mount("/static", StaticFiles(directory=_FOLDER / "static")),
     ]
     handlers: dict[Any, Any] = {
@@ -135,6 +137,10 @@ def _make_recipe_endpoint(store: Store) -> Callable[[Request], Response]:
         return Response(write_recipe(run), media_type="application/yaml", headers=headers)
 
     return answer
+
+
+def _make_event_endpoint(streams: LiveStreams) -> Callable[[Request], Response]:
+    return lambda request: streams.answer(request.path_params["run_id"])
 
 
 def _view_run(store: Store, request: Request) -> tuple[str, dict[str, Any]]:
