@@ -17,9 +17,9 @@ from tests.page_examples import open_page
 from tests.store_examples import fill
 
 
-@pytest.fixture
-def page(tmp_path: Path) -> Iterator[TestClient]:
-    with open_page(tmp_path / "store.sqlite") as (store, client):
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    with open_page(tmp_path_factory.mktemp("page") / "store.sqlite") as (store, client):
         fill(store)
         yield client
 

@@ -27,9 +27,9 @@ def list_rows(text: str) -> list[str]:
     return re.findall(r'name="runs" value="([^"]*)"', text)
 
 
-@pytest.fixture
-def page(tmp_path: Path) -> Iterator[TestClient]:
-    with open_page(tmp_path / "store.sqlite") as (store, client):
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    with open_page(tmp_path_factory.mktemp("page") / "store.sqlite") as (store, client):
         for number, (name, value) in enumerate([("b", 0.7), ("a", 0.9), ("c", 0.8)]):
             start(store, f"{name}-run", name=name, seed=number, rounds_planned=4)
             store.commit_round(f"{name}-run", a_round(0))
