@@ -75,10 +75,10 @@ def test_streams_are_bounded_and_closed_ones_do_not_count(tmp_path: Path) -> Non
             opened = [streams.iter_events("film-1a2b") for _ in range(MOST_STREAMS)]
             for one in opened:
                 await anext(one)
-            full = streams.answer("film-1a2b").status_code
+            full = streams.make_response("film-1a2b").status_code
             for one in opened:
                 await one.aclose()  # type: ignore[attr-defined]
-            return full, streams.answer("film-1a2b").status_code
+            return full, streams.make_response("film-1a2b").status_code
 
         assert asyncio.run(run()) == (503, 200)
 

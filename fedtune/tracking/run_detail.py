@@ -97,7 +97,7 @@ class RunDetailRows:
         wanted = (
             select(
                 _record.round,
-                _CLASS.label("device_class"),
+                _CLASS.label("class_name"),
                 _OUTCOME.label("outcome"),
                 func.count().label("count"),
                 func.sum(_record.bytes_up).label("bytes_up"),
@@ -106,7 +106,7 @@ class RunDetailRows:
                 func.sum(case((_HAS_LOSS, _record.num_examples), else_=0)).label("examples"),
             )
             .where(_record.run_id == run_id)
-            .group_by(_record.round, _CLASS, _OUTCOME)
+            .group_by(_record.round, *_BY_LABEL)
         )
         for row in self._read(wanted):
             found.setdefault(row["round"], []).append(row)
@@ -118,14 +118,14 @@ class RunDetailRows:
         wanted = (
             select(
                 _record.client,
-                func.max(_CLASS).label("device_class"),
+                func.max(_CLASS).label("class_name"),
                 func.max(func.coalesce(_record.device_name, "")).label("device_name"),
                 _OUTCOME.label("outcome"),
                 func.count().label("count"),
                 func.sum(_record.seconds).label("seconds"),
             )
             .where(_record.run_id == run_id)
-            .group_by(_record.client, _OUTCOME)
+            .group_by(_record.client, "outcome")
         )
         for row in self._read(wanted):
             found.setdefault(row["client"], []).append(row)
@@ -135,7 +135,7 @@ class RunDetailRows:
         """Return bytes and memory by device class, by the order of its first client."""
         wanted = (
             select(
-                _CLASS.label("device_class"),
+                _CLASS.label("class_name"),
                 func.count(_record.client.distinct()).label("clients"),
                 func.sum(_record.bytes_up).label("bytes_up"),
                 func.sum(_record.bytes_down).label("bytes_down"),
@@ -145,10 +145,11 @@ class RunDetailRows:
                 func.max(_record.predicted_total).label("predicted_total"),
             )
             .where(_record.run_id == run_id)
-            .group_by(_CLASS)
+            .group_by("class_name")
             .order_by(func.min(_record.client))
         )
-        return [ClassSums(**{name: _as_int(value) for name, value in row.items()}) for row in self._read(wanted)]
+        found = [{name: _as_int(value) for name, value in row.items()} for row in self._read(wanted)]
+        return [ClassSums(device_class=row.pop("class_name"), **row) for row in found]
 
     def list_records(self, run_id: str, rounds: range, clients: Sequence[int]) -> list[tuple[int, ClientRecord]]:
         """Return the records of these clients in these rounds, with their round."""
@@ -181,13 +182,15 @@ class RunDetailRows:
 
 
 _CLASS: ColumnElement[str] = func.coalesce(_record.device_class, "")
+_BY_LABEL = ("class_name", "outcome")
+"""Groups are named by label: PostgreSQL does not see that two expressions with parameters are the same."""
 _IS_PROBLEM = or_(_record.status != "merged", func.coalesce(_record.staleness, 0) > 0, _record.reason != "")
 
 
 def _sum_round(found: Sequence[Mapping[str, Any]]) -> RoundSums:
     by_class: dict[str, dict[str, int]] = {}
     for row in found:
-        by_class.setdefault(row["device_class"], {})[row["outcome"]] = row["count"]
+        by_class.setdefault(row["class_name"], {})[row["outcome"]] = row["count"]
     examples = sum(int(row["examples"] or 0) for row in found)
     loss = sum(float(row["loss"]) for row in found if row["examples"])
     return RoundSums(
@@ -203,7 +206,7 @@ def _sum_client(client: int, found: Sequence[Mapping[str, Any]]) -> ClientSums:
     outcomes = _add_outcomes(found)
     return ClientSums(
         client=client,
-        device_class=found[0]["device_class"],
+        device_class=found[0]["class_name"],
         device_name=max(row["device_name"] for row in found),
         outcomes=outcomes,
         seconds=sum(row["seconds"] for row in found) / sum(outcomes.values()),

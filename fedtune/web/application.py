@@ -140,7 +140,7 @@ def _make_recipe_endpoint(store: Store) -> Callable[[Request], Response]:
 
 
 def _make_event_endpoint(streams: LiveStreams) -> Callable[[Request], Response]:
-    return lambda request: streams.answer(request.path_params["run_id"])
+    return lambda request: streams.make_response(request.path_params["run_id"])
 
 
 def _view_run(store: Store, request: Request) -> tuple[str, dict[str, Any]]:

@@ -40,7 +40,7 @@ class LiveStreams:
     def __init__(self, store: Store, pause: float = _PAUSE) -> None:
         self._store, self._pause, self._open = store, pause, 0
 
-    def answer(self, run_id: str) -> Response:
+    def make_response(self, run_id: str) -> Response:
         """Return the stream of a run, or a refusal if too many are open."""
         if self._open >= MOST_STREAMS:
             return PlainTextResponse("Too many pages are live; close one.\n", 503, {"retry-after": "60"})
