@@ -229,13 +229,13 @@ def test_a_page_holds_the_newest_mishaps_only() -> None:
 def test_rounds_after_a_number_are_all_that_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     many_rounds(5)
     read: list[Any] = []
-    made = rows._record
+    made = rows.make_record
 
     def counted(record: type[Any], row: Any) -> Any:
         read.append(row)
         return made(record, row)
 
-    monkeypatch.setattr(rows, "_record", counted)
+    monkeypatch.setattr(rows, "make_record", counted)
     with Store.open() as store:
         every, newest = store.rounds("long-1a2b"), store.rounds("long-1a2b", 4)
         read.clear()

@@ -271,6 +271,9 @@ def test_the_wheel_installs_without_an_index_and_holds_every_file(tmp_path: Path
     assert (tmp_path / "there" / "bin" / "fedtune").exists()
     assert {path.name for path in (tmp_path / "there").glob("*") if path.suffix != ".dist-info"} == {"fedtune", "bin"}
     assert (tmp_path / "there" / "fedtune" / "shipped" / "migrations" / "script.py.mako").exists()
+    page = tmp_path / "there" / "fedtune" / "web"
+    assert (page / "templates" / "parts" / "runs_table.html").exists()
+    assert (page / "static" / "page.css").exists()
     script = "from fedtune.tracking import Store; Store.open('sqlite:///store.sqlite').close()"
     command = [sys.executable, "-P", "-c", script]
     store = subprocess.run(command, capture_output=True, text=True, env=first, cwd=tmp_path, check=False)

@@ -153,6 +153,31 @@ def test_a_store_of_revision_0007_is_upgraded_and_downgraded_with_its_rows(
         connection.commit()
 
 
+def test_sums_for_the_page_are_those_of_sqlite(url: str, tmp_path: Path) -> None:
+    with Store.open(url) as store, Store.open(make_file_url(tmp_path / "same.sqlite")) as same:
+        for opened in (store, same):
+            start(opened)
+            for number in range(3):
+                records = tuple(
+                    a_client_record(client, status=("merged", "error")[(client + number) % 2], device_class=name)
+                    for client, name in enumerate((None, "", "phone", "phone"))
+                )
+                opened.commit_round("film-1a2b", a_round(number, client_records=records if number else ()))
+        for read in (
+            lambda one: one.details.sum_by_round("film-1a2b"),
+            lambda one: one.details.sum_by_client("film-1a2b"),
+            lambda one: one.details.sum_by_class("film-1a2b"),
+            lambda one: one.details.list_problems("film-1a2b", 0, 50),
+            lambda one: one.details.list_records("film-1a2b", range(3), [0, 2]),
+            lambda one: one.details.list_last_scores("film-1a2b"),
+            lambda one: one.details.read_rounds("film-1a2b"),
+            lambda one: one.costs.sum_up(["film-1a2b"]),
+            lambda one: one.costs.list_scores(["film-1a2b"]),
+            lambda one: one.costs.list_last_scores(),
+        ):
+            assert read(store) == read(same)
+
+
 def test_a_round_is_recorded_once_and_whole(url: str) -> None:
     with Store.open(url) as store:
         start(store)

@@ -30,6 +30,7 @@ _COMMANDS = {
     "server": ("server:server", "Run a server for real devices."),
     "simulate": ("simulate:simulate", "Run a federation on this machine."),
     "submit": ("submit:submit", "Run a federation on the devices of a server."),
+    "ui": ("ui:ui", "Show the runs of a store as pages in a browser."),
 }
 
 

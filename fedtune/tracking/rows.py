@@ -20,8 +20,10 @@ from fedtune.tracking.task_records import TaskScore
 
 __all__ = [
     "delete_rounds",
+    "make_record",
     "read_checkpoint_scores",
     "read_latest_metrics",
+    "read_round_results",
     "read_rounds",
     "write_round",
 ]
@@ -98,6 +100,26 @@ def read_rounds(connection: Connection, run_ids: Sequence[str], after: int = -1)
     return found
 
 
+def read_round_results(connection: Connection, run_id: str) -> list[RoundRecord]:
+    """Return the rounds of a run in order with their results, but without client records and scores of clients."""
+    metrics = _read_children(connection, tables.metrics, MetricRecord, [run_id], -1)
+    checkpoints = _read_children(connection, tables.checkpoints, CheckpointRecord, [run_id], -1)
+    samples = _read_children(connection, tables.samples, SampleRecord, [run_id], -1)
+    visits = task_rows.read_visits(connection, [run_id])[run_id]
+    return [
+        RoundRecord(
+            **{name: value for name, value in row.items() if name != "run_id"},
+            client_records=(),
+            metrics=tuple(metrics[run_id, row["number"]]),
+            checkpoint=next(iter(checkpoints[run_id, row["number"]]), None),
+            samples=tuple(samples[run_id, row["number"]]),
+            tasks=tuple(one for one in visits if one.first_round == row["number"]),
+            ends_visit=next((one.visit for one in visits if one.last_round == row["number"]), None),
+        )
+        for row in _select(connection, tables.rounds, [run_id], -1)
+    ]
+
+
 def read_latest_metrics(connection: Connection) -> dict[str, list[tuple[int, MetricRecord]]]:
     """Return the newest value of each held-out metric over all domains, with its round, by run."""
     table = tables.metrics.c
@@ -107,7 +129,7 @@ def read_latest_metrics(connection: Connection) -> dict[str, list[tuple[int, Met
     key = [table[column.name] == column for column in last.c]
     found: dict[str, list[tuple[int, MetricRecord]]] = defaultdict(list)
     for row in connection.execute(select(tables.metrics).join(last, and_(*key))).mappings():
-        found[row["run_id"]].append((row["round"], _record(MetricRecord, row)))
+        found[row["run_id"]].append((row["round"], make_record(MetricRecord, row)))
     return found
 
 
@@ -124,7 +146,8 @@ def read_checkpoint_scores(connection: Connection, run_id: str) -> dict[int, dic
     return found
 
 
-def _record(record: type[Child], row: Mapping[Any, Any]) -> Child:
+def make_record(record: type[Child], row: Mapping[Any, Any]) -> Child:
+    """Make a record of a row, which may have more columns."""
     return record(**{field.name: row[field.name] for field in fields(record)})
 
 
@@ -133,7 +156,7 @@ def _read_children(
 ) -> defaultdict[Key, list[Child]]:
     found: defaultdict[Key, list[Child]] = defaultdict(list)
     for row in _select(connection, table, run_ids, after):
-        found[row["run_id"], row["round"]].append(_record(record, row))
+        found[row["run_id"], row["round"]].append(make_record(record, row))
     return found
 
 

@@ -17,6 +17,8 @@ from fedtune.tracking.compaction import shrink_database
 from fedtune.tracking.database import get_default_url, get_sqlite_path, make_engine, reader, writer
 from fedtune.tracking.prediction_rows import PredictionRows
 from fedtune.tracking.records import MetricRecord, RoundRecord, RunRecord
+from fedtune.tracking.run_costs import RunCostRows
+from fedtune.tracking.run_detail import RunDetailRows
 from fedtune.tracking.run_lock import is_run_active
 
 __all__ = ["Store", "new_run_id"]
@@ -36,6 +38,7 @@ class Store:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.access, self.checkpoints, self.predictions = Access(engine), CheckpointRows(engine), PredictionRows(engine)
+        self.costs, self.details = RunCostRows(engine), RunDetailRows(engine)
 
     @classmethod
     def open(cls, url: str | None = None) -> Self:
@@ -121,6 +124,12 @@ class Store:
         with reader(self._engine) as connection:
             found = _find(connection, _resolve(connection, reference))
         return mark_interrupted(found)
+
+    def find(self, run_id: str) -> RunRecord | None:
+        """Return the run with exactly this id; None if there is none."""
+        with reader(self._engine) as connection:
+            row = connection.execute(_newest_first().where(tables.runs.c.id == run_id)).mappings().first()
+        return mark_interrupted(RunRecord(**row)) if row else None
 
     def runs(self) -> list[RunRecord]:
         """Return every run, newest first."""
