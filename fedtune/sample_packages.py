@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from filelock import FileLock
-
 from fedtune.errors import ChecksumError, SourceError
 from fedtune.files import hash_file
 from fedtune.paths import get_cache_folder
@@ -197,6 +195,8 @@ def make_folder_once(folder: Path, fill: Callable[[Path], None], what: str) -> N
     """Create a cache folder once and atomically. A lock lets one process at a time create it."""
     if folder.is_dir():
         return
+    from filelock import FileLock  # half a megabyte of a device's trainer, which reads folders that are there already
+
     beside = folder.with_name(f".{folder.name}.part")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
