@@ -11,6 +11,8 @@ from starlette.testclient import TestClient
 from fedtune.cli.main import cli
 from fedtune.errors import ServerError, StoreError
 from fedtune.tracking import Store, make_file_url
+from fedtune.web.application import make_application
+from fedtune.web.page_key import KEY_COOKIE, make_page_key
 from fedtune.web.page_server import is_loopback, make_page_url, open_page_socket
 from fedtune.web.request_guard import SECURITY_HEADERS, is_known_host
 from tests.page_examples import open_page
@@ -116,3 +118,30 @@ def test_the_address_to_open_is_of_this_machine() -> None:
         assert make_page_url(listener, "0.0.0.0") == f"http://127.0.0.1:{port}/"
         assert make_page_url(listener, "::") == f"http://[::1]:{port}/"
     assert [is_loopback(host) for host in ("127.0.0.1", "localhost", "::1", "0.0.0.0", "lab")] == [1, 1, 1, 0, 0]
+
+
+def test_a_page_with_a_key_shows_nothing_without_it(tmp_path: Path) -> None:
+    with Store.open(make_file_url(tmp_path / "store.sqlite")) as store:
+        fill(store)
+        with TestClient(make_application(store, "lab.example", "the-key"), base_url="http://lab.example") as client:
+            for path in ("/", "/runs", "/runs/film-1a2b", "/runs/film-1a2b/events", "/static/page.css", "/none"):
+                for asked in (path, f"{path}?key=", f"{path}?key=the-ke", f"{path}?key=%C3%A9"):
+                    answer = client.get(asked, headers={"cookie": f"{KEY_COOKIE}=wrong"}, follow_redirects=False)
+                    assert answer.status_code == 401, asked
+                    assert "film" not in answer.text
+                    assert {name: answer.headers[name] for name in SECURITY_HEADERS} == SECURITY_HEADERS
+            assert client.get("/runs?key=the-key", headers={"host": "evil.example"}).status_code == 421
+
+
+def test_the_key_is_given_once_and_then_rests_in_a_cookie(tmp_path: Path) -> None:
+    with Store.open(make_file_url(tmp_path / "store.sqlite")) as store:
+        fill(store)
+        with TestClient(make_application(store, "lab.example", "the-key"), base_url="http://lab.example") as client:
+            first = client.get("//elsewhere.example?key=the-key", follow_redirects=False)
+            assert (first.status_code, first.headers["location"]) == (303, "/runs")
+            assert {"httponly", "samesite=strict"} <= set(first.headers["set-cookie"].lower().split("; "))
+            assert client.get("/runs").status_code == 200
+
+
+def test_keys_differ() -> None:
+    assert len({make_page_key() for _ in range(9)}) == 9

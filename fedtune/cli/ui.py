@@ -13,7 +13,9 @@ __all__ = ["ui"]
 def ui(host: str, port: int, no_browser: bool, store: str | None) -> None:
     """Show runs, one run and comparisons as pages. They are made on this machine and ask no other one.
 
-    The pages read the store and change nothing. End with Ctrl-C.
+    The pages read the store and change nothing. With another --host than
+    this machine's own, the printed address has a key that they ask for. End
+    with Ctrl-C.
 
     \b
     Example:
@@ -22,13 +24,15 @@ def ui(host: str, port: int, no_browser: bool, store: str | None) -> None:
     """
     from fedtune.tracking.existing_store import open_existing_store
     from fedtune.web.application import make_application
+    from fedtune.web.page_key import make_page_key
     from fedtune.web.page_server import is_loopback, make_page_url, open_page_socket, serve_page
 
+    key = None if is_loopback(host) else make_page_key()
     with open_existing_store(store) as opened, open_page_socket(host, port) as listener:
-        url = make_page_url(listener, host)
+        url = make_page_url(listener, host) + (f"?key={key}" if key else "")
         click.echo(f"fedtune ui: {url} (Ctrl-C ends it)")
-        if not is_loopback(host):
-            click.echo("warning: everybody who reaches this address can read all runs", err=True)
+        if key:
+            click.echo("warning: whoever has this address can read all runs, and it travels unencrypted", err=True)
         if not no_browser:
             click.launch(url)
-        serve_page(make_application(opened, host), listener)
+        serve_page(make_application(opened, host, key), listener)

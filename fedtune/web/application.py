@@ -24,6 +24,7 @@ from fedtune.web.compare_page import make_compare_view, split_run_ids
 from fedtune.web.live_events import LiveStreams
 from fedtune.web.outcome_words import describe_reason
 from fedtune.web.page_error import PageError
+from fedtune.web.page_key import PageKey
 from fedtune.web.recipe_view import write_recipe
 from fedtune.web.request_guard import RequestGuard
 from fedtune.web.run_page import find_run, make_run_view
@@ -41,8 +42,11 @@ _log = logging.getLogger(__name__)
 View = Callable[[Store, Request], tuple[str, dict[str, Any]]]
 
 
-def make_application(store: Store, host: str = "127.0.0.1") -> Starlette:
-    """Make the application for a store. ``host`` is the name that it is reached by, besides addresses."""
+def make_application(store: Store, host: str = "127.0.0.1", key: str | None = None) -> Starlette:
+    """Make the application for a store.
+
+    ``host`` is the name that it is reached by, besides addresses. With a ``key``, only those who have it see anything.
+    """
     templates = make_templates()
     routes = [
         Route("/", lambda _: RedirectResponse("/runs")),
@@ -58,7 +62,8 @@ def make_application(store: Store, host: str = "127.0.0.1") -> Starlette:
         PageError: _make_handler(templates),
         StoreError: _make_handler(templates),
     }
-    return Starlette(routes=routes, exception_handlers=handlers, middleware=[Middleware(RequestGuard, host)])
+    guards = [Middleware(RequestGuard, host), *([Middleware(PageKey, key)] if key else [])]
+    return Starlette(routes=routes, exception_handlers=handlers, middleware=guards)
 
 
 def make_templates() -> Environment:
