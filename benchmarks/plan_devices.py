@@ -96,7 +96,10 @@ def measure_case(case: Case, folder: Path) -> Row:
     [trace] = trace_settings(recipe, [recipe.train.techniques])
     if trace.error is not None:
         return {"error": trace.error}
-    return {"trainer": trace.runtime.partition(" ")[0], **compare(predict(recipe, trace), hold(recipe, folder))}
+    return {
+        "trainer": trace.runtime.partition(" ")[0],
+        **compare_memory(predict_batch(recipe, trace), run_trainer(recipe, folder)),
+    }
 
 
 def make_recipe(case: Case, folder: Path) -> Recipe:
@@ -123,14 +126,14 @@ def write_texts(case: Case, file: Path) -> None:
     file.write_text("text,label\n" + "".join(rows))
 
 
-def predict(recipe: Recipe, trace: SettingsTrace) -> dict[str, int]:
+def predict_batch(recipe: Recipe, trace: SettingsTrace) -> dict[str, int]:
     """Predict the peaks of the whole batch."""
     runtime = measure_runtimes([trace.runtime], TRAINER_MODULES)[trace.runtime]
     found = predict_memory(trace, trace.batches[-1], runtime, recipe.train.optimiser, recipe.train.momentum)
     return {"anonymous": found.anonymous_bytes, "total": found.total_bytes}
 
 
-def hold(recipe: Recipe, folder: Path) -> dict[str, int]:
+def run_trainer(recipe: Recipe, folder: Path) -> dict[str, int]:
     """Return the peaks of a device's trainer in two rounds, in a process that is as fresh as the device's."""
     supervisor = TrainerSupervisor(f"csv:{folder / 'texts.csv'}", BUDGET, 600.0)
     try:
@@ -155,7 +158,7 @@ def run_round(supervisor: TrainerSupervisor, recipe: Recipe, number: int, folder
     return report
 
 
-def compare(predicted: dict[str, int], held: dict[str, int]) -> Row:
+def compare_memory(predicted: dict[str, int], held: dict[str, int]) -> Row:
     off = {f"{kind}_off_percent": round(100 * (predicted[kind] / held[kind] - 1), 2) for kind in ("anonymous", "total")}
     return {"predicted": predicted, "held": held, **off}
 
